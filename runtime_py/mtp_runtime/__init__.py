@@ -1,0 +1,39 @@
+"""The reference runtime: runs a bundle of mtp-export with its drafter, without torch.
+
+    with Session.open("nano-tflite") as session:
+        for token in session.generate("def add(a, b):", max_new_tokens=32):
+            ...
+
+Importing this package loads no inference library; `Session.open` does.
+"""
+
+from mtp_runtime.acceptance import Acceptance, Origin, accept_greedy
+from mtp_runtime.backend import Backend, BoundSignature
+from mtp_runtime.bundle import Bundle
+from mtp_runtime.contract import Manifest, read_manifest
+from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
+from mtp_runtime.session import Generation, Session
+from mtp_runtime.stats import GenerationStats
+from mtp_runtime.trace import FinishReason, GenerationTrace, Token
+
+__all__ = [
+    "Acceptance",
+    "Backend",
+    "BackendError",
+    "BoundSignature",
+    "Bundle",
+    "BundleError",
+    "ContextFullError",
+    "FinishReason",
+    "Generation",
+    "GenerationStats",
+    "GenerationTrace",
+    "Manifest",
+    "MtpError",
+    "Origin",
+    "Session",
+    "Token",
+    "UserError",
+    "accept_greedy",
+    "read_manifest",
+]

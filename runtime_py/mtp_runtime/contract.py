@@ -1,0 +1,188 @@
+"""What the converter writes and a runtime reads: tensors, graph signatures and the manifest.
+
+The names and shapes are LiteRT-LM's (docs/format.md). Fixed letters: T tokens of a signature, S cache length,
+K draft tokens of a round, H hidden size, L layers, P per-layer embedding size, V vocabulary, G KV heads, D head size.
+
+| signature    | inputs                                                                          | outputs                      |
+|--------------|---------------------------------------------------------------------------------|------------------------------|
+| `prefill_{N}`| embeddings[1,T,H] per_layer_embeddings[1,T,L,P] input_pos[T] mask[1,1,T,S] caches | caches                       |
+| `decode`     | the same, T = 1                                                                 | caches, logits, activations  |
+| `verify`     | the same, T = K + 1                                                             | caches, logits, activations  |
+| `draft`      | activations[1,1,2H] input_pos[1] mask[1,1,1,S], the two caches it reads         | logits, projected_activations|
+| `embed`      | token_ids[1,1]                                                                  | embeddings                   |
+
+Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n counting the layers that own a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from mtp_runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+Dtype = Literal["float32", "int32"]
+SignatureKind = Literal["prefill", "decode", "verify", "draft", "embed"]
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+# Roles of the files of a bundle, in the order in which they are listed.
+GRAPH_ROLES = ("target", "drafter", "embedder", "per_layer_embedder")
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Name, static shape and dtype of a graph's input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the tensor in bytes; both dtypes have four per element."""
+        return 4 * math.prod(self.shape)
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether the tensor is one of the shared KV caches."""
+        return self.name.startswith("kv_cache_")
+
+
+class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry point of a graph.
+
+    `attention_length` is the number of leading cache slots that full-attention layers of this signature read: a
+    runtime may run it whenever every position it touches is below that. It is S for the plain `decode`, `verify` and
+    `draft`, and smaller for their variants `decode_{A}`, `verify_{A}`, `draft_{A}`, which cost less when little of
+    the cache is filled. It is 0 where there is no attention (`embed`).
+    """
+
+    name: str
+    kind: SignatureKind
+    num_tokens: int
+    attention_length: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of the bundle, by its name relative to the manifest."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle holds and how to run it (`manifest.json`).
+
+    `files` maps a role (`target`, `drafter`, `embedder`, `per_layer_embedder`, `tokenizer`, `tokenizer_config`,
+    `chat_template`, `litertlm`) to its file; `signatures` maps a graph's role to its signatures.
+    `context_length` is what may be filled: cache_length - num_draft_tokens, because a verify pass writes K + 1 rows
+    at the pending position. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
+    the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention,
+    0 vLLM's. It is already inside the graph.
+    """
+
+    format_version: int
+    tool_version: str
+    model: str
+    export_format: str
+    recipe: str
+    drafter_recipe: str
+    cache_length: int
+    num_draft_tokens: int
+    context_length: int
+    drafter_position_offset: int
+    vocab_size: int
+    hidden_size: int
+    bos_token_id: int
+    stop_token_ids: tuple[int, ...]
+    target: Mapping[str, Any]
+    drafter: Mapping[str, Any]
+    inputs: tuple[FileEntry, ...]
+    files: Mapping[str, FileEntry]
+    signatures: Mapping[str, tuple[GraphSignature, ...]]
+
+    def to_json(self) -> str:
+        """Serialise deterministically: sorted keys, no times, no machine names."""
+        packed = msgspec.json.encode(self, order="deterministic")
+        return msgspec.json.format(packed, indent=1).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: the text is not a manifest of this version, or contradicts itself.
+        """
+        try:
+            # The version first: a newer manifest may have another shape, and deserves another message.
+            version = msgspec.json.decode(text, type=_Version).format_version
+            if version > FORMAT_VERSION:
+                raise BundleError(
+                    f"the bundle has format version {version} and this runtime reads up to {FORMAT_VERSION}: "
+                    "upgrade mtp-export"
+                )
+            manifest = msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST_NAME} is not a valid manifest ({error}): export the bundle again") from error
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise BundleError(f"{MANIFEST_NAME}: format_version is {self.format_version}, expected {FORMAT_VERSION}")
+        if self.num_draft_tokens < 1 or self.context_length < 1 or self.vocab_size < 1 or self.hidden_size < 1:
+            raise BundleError(f"{MANIFEST_NAME}: sizes must be positive: export the bundle again")
+        if self.context_length != self.cache_length - self.num_draft_tokens:
+            raise BundleError(
+                f"{MANIFEST_NAME}: context_length is {self.context_length}, expected cache_length - num_draft_tokens "
+                f"= {self.cache_length - self.num_draft_tokens}"
+            )
+        for role, entry in self.files.items():
+            # A manifest is data from anywhere: a name must stay inside its folder.
+            parts = PurePosixPath(entry.path).parts
+            if len(parts) != 1 or parts[0] in ("", ".", "..") or "\\" in entry.path or "\0" in entry.path:
+                raise BundleError(f"{MANIFEST_NAME}: file {role} has the unsafe path {entry.path!r}")
+        for role in GRAPH_ROLES:
+            if role in self.signatures and role not in self.files:
+                raise BundleError(f"{MANIFEST_NAME}: signatures of {role} but no such file")
+            if role not in self.signatures:
+                raise BundleError(f"{MANIFEST_NAME}: no signatures of {role}: export the bundle again")
+
+    def signature(self, role: str, name: str) -> GraphSignature:
+        """Return the signature `name` of the graph `role`.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for signature in self.signatures.get(role, ()):
+            if signature.name == name:
+                return signature
+        raise BundleError(f"the bundle's {role} has no signature {name!r}: export it again with this version")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a bundle's folder.
+
+    Raises:
+        BundleError: the folder or its manifest is missing, unreadable or invalid.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(f"no {MANIFEST_NAME} in {folder}: give a folder that mtp-export wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+    return Manifest.from_json(text)
