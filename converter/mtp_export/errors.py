@@ -1,0 +1,11 @@
+"""Errors of an export."""
+
+from mtp_runtime.errors import UserError
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, of another architecture, or does not fit its pair."""
+
+
+class OutputError(UserError):
+    """The output exists already, cannot be written, or the disk is full."""

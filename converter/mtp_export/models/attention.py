@@ -1,0 +1,176 @@
+"""Attention over static-size caches: what is visible, what is read, and the product itself.
+
+Every module with a `forward` is a segment, shared by target and drafter where both have such a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtp_export.arch.spec import SLIDING, DecoderSpec, LayerType
+from mtp_export.models import ops
+from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, rotate
+
+# Added to the score of a key once per position that it lies beyond the window; large against any score.
+_BEYOND_WINDOW = 1e9
+
+
+def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
+    """The slots that queries at consecutive positions see through a window, their own included.
+
+    Shapes: input_pos [T] int32 -> [min(S, window - 1 + T)] int32
+    """
+    length = min(cache_length, window - 1 + input_pos.shape[0])
+    start = torch.clamp(input_pos[:1] - (window - 1), min=0)
+    return start + torch.arange(length, dtype=torch.int32)
+
+
+def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) -> Tensor:
+    """The mask's columns at `slots`, with what lies beyond each query's window hidden.
+
+    Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
+    """
+    visible = ops.gather(mask, slots, 3)
+    if input_pos.shape[0] == 1:
+        return visible  # the slots of one query are its window
+    distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
+    return visible + torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
+
+
+class QueryProjection(nn.Module):
+    """The projections of a layer that reads keys and values which another layer wrote."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim_of(layer_type)
+        self.q_proj = nn.Linear(spec.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
+
+    def query(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Shapes: x [1,T,H], rope two of [1,T,1,D] -> [1,T,heads,D]"""
+        return rotate(self.q_norm(self.q_proj(x).reshape(1, x.shape[1], self.num_heads, self.head_dim)), rope)
+
+
+class KeyValueProjection(nn.Module):
+    """The projections whose results a layer writes to its own cache."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_dim = spec.num_kv_heads, spec.head_dim_of(layer_type)
+        self.k_proj = nn.Linear(spec.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(spec.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.k_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
+        self.v_norm = RMSNorm(self.head_dim, spec.rms_norm_eps, scale=False)
+
+    def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Key and value rows of the tokens of this pass. Shapes: x [1,T,H] -> two of [1,G,T,D]"""
+        shape = (1, x.shape[1], self.num_kv_heads, self.head_dim)
+        keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope)
+        values = self.v_norm(self.v_proj(x).reshape(shape))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class ReaderQuery(nn.Module):
+    """First segment of a layer without a cache: its query."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = QueryProjection(spec, layer_type)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [1,T,H], cos and sin [1,T,1,D] -> query [1,T,heads,D]"""
+        return {"query": self.self_attn.query(self.input_layernorm(x), (cos, sin))}
+
+
+class OwnerRows(nn.Module):
+    """First segment of a layer that owns a cache, as far as prefill needs it of the last one: the new rows."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = KeyValueProjection(spec, layer_type)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, key_cache: Tensor, value_cache: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes: x [1,T,H], cos and sin [1,T,1,D], input_pos [T] int32, caches [1,G,S,D] -> updated caches"""
+        keys, values = self.self_attn.rows(self.input_layernorm(x), (cos, sin))
+        return {
+            "key_cache": ops.update_cache(key_cache, keys, input_pos),
+            "value_cache": ops.update_cache(value_cache, values, input_pos),
+        }
+
+
+class ReadWindow(nn.Module):
+    """What sliding layers read of a cache: their window, gathered, so that its length is not that of the cache."""
+
+    def forward(self, slots: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Shapes: slots [N] int32, keys and values [1,G,S,D] -> the same [1,G,N,D]"""
+        return {"keys": ops.gather(keys, slots, 2), "values": ops.gather(values, slots, 2)}
+
+
+class ReadPrefix(nn.Module):
+    """What full-attention layers read of a cache in a variant for shorter contents: its first slots."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, mask: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Shapes: mask [1,1,T,S], keys and values [1,G,S,D] -> the same with S = length"""
+        n = self.length
+        return {"mask": mask[..., :n], "keys": keys[:, :, :n], "values": values[:, :, :n]}
+
+
+class OutputProjection(nn.Module):
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.o_proj = nn.Linear(spec.num_heads * spec.head_dim_of(layer_type), spec.hidden_size, bias=False)
+
+
+class Attend(nn.Module):
+    """Second segment of a layer: softmax(query @ keys^T + mask) @ values, projected.
+
+    The scale is 1: the norms of query and key do its work.
+    """
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.self_attn = OutputProjection(spec, layer_type)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] -> attended [1,T,H]"""
+        _, num_tokens, num_heads, head_dim = query.shape
+        groups, length = keys.shape[1], keys.shape[2]
+        rows = num_heads // groups * num_tokens
+        # The query heads of a KV head are folded into its rows: one product per KV head, nothing is repeated.
+        query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
+        scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
+        weights = torch.softmax(scores + mask, -1).reshape(1, groups, rows, length)
+        out = (weights @ values).reshape(1, num_heads, num_tokens, head_dim)
+        out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
+        return {"attended": self.self_attn.o_proj(out)}
+
+
+class PositionTables:
+    """All that depends on positions alone, computed once per pass and read by every layer."""
+
+    def __init__(self, spec: DecoderSpec, window: int, position_offset: int = 0) -> None:
+        self.window, self.position_offset = window, position_offset
+        # Here and not in the call: values computed in float32 must not be part of what is traced.
+        self.frequencies = {
+            layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
+            for layer_type in sorted(set(spec.layer_types))
+        }
+
+    def __call__(self, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Shapes: input_pos [T] int32, mask [1,1,T,S] -> per layer type `cos_…`, `sin_…` [1,T,1,D]; `slots` [N]
+        int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]"""
+        slots = sliding_slots(input_pos, self.window, mask.shape[3])
+        out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
+        for layer_type, frequencies in self.frequencies.items():
+            cos, sin = rope_tables(input_pos + self.position_offset, frequencies)
+            out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = cos, sin
+        return out

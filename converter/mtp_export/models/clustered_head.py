@@ -1,0 +1,53 @@
+"""The clustered head: centroid scores, best clusters, scores of the tokens of those clusters only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_export.arch.spec import ClusteredHeadSpec
+from mtp_export.models import ops
+
+
+class ClusteredHead(nn.Module):
+    """Two-stage logit lookup over a table in cluster order.
+
+    `table` is the drafter's tied embedding with its rows permuted by `token_ordering`, one cluster to a row, so that
+    a cluster is one contiguous block. `row_scales` dequantises its tokens after the product: with it the table may
+    be int8, and stays so until the multiplication.
+    """
+
+    def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, *, row_scales: bool) -> None:
+        super().__init__()
+        self.spec, self.hidden_size = spec, hidden_size
+        clusters, size = spec.num_centroids, spec.cluster_size
+        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
+        self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
+        self.table = nn.Parameter(torch.zeros(clusters, size * hidden_size), requires_grad=False)
+        self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if row_scales else None
+
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids of the best clusters and their scores.
+
+        Shapes: hidden [1,1,H] -> ids [top_k * cluster_size] int32, scores [top_k * cluster_size]
+        """
+        spec = self.spec
+        hidden = hidden.reshape(1, self.hidden_size)
+        clusters = ops.top_k(self.centroids(hidden), spec.top_k).reshape(spec.top_k)
+        rows = ops.gather(self.table, clusters, 0).reshape(spec.num_candidates, self.hidden_size)
+        scores = F.linear(hidden, rows).reshape(spec.num_candidates)
+        if self.row_scales is not None:
+            scores = scores * ops.gather(self.row_scales, clusters, 0).reshape(spec.num_candidates)
+        return ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates), scores
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """A row as long as the vocabulary, for runtimes whose sampler wants one: candidates keep their differences,
+        the worst of them gets 1, every other token 0. transformers fills with min - 1, so this is the same row minus
+        a constant.
+
+        Shapes: hidden [1,1,H] -> [1,1,V]
+        """
+        ids, scores = self.candidates(hidden)
+        shifted = scores - (scores.min(0, keepdim=True).values - 1.0)
+        return ops.scatter(ids, shifted, self.spec.vocab_size).reshape(1, 1, self.spec.vocab_size)

@@ -1,0 +1,100 @@
+"""The target, cut into the segments that are traced: what comes before the layers, the second half of a layer, the
+head, and the two embedders. `trace.py` says how they are chained; parameters carry the published names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_export.arch.spec import TargetSpec
+from mtp_export.models.attention import PositionTables
+from mtp_export.models.layers import FeedForward, RMSNorm
+
+
+class TargetPrologue(nn.Module):
+    """Position tables and the per-layer inputs of every layer."""
+
+    def __init__(self, spec: TargetSpec, num_layers: int) -> None:
+        super().__init__()
+        self.spec, self.num_layers = spec, num_layers
+        self.tables = PositionTables(spec, spec.sliding_window)
+        width = spec.num_layers * spec.per_layer_size
+        self.per_layer_model_projection = nn.Linear(spec.hidden_size, width, bias=False)
+        self.per_layer_projection_norm = RMSNorm(spec.per_layer_size, spec.rms_norm_eps)
+
+    def forward(
+        self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Mix each token's own per-layer embeddings with a projection of its embedding.
+
+        Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P], input_pos [T] int32, mask [1,1,T,S]
+            -> position tables, `per_layer_input_{i}` [1,T,P]
+        """
+        projected = self.per_layer_model_projection(embeddings) * self.spec.hidden_size**-0.5
+        projected = self.per_layer_projection_norm(projected.reshape(per_layer_embeddings.shape))
+        mixed = (projected + per_layer_embeddings) * 2.0**-0.5
+        return self.tables(input_pos, mask) | {f"per_layer_input_{i}": mixed[:, :, i] for i in range(self.num_layers)}
+
+
+class TargetFeedForward(FeedForward):
+    """Last segment of a layer: the feed-forward block, then the layer's own input gated into the residual."""
+
+    def __init__(self, spec: TargetSpec, intermediate_size: int) -> None:
+        super().__init__(spec, intermediate_size)
+        hidden = spec.hidden_size
+        self.per_layer_input_gate = nn.Linear(hidden, spec.per_layer_size, bias=False)
+        self.per_layer_projection = nn.Linear(spec.per_layer_size, hidden, bias=False)
+        self.post_per_layer_input_norm = RMSNorm(hidden, spec.rms_norm_eps)
+
+    def forward(self, x: Tensor, attended: Tensor, per_layer_input: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Shapes: x and attended [1,T,H], per_layer_input [1,T,P] -> x [1,T,H]"""
+        x = self.residuals(x, attended)
+        gated = F.gelu(self.per_layer_input_gate(x), approximate="tanh") * per_layer_input
+        x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return {"x": x * self.layer_scalar}
+
+
+class TargetHead(nn.Module):
+    """Final norm and the soft-capped head tied to the token embedding."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__()
+        self.cap = spec.final_logit_softcapping
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [1,T,H] -> activations [1,T,H], logits [1,T,V]"""
+        hidden = self.norm(x)
+        logits = torch.tanh(F.linear(hidden, self.embed_tokens.weight) * (1.0 / self.cap)) * self.cap
+        return {"activations": hidden, "logits": logits}
+
+
+class Embedder(nn.Module):
+    """Token embeddings scaled by sqrt(H): what LiteRT-LM feeds to target and drafter."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__()
+        self.scale = math.sqrt(spec.hidden_size)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+
+    def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Shapes: [1,1] int32 -> embeddings [1,1,H]"""
+        return {"embeddings": self.embed_tokens(token_ids) * self.scale}
+
+
+class PerLayerEmbedder(nn.Module):
+    """Per-layer token embeddings scaled by sqrt(P), unpacked by layer."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__()
+        self.shape, self.scale = (1, 1, spec.num_layers, spec.per_layer_size), math.sqrt(spec.per_layer_size)
+        width = spec.num_layers * spec.per_layer_size
+        self.embed_tokens_per_layer = nn.Embedding(spec.vocab_size_per_layer_input, width)
+
+    def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Shapes: [1,1] int32 -> embeddings [1,1,L,P]"""
+        return {"embeddings": (self.embed_tokens_per_layer(token_ids) * self.scale).reshape(self.shape)}

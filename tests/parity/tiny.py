@@ -1,0 +1,201 @@
+"""Tiny random pairs in transformers, and our modules loaded with their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.trace import GraphShape, run_signature, trace_embedder, trace_target
+from transformers import (
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    PreTrainedModel,
+)
+
+ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """The varying part of a tiny pair."""
+
+    num_kv_heads: int = 1
+    double_wide: bool = True
+    sliding_window: int = 8
+
+    @property
+    def target_spec(self) -> TargetSpec:
+        wide = 96 if self.double_wide else 48
+        return TargetSpec(
+            vocab_size=128,
+            hidden_size=32,
+            layer_types=("sliding_attention", "sliding_attention", "full_attention") * 2,
+            intermediate_sizes=(48, 48, 48, wide, wide, wide),
+            num_heads=4,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=self.sliding_window,
+            sliding_rope=RopeSpec(theta=1e4, partial_rotary_factor=1.0),
+            full_rope=RopeSpec(theta=1e6, partial_rotary_factor=0.25),
+            rms_norm_eps=1e-6,
+            num_kv_shared_layers=3,
+            per_layer_size=8,
+            vocab_size_per_layer_input=128,
+            final_logit_softcapping=30.0,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_ids=(1,),
+        )
+
+    @property
+    def drafter_spec(self) -> DrafterSpec:
+        target = self.target_spec
+        return DrafterSpec(
+            vocab_size=128,
+            hidden_size=24,
+            layer_types=("sliding_attention",) * 3 + ("full_attention",),
+            intermediate_sizes=(40,) * 4,
+            num_heads=4,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=self.sliding_window,
+            sliding_rope=target.sliding_rope,
+            full_rope=target.full_rope,
+            rms_norm_eps=1e-6,
+            backbone_hidden_size=32,
+            head=ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128),
+        )
+
+
+def _text_config(spec: TargetSpec | DrafterSpec, **extra: object) -> Gemma4TextConfig:
+    return Gemma4TextConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_sizes[0],
+        num_hidden_layers=spec.num_layers,
+        layer_types=list(spec.layer_types),
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        global_head_dim=spec.global_head_dim,
+        sliding_window=spec.sliding_window,
+        max_position_embeddings=1024,
+        rope_parameters=ROPE,
+        **extra,
+    )
+
+
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    """Give every weight, norms and layer scalars included, a value that shows when it is forgotten."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            # In a trained model these do the work of 1/sqrt(D); without it random attention is chaotic, and four
+            # chained steps amplify the rounding of the first a thousandfold.
+            tensor.data.uniform_(0.3, 0.6, generator=generator)
+        elif name.endswith(("norm.weight", "layernorm.weight", "layer_scalar")):
+            tensor.data.uniform_(0.6, 1.4, generator=generator)
+        elif tensor.dim() == 2:
+            tensor.data.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
+
+
+def hf_target(tiny: Tiny, seed: int = 0) -> Gemma4ForCausalLM:
+    spec = tiny.target_spec
+    config = _text_config(
+        spec,
+        num_kv_shared_layers=spec.num_kv_shared_layers,
+        use_double_wide_mlp=tiny.double_wide,
+        hidden_size_per_layer_input=spec.per_layer_size,
+        vocab_size_per_layer_input=spec.vocab_size_per_layer_input,
+        final_logit_softcapping=spec.final_logit_softcapping,
+    )
+    model = Gemma4ForCausalLM(config).eval()
+    _randomise(model, seed)
+    return model
+
+
+def hf_drafter(tiny: Tiny, seed: int = 1) -> Gemma4AssistantForCausalLM:
+    spec = tiny.drafter_spec
+    text = _text_config(
+        spec, num_kv_shared_layers=4, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0
+    )
+    config = Gemma4AssistantConfig(
+        text_config=text,
+        backbone_hidden_size=spec.backbone_hidden_size,
+        use_ordered_embeddings=True,
+        num_centroids=spec.head.num_centroids,
+        centroid_intermediate_top_k=spec.head.top_k,
+    )
+    model = Gemma4AssistantForCausalLM(config).eval()
+    _randomise(model, seed)
+    order = torch.randperm(spec.vocab_size, generator=torch.Generator().manual_seed(seed))
+    model.masked_embedding.token_ordering.copy_(order)
+    return model
+
+
+def target_weights(model: Gemma4ForCausalLM) -> dict[str, torch.Tensor]:
+    return {k.removeprefix("model."): v for k, v in model.state_dict().items()}
+
+
+def drafter_weights(spec: DrafterSpec, model: Gemma4AssistantForCausalLM) -> dict[str, torch.Tensor]:
+    state = dict(model.state_dict())
+    order = state["masked_embedding.token_ordering"]
+    clusters = spec.head.num_centroids
+    state["masked_embedding.token_ordering"] = order.to(torch.int32).reshape(clusters, -1)
+    state["masked_embedding.table"] = state["model.embed_tokens.weight"][order].reshape(clusters, -1)
+    return state
+
+
+def causal_mask(cache_length: int, position: int, num_tokens: int) -> torch.Tensor:
+    """Additive, over the whole cache. Shapes: -> [1,1,T,S]"""
+    slots, queries = torch.arange(cache_length), torch.arange(position, position + num_tokens)
+    return torch.where(slots[None] <= queries[:, None], 0.0, -1e9)[None, None]
+
+
+class StaticTarget:
+    """The traced target with caches of a fixed length, driven like a runtime does."""
+
+    def __init__(self, spec: TargetSpec, model: Gemma4ForCausalLM, cache_length: int, pass_lengths: set[int]) -> None:
+        self.spec, self.cache_length, self.weights = spec, cache_length, target_weights(model)
+        self.embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
+        # One graph per length of a pass; a verify pass of one token is a decode.
+        self.graphs = {
+            n: trace_target(spec, GraphShape(cache_length=cache_length, num_draft_tokens=n - 1, prefill_lengths=(n,)))
+            for n in pass_lengths
+        }
+        # Garbage, not zeros: what is not filled must not matter.
+        generator = torch.Generator().manual_seed(9)
+        self.caches = {
+            f"kv_cache_{part}_{i}": torch.randn(spec.cache_shape(i, cache_length), generator=generator)
+            for i in range(spec.num_caches)
+            for part in "kv"
+        }
+
+    def embed(self, token: torch.Tensor) -> list[torch.Tensor]:
+        """Shapes: scalar -> [1,1,H] and [1,1,L,P]"""
+        ids = {"token_ids": token.reshape(1, 1)}
+        return [run_signature(g, g.signatures[0], self.weights, ids)["embeddings"] for g in self.embedders]
+
+    def __call__(self, ids: torch.Tensor, position: int, name: str = "verify") -> dict[str, torch.Tensor]:
+        """Run one pass over T tokens and keep its caches. Shapes: ids [T] -> all values of the signature."""
+        graph = self.graphs[len(ids)]
+        traced = next(t for t in graph.signatures if t.signature.name == name)
+        embedded = [self.embed(token) for token in ids]
+        inputs = {
+            "embeddings": torch.cat([e[0] for e in embedded], 1),
+            "per_layer_embeddings": torch.cat([e[1] for e in embedded], 1),
+            "input_pos": torch.arange(position, position + len(ids), dtype=torch.int32),
+            "mask": causal_mask(self.cache_length, position, len(ids)),
+        }
+        values = run_signature(graph, traced, self.weights, inputs | self.caches)
+        self.caches = {cache: values[f"{cache}_next"] for cache in self.caches}
+        return values
