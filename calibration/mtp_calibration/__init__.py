@@ -1,0 +1,1 @@
+"""Quantisation recipes, and prompts with their provenance."""

@@ -1,0 +1,238 @@
+"""Opening checkpoints: a local folder, a Hugging Face id, or the embedded nano. The only place that knows the
+published tensor names. Only safetensors are read: nothing in a checkpoint is ever executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mtp_runtime.contract import FileEntry
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from mtp_export.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FLOATS = ("BF16", "F16", "F32")
+_MAX_JSON_BYTES = 64 << 20
+_READ_BYTES = 16 << 20
+
+# Where the text model's tensors lie: in a multimodal file, in a text-only one, and bare.
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+# Parts of a multimodal file that are not exported, and tensors that KV-shared layers carry without using them.
+_IGNORED = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
+    r"|.*\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a stored tensor lies, and what its header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """An opened checkpoint folder: parsed config, tensor headers, and rows on demand."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        """Open `folder`; `part` ("target" or "drafter") names it in errors.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or not what it should be.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"no {part} checkpoint at {folder}: give a folder with config.json and *.safetensors")
+        self.folder, self.part = folder, part
+        self.config = self.read_json("config.json")
+        self.tensors = dict(self._headers())
+
+    def read_json(self, name: str) -> Any:
+        """Parse a JSON file of the folder.
+
+        Raises:
+            CheckpointError: it is missing, too large, or not JSON.
+        """
+        path = self.folder / name
+        try:
+            if path.stat().st_size > _MAX_JSON_BYTES:
+                raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB: this is not a {name}")
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def _shards(self) -> list[Path]:
+        if not self.has(_INDEX):
+            if self.has(_SINGLE):
+                return [self.folder / _SINGLE]
+            if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
+                raise CheckpointError(
+                    f"{self.folder} has only pickled weights, which can run code when loaded: save it as safetensors"
+                )
+            raise CheckpointError(f"{self.folder / _SINGLE} is missing: the {self.part} checkpoint is incomplete")
+        index = self.read_json(_INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+            raise CheckpointError(f"{self.folder / _INDEX} has no valid weight_map: download it again")
+        shards = sorted(set(names.values()))
+        for shard in shards:
+            if "/" in shard or "\\" in shard or shard in ("", ".", "..") or "\0" in shard:
+                raise CheckpointError(f"{self.folder / _INDEX} names the unsafe file {shard!r}")
+            if not self.has(shard):
+                raise CheckpointError(f"{self.folder / shard} is missing: the {self.part} checkpoint is incomplete")
+        return [self.folder / shard for shard in shards]
+
+    def _headers(self) -> Iterator[tuple[str, TensorInfo]]:
+        for path in self._shards():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():
+                        view = file.get_slice(name)
+                        yield name, TensorInfo(file=path, shape=tuple(view.get_shape()), dtype=view.get_dtype())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+
+    def files(self) -> list[Path]:
+        """Every file that an export depends on, in a fixed order."""
+        present = [self.folder / name for name in (*_TEXT_FILES, _INDEX) if self.has(name)]
+        return present + sorted({info.file for info in self.tensors.values()})
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of a stored matrix, or a slice of a stored vector, as float32.
+
+        Shapes: -> [stop - start, …]
+
+        Raises:
+            CheckpointError: the file is damaged, or a weight is not finite.
+        """
+        return self._float32(name, lambda file: file.get_slice(name)[start:stop])
+
+    def rows_at(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of a stored matrix in any order, as float32. Shapes: indices [N] -> [N, …]"""
+        return self._float32(name, lambda file: file.get_tensor(name)[torch.from_numpy(indices)])
+
+    def _float32(self, name: str, read: Callable[[Any], torch.Tensor]) -> NDArray[np.float32]:
+        path = self.tensors[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                values: NDArray[np.float32] = read(file).to(torch.float32).numpy()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
+        return values
+
+    def integers(self, name: str) -> NDArray[np.int64]:
+        """A whole stored integer vector."""
+        info = self.tensors[name]
+        with safe_open(info.file, framework="pt") as file:
+            values: NDArray[np.int64] = file.get_tensor(name).to(torch.int64).numpy()
+        return values
+
+
+def text_prefix(checkpoint: Checkpoint) -> str:
+    """What the target's parameters are prefixed with in this file.
+
+    Raises:
+        CheckpointError: there is no text model in it.
+    """
+    for prefix in _TEXT_PREFIXES:
+        if prefix + "embed_tokens.weight" in checkpoint.tensors:
+            return prefix
+    raise CheckpointError(f"{checkpoint.folder}: no tensor …embed_tokens.weight: this is not a Gemma 4 checkpoint")
+
+
+def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    """Check parameters, name below `prefix` → shape, against the headers.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
+    """
+    for name, shape in expected.items():
+        stored = prefix + name
+        info = checkpoint.tensors.get(stored)
+        if info is None:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {stored} is missing: the checkpoint is incomplete")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+            )
+        allowed = ("I64", "I32") if name.endswith("token_ordering") else _FLOATS
+        if info.dtype not in allowed:
+            raise CheckpointError(
+                f"{info.file}: tensor {stored} has dtype {info.dtype}, expected {' or '.join(allowed)}: "
+                "quantised checkpoints are not supported yet"
+            )
+    for stored, info in checkpoint.tensors.items():
+        # A tied head may be stored twice; it is never read.
+        known = stored.removeprefix(prefix) in expected or stored == "lm_head.weight"
+        if not known and not _IGNORED.match(stored):
+            raise CheckpointError(f"{info.file}: unknown tensor {stored}: merge adapters before exporting")
+
+
+def read_token_ordering(checkpoint: Checkpoint, name: str, vocab_size: int) -> NDArray[np.int64]:
+    """The drafter's vocabulary in cluster order. Shapes: -> [V]
+
+    Raises:
+        CheckpointError: it is not a permutation of the vocabulary.
+    """
+    order = checkpoint.integers(name)
+    if not np.array_equal(np.sort(order), np.arange(vocab_size)):
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: {name} is not a permutation of 0…{vocab_size - 1}: "
+            "the drafter is damaged"
+        )
+    return order
+
+
+def locate(source: str) -> Path:
+    """A local folder as it is; a Hugging Face id through its cache (downloaded unless HF_HUB_OFFLINE is set).
+
+    Raises:
+        CheckpointError: the id is unknown, not cached while offline, or the download fails.
+    """
+    folder = Path(source).expanduser()
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    if folder.exists() or not looks_like_id:
+        return folder
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", _INDEX, *_TEXT_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{source} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached: "
+            "download it first, or give a local folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"cannot download {source}: {first_line}: log in, or give a local folder") from error
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file, under its bare name."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return FileEntry(path=path.name, sha256=digest.hexdigest(), size_bytes=os.path.getsize(path))

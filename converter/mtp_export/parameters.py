@@ -1,0 +1,124 @@
+"""Which stored tensor, in which format, becomes which parameter of a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from mtp_calibration.recipes import FLOAT32, INT8, Recipe, WeightFormat
+from numpy.typing import NDArray
+
+from mtp_export.arch.spec import DrafterSpec
+from mtp_export.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
+from mtp_export.trace import TracedGraph
+from mtp_export.weights import Parameter, quantise
+
+_EMBEDDING = "model.embed_tokens.weight"
+_ORDERING = "masked_embedding.token_ordering"
+_TABLE = "masked_embedding.table"
+_ROW_SCALES = "masked_embedding.row_scales"
+_CENTROIDS = "masked_embedding.centroids.weight"
+
+
+def target_parameters(
+    checkpoint: Checkpoint, graphs: Iterable[TracedGraph], recipe: Recipe
+) -> dict[str, dict[str, Parameter]]:
+    """Parameters by role for the target and its two embedders.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
+    """
+    graphs = list(graphs)
+    prefix = text_prefix(checkpoint)
+    check_tensors(checkpoint, {name: shape for g in graphs for name, shape in g.weights.items()}, prefix)
+    return {
+        graph.role: {
+            name: _stored(checkpoint, prefix + name, shape, _target_format(graph.role, name, shape, recipe))
+            for name, shape in graph.weights.items()
+        }
+        for graph in graphs
+    }
+
+
+def _target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
+    if len(shape) == 1:
+        return FLOAT32
+    if name == "embed_tokens.weight":
+        return recipe.head if role == "target" else recipe.embedding
+    return recipe.per_layer_embedding if name == "embed_tokens_per_layer.weight" else recipe.linear
+
+
+def drafter_parameters(
+    checkpoint: Checkpoint, graph: TracedGraph, spec: DrafterSpec, recipe: Recipe
+) -> dict[str, Parameter]:
+    """Parameters of the drafter; its embedding becomes the clustered table.
+
+    Raises:
+        CheckpointError: as for the target, or the token ordering is no permutation.
+    """
+    derived = {_TABLE, _ROW_SCALES, _ORDERING}
+    stored = {name: shape for name, shape in graph.weights.items() if name not in derived}
+    embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
+    check_tensors(checkpoint, stored | embedding, "")
+    parameters = {
+        name: _stored(
+            checkpoint, name, shape, FLOAT32 if len(shape) == 1 or name == _CENTROIDS else recipe.linear
+        )
+        for name, shape in stored.items()
+    }
+    return parameters | _clustered_table(checkpoint, spec, recipe)
+
+
+def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat) -> Parameter:
+    return Parameter(shape=shape, format=format, rows=lambda start, stop: checkpoint.rows(name, start, stop))
+
+
+def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) -> dict[str, Parameter]:
+    """The embedding in cluster order, one cluster to a row; quantised, its rows' scales apart from it."""
+    head = spec.head
+    ordering = read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(head.num_centroids, -1)
+
+    def tokens(start: int, stop: int) -> NDArray[np.float32]:
+        return checkpoint.rows_at(_EMBEDDING, ordering[start:stop].reshape(-1))
+
+    def table(start: int, stop: int) -> NDArray[np.float32]:
+        return tokens(start, stop).reshape(stop - start, -1)
+
+    def table_int8(start: int, stop: int) -> NDArray[np.int8]:
+        return quantise(tokens(start, stop), INT8)[0].reshape(stop - start, -1)
+
+    def row_scales(start: int, stop: int) -> NDArray[np.float32]:
+        return quantise(tokens(start, stop), INT8)[1].reshape(stop - start, -1)
+
+    def token_ids(start: int, stop: int) -> NDArray[np.int32]:
+        return ordering[start:stop].astype(np.int32)
+
+    clusters, size = ordering.shape
+    shape = (clusters, size * spec.hidden_size)
+    parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}
+    if recipe.head == FLOAT32:
+        return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}
+    # int8 whatever the recipe: the kernel that multiplies gathered rows as they are exists for int8 alone.
+    return parameters | {
+        _TABLE: Parameter(shape=shape, format=INT8, rows=table_int8, unit_scale=True),
+        _ROW_SCALES: Parameter(shape=(clusters, size), format=FLOAT32, rows=row_scales),
+    }
+
+
+def size_bytes(parameters: Mapping[str, Parameter]) -> int:
+    """Bytes that the data of parameters takes in a file, scales included, without the header."""
+    total = 0
+    for parameter in parameters.values():
+        count = int(np.prod(parameter.shape))
+        total += count * parameter.format.bits // 8
+        if parameter.format.bits < 32 and not parameter.unit_scale:
+            blocks = count // parameter.format.block_size if parameter.format.block_size else 0
+            total += 2 * blocks
+    return total
+
+
+def as_data(spec: object) -> dict[str, object]:
+    """A spec as plain JSON data for the manifest."""
+    assert dataclasses.is_dataclass(spec) and not isinstance(spec, type)
+    return dataclasses.asdict(spec)

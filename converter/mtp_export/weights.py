@@ -1,0 +1,245 @@
+"""Quantise one parameter at a time and stream it to its place in the file.
+
+The file is a flatbuffer header followed by the data, each buffer at an absolute offset: first the graph's own
+constants, then the parameters, each written once and shared by all signatures. Memory is that of one block of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import flatbuffers
+import ml_dtypes
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from mtp_calibration.recipes import WeightFormat
+from numpy.typing import NDArray
+
+from mtp_export.lower.tflite import LoweredGraph
+
+_ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
+_BLOCK_BYTES = 32 << 20  # of float32 rows held at a time
+_QUANTISED_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: schema.TensorType.INT2}
+# Operators whose output is nothing but values of their first input.
+_MOVES = (schema.BuiltinOperator.GATHER, schema.BuiltinOperator.RESHAPE)
+
+Rows = Callable[[int, int], NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """What is to be written for one parameter.
+
+    rows(start, stop) gives float32 rows to quantise (or int32, or int8, which are written as they are). With
+    `unit_scale`, rows are int8 already and mean themselves: the graph multiplies by their scales later.
+    """
+
+    shape: tuple[int, ...]
+    format: WeightFormat
+    rows: Rows
+    unit_scale: bool = False
+
+
+def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric min-max quantisation: scale = max|x| / (2^(bits-1) - 1), values rounded half to even.
+
+    As ai-edge-quantizer does it, to the bit: 8 bits use -127…127, fewer bits their full range; scales of blocks are
+    rounded to bfloat16.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    count, columns = rows.shape
+    block = format.block_size or columns
+    grouped = rows.reshape(count, columns // block, block)
+    limit = 2 ** (format.bits - 1) - 1
+    bound = np.maximum(np.abs(grouped).max(-1), np.float32(1e-9))
+    scales = (bound / np.float32(limit)).astype(np.float32)
+    if format.block_size:
+        scales = scales.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float32)
+    lowest = -limit if format.bits >= 8 else -limit - 1
+    values = np.clip(np.rint(grouped / scales[..., None]), lowest, limit).astype(np.int8)
+    return values.reshape(count, columns), scales
+
+
+def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Several values to a byte, the first in the low bits. Shapes: [R,C] -> [R*C*bits/8]"""
+    flat = values.reshape(-1).view(np.uint8)
+    if bits == 8:
+        return flat
+    per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+    packed = flat[0::per_byte] & mask
+    for i in range(1, per_byte):
+        packed |= (flat[i::per_byte] & mask) << np.uint8(bits * i)
+    return packed
+
+
+def write_graph(
+    lowered: LoweredGraph,
+    parameters: Mapping[str, Parameter],
+    path: Path,
+    on_parameter: Callable[[str, int], None] = lambda name, size_bytes: None,
+) -> None:
+    """Write a `.tflite` with its weights. `on_parameter` is told the name and the bytes written of each parameter.
+
+    `lowered` is consumed: its tensors are given their types and buffers.
+    """
+    model = lowered.model
+    constants = [(i, b) for i, b in enumerate(model.buffers) if b.data is not None and len(b.data)]
+    data = {i: np.asarray(buffer.data, np.uint8) for i, buffer in constants}
+    for _, buffer in constants:
+        _reserve(buffer)
+    places = {name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights}
+    missing = sorted(set(lowered.weights) - set(places))
+    if missing:
+        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
+    header_bytes = _aligned(len(_serialise(model)))
+    with path.open("wb") as file:
+        file.seek(header_bytes)
+        for i, constant in data.items():
+            _write(file, model.buffers[i], iter([constant]))
+        for name, place in places.items():
+            written = _stream(file, model, lowered.weights[name], parameters[name], place)
+            on_parameter(name, written)
+        end = file.tell()
+        header = _serialise(model)
+        if _aligned(len(header)) != header_bytes:
+            raise AssertionError("the header changed its size when offsets and scales were filled in")
+        file.seek(0)
+        file.write(header)
+        file.truncate(end)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """The buffers that a parameter was given: its data, and for blockwise formats the scales."""
+
+    data: schema.BufferT
+    scales: schema.BufferT | None
+
+
+def _new_buffer(model: schema.ModelT) -> tuple[int, schema.BufferT]:
+    buffer = schema.BufferT()
+    _reserve(buffer)
+    model.buffers.append(buffer)
+    return len(model.buffers) - 1, buffer
+
+
+def _reserve(buffer: schema.BufferT) -> None:
+    """Mark a buffer as lying outside the flatbuffer: any offset and size but 0, which flatbuffers would leave out."""
+    buffer.data, buffer.offset, buffer.size = None, 1, 1
+
+
+def _declare(model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter) -> _Place:
+    """Give the tensors of a parameter their type, quantisation and shared buffers."""
+    index, data = _new_buffer(model)
+    scales_index, scales = _new_buffer(model) if parameter.format.block_size else (0, None)
+    for subgraph_index, tensor_index in uses:
+        subgraph = model.subgraphs[subgraph_index]
+        tensor = subgraph.tensors[tensor_index]
+        if tuple(tensor.shape) != parameter.shape:
+            raise AssertionError(f"{tensor.name!r}: graph has {list(tensor.shape)}, parameter {parameter.shape}")
+        tensor.buffer = index
+        if parameter.format.bits == 32:
+            continue
+        tensor.type = _QUANTISED_TYPES[parameter.format.bits]
+        if parameter.unit_scale:
+            _retype_unit_scale(model, subgraph, tensor_index)
+        elif parameter.format.block_size:
+            tensor.quantization = _blockwise(subgraph, tensor, parameter, scales_index)
+        else:
+            # Values follow when they are known; the lengths must be right for the size of the header.
+            tensor.quantization = _per_channel(np.zeros(parameter.shape[0], np.float32))
+    return _Place(data=data, scales=scales)
+
+
+def _per_channel(scales: NDArray[np.float32]) -> schema.QuantizationParametersT:
+    quantisation = schema.QuantizationParametersT()
+    quantisation.scale, quantisation.zeroPoint = scales, np.zeros(len(scales), np.int64)
+    quantisation.quantizedDimension = 0
+    return quantisation
+
+
+def _blockwise(
+    subgraph: schema.SubGraphT, tensor: schema.TensorT, parameter: Parameter, scales_buffer: int
+) -> schema.QuantizationParametersT:
+    rows, columns = parameter.shape
+    scales = schema.TensorT()
+    scales.name, scales.type, scales.buffer = tensor.name + b"_scales", schema.TensorType.FLOAT16, scales_buffer
+    scales.shape, scales.hasRank = np.array([rows, columns // parameter.format.block_size], np.int32), True
+    subgraph.tensors.append(scales)
+    details = schema.BlockwiseQuantizationT()
+    details.scales, details.zeroPoints = len(subgraph.tensors) - 1, -1
+    details.blockSize = parameter.format.block_size
+    quantisation = schema.QuantizationParametersT()
+    quantisation.details = details
+    quantisation.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+    return quantisation
+
+
+def _retype_unit_scale(model: schema.ModelT, subgraph: schema.SubGraphT, tensor_index: int) -> None:
+    """Make a table and all that is only gathered and reshaped from it int8 with scale 1.
+
+    The chain ends as the filter of a FULLY_CONNECTED with float32 input, whose kernel multiplies int8 rows without
+    turning them into float32 first.
+    """
+    moved = {tensor_index}
+    for operator in subgraph.operators:
+        code = model.operatorCodes[operator.opcodeIndex].builtinCode
+        if code in _MOVES and int(operator.inputs[0]) in moved:
+            moved.add(int(operator.outputs[0]))
+    for index in moved:
+        subgraph.tensors[index].type = schema.TensorType.INT8
+        subgraph.tensors[index].quantization = _per_channel(np.ones(1, np.float32))
+
+
+def _stream(
+    file: BinaryIO, model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter, place: _Place
+) -> int:
+    """Write a parameter's data, fill in its scales, and return the bytes written."""
+    scales: list[NDArray[np.float32]] = []
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        count = parameter.shape[0]
+        row_bytes = 4 * math.prod(parameter.shape[1:])
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        for start in range(0, count, step):
+            rows = parameter.rows(start, min(count, start + step))
+            if parameter.format.bits == 32 or parameter.unit_scale:
+                yield rows
+            else:
+                values, row_scales = quantise(rows, parameter.format)
+                scales.append(row_scales)
+                yield pack(values, parameter.format.bits)
+
+    written = _write(file, place.data, blocks())
+    if scales and place.scales is None:
+        joined = np.concatenate(scales).reshape(-1)
+        for subgraph_index, tensor_index in uses:
+            model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = joined
+    elif place.scales is not None:
+        written += _write(file, place.scales, iter([np.concatenate(scales).astype(np.float16)]))
+    return written
+
+
+def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> int:
+    """Write blocks at the next aligned position and note it in the buffer."""
+    file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
+    buffer.offset = file.tell()
+    for block in blocks:
+        file.write(np.ascontiguousarray(block).data)
+    buffer.size = file.tell() - buffer.offset
+    return int(buffer.size)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _serialise(model: schema.ModelT) -> bytes:
+    builder = flatbuffers.Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
