@@ -1,0 +1,142 @@
+"""`mtp-export export`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mtp_export.config import ExportConfig
+
+
+@click.command("export")
+@click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b.")
+@click.option("--target", "export_format", default="tflite", show_default=True, help="Export format: tflite.")
+@click.option("--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]")
+@click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]")
+@click.option("--recipe", default="int8", show_default=True, help="Quantisation of the target: f32, int8 or int4.")
+@click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]")
+@click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]")
+@click.option("--num-draft-tokens", type=int, default=4, show_default=True, help="Most tokens drafted in a round, K.")
+@click.option(
+    "--drafter-position-offset",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(
+    model: str,
+    export_format: str,
+    checkpoint: str | None,
+    drafter: str | None,
+    recipe: str,
+    drafter_recipe: str | None,
+    cache_length: int | None,
+    num_draft_tokens: int,
+    drafter_position_offset: int,
+    output: Path | None,
+    force: bool,
+    workers: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Write a bundle: target, drafter and embedders as TFLite files, and all of them in one .litertlm."""
+    config = ExportConfig(
+        model=model,
+        export_format=export_format,
+        target=checkpoint,
+        drafter=drafter,
+        recipe=recipe,
+        drafter_recipe=drafter_recipe,
+        cache_length=cache_length,
+        num_draft_tokens=num_draft_tokens,
+        drafter_position_offset=drafter_position_offset,
+        output=output or Path(f"{model}-{export_format}"),
+        force=force,
+        workers=min(os.cpu_count() or 1, 4) if workers is None else workers,
+    )
+    with _Bars() as bars:
+        bars.start("loading", 0)
+        # torch takes seconds to load; the bar is up by then.
+        from mtp_export.pipeline import export
+
+        result = export(config, bars)
+    if as_json:
+        click.echo(json.dumps(_as_json(result)))
+    else:
+        _print(result)
+
+
+class _Bars:
+    """Progress on standard error, a bar a stage; nothing where that is no terminal."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description:>22}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self.task = self.bars.add_task("", visible=False)
+
+    def __enter__(self) -> _Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def start(self, stage: str, total: int) -> None:
+        self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
+        self.task = self.bars.add_task(stage, total=total or None)
+
+    def advance(self, done: int) -> None:
+        self.bars.advance(self.task, done)
+
+
+def _sizes(result: Any) -> Mapping[str, int]:
+    return {entry.path: entry.size_bytes for entry in result.manifest.files.values()}
+
+
+def _as_json(result: Any) -> dict[str, Any]:
+    manifest = result.manifest
+    return {
+        "output": str(result.output),
+        "model": manifest.model,
+        "recipe": manifest.recipe,
+        "drafter_recipe": manifest.drafter_recipe,
+        "context_length": manifest.context_length,
+        "num_draft_tokens": manifest.num_draft_tokens,
+        "input_bytes": result.input_bytes,
+        "files_bytes": _sizes(result),
+        "seconds": result.seconds,
+    }
+
+
+def _print(result: Any) -> None:
+    manifest, seconds = result.manifest, result.seconds
+    click.echo(f"{result.output}: {manifest.model}, {manifest.recipe} (drafter {manifest.drafter_recipe})")
+    for name, size in _sizes(result).items():
+        click.echo(f"  {name:28} {size / 1e6:10.2f} MB")
+    click.echo(
+        f"  from {result.input_bytes / 1e6:.2f} MB in {sum(seconds.values()):.1f} s "
+        f"({', '.join(f'{name} {s:.1f}' for name, s in seconds.items())})"
+    )
+    click.echo(f"  context {manifest.context_length} tokens, up to {manifest.num_draft_tokens} drafts a round")
+    click.echo(f"next: mtp-export run {result.output} 'def add(a, b):'")

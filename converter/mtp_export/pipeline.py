@@ -1,0 +1,273 @@
+"""export(): Checkpoint → specs → TracedGraph → LoweredGraph → weights streamed in → Bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
+from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
+
+from mtp_export import bundle, parameters
+from mtp_export.arch import gemma4
+from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
+from mtp_export.checkpoint import Checkpoint, hash_file, locate
+from mtp_export.config import ExportConfig, in_range, one_of
+from mtp_export.embedded import EMBEDDED
+from mtp_export.errors import CheckpointError, OutputError
+from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
+from mtp_export.weights import Parameter, write_graph
+
+# Copied into the bundle as they are: role and file name.
+_TEXT_FILES = {
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "chat_template": "chat_template.jinja",
+}
+_MAX_DRAFT_TOKENS = 16
+_SPARE_BYTES = 64 << 20  # of disk, for headers and text files
+
+
+class Progress(Protocol):
+    """Told what an export is doing: a stage of so many units, and units done."""
+
+    def start(self, stage: str, total: int) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export wrote, and what it took. Sizes are in bytes, times in seconds."""
+
+    output: Path
+    manifest: Manifest
+    input_bytes: int
+    seconds: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """An opened pair that has been checked."""
+
+    model: PairSpec
+    target: Checkpoint
+    drafter: Checkpoint
+    target_spec: TargetSpec
+    drafter_spec: DrafterSpec
+
+
+def export(config: ExportConfig, progress: Progress) -> ExportResult:
+    """Export a pair as `config` says.
+
+    Raises:
+        MtpError: with what was wrong and what to do; nothing is left behind then.
+    """
+    clock = _Clock()
+    pair = _open_pair(config)
+    shape = _graph_shape(config, pair)
+    clock.lap("open")
+    with bundle.staged_folder(config.output, force=config.force) as folder:
+        graphs = _trace(config, pair, shape)
+        values = _parameters(config, pair, graphs)
+        _check_disk(config.output, values)
+        clock.lap("trace")
+        _write_graphs(config, graphs, values, folder, progress, clock)
+        manifest = _write_rest(config, pair, shape, graphs, folder, progress)
+        clock.lap("bundle")
+    return ExportResult(
+        output=config.output,
+        manifest=manifest,
+        input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _open_pair(config: ExportConfig) -> _Pair:
+    one_of("--model", config.model, gemma4.PAIRS)
+    one_of("--target", config.export_format, ("tflite",))
+    one_of("--recipe", config.recipe, RECIPES)
+    if config.drafter_recipe is not None:
+        one_of("--drafter-recipe", config.drafter_recipe, RECIPES)
+    model = gemma4.PAIRS[config.model]
+    target = Checkpoint(_folder(config.target, model.target_id, "target"), "target")
+    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter"), "drafter")
+    target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
+    drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
+    gemma4.check_pair(target_spec, drafter_spec)
+    gemma4.check_model(model, target_spec, drafter_spec)
+    return _Pair(
+        model=model, target=target, drafter=drafter, target_spec=target_spec, drafter_spec=drafter_spec
+    )
+
+
+def _folder(given: str | None, published_id: str, part: str) -> Path:
+    if given is not None:
+        return locate(given)
+    return locate(published_id) if published_id else EMBEDDED / part
+
+
+def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
+    in_range("--num-draft-tokens", config.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
+    in_range("--drafter-position-offset", config.drafter_position_offset, 0, 1)
+    in_range("--workers", config.workers, 1, 64)
+    longest = pair.target_spec.max_position_embeddings
+    cache_length = min(pair.model.cache_length, longest) if config.cache_length is None else config.cache_length
+    in_range("--cache-length", cache_length, 32, longest)
+    return GraphShape(
+        cache_length=cache_length,
+        num_draft_tokens=config.num_draft_tokens,
+        prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
+    )
+
+
+def _trace(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
+    return [
+        trace_target(pair.target_spec, shape),
+        trace_embedder(pair.target_spec, "embedder"),
+        trace_embedder(pair.target_spec, "per_layer_embedder"),
+        trace_drafter(
+            pair.drafter_spec,
+            pair.target_spec,
+            shape,
+            position_offset=config.drafter_position_offset,
+            row_scales=_drafter_recipe(config) != "f32",
+        ),
+    ]
+
+
+def _drafter_recipe(config: ExportConfig) -> str:
+    return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
+
+
+def _parameters(
+    config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]
+) -> dict[str, dict[str, Parameter]]:
+    *of_target, drafter = graphs
+    recipe = RECIPES[_drafter_recipe(config)]
+    values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
+    return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
+
+
+def _check_disk(output: Path, values: Mapping[str, Mapping[str, Parameter]]) -> None:
+    """Graphs lie in the folder twice: as plain files, and within the one `.litertlm`."""
+    needed = 2 * sum(parameters.size_bytes(p) for p in values.values()) + _SPARE_BYTES
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output.absolute().parent} has {free / 1e9:.2f} GB free and the bundle needs {needed / 1e9:.2f} GB: "
+            "free some space, or choose another --output"
+        )
+
+
+def _write_graphs(
+    config: ExportConfig,
+    graphs: Sequence[TracedGraph],
+    values: Mapping[str, Mapping[str, Parameter]],
+    folder: Path,
+    progress: Progress,
+    clock: _Clock,
+) -> None:
+    from mtp_export.lower import tflite
+
+    progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
+    lowered = tflite.lower(graphs, config.workers, progress.advance)
+    clock.lap("lower")
+    progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
+    for graph in lowered:
+        write_graph(graph, values[graph.role], folder / f"{graph.role}.tflite", lambda _, done: progress.advance(done))
+    clock.lap("weights")
+
+
+def _write_rest(
+    config: ExportConfig,
+    pair: _Pair,
+    shape: GraphShape,
+    graphs: Sequence[TracedGraph],
+    folder: Path,
+    progress: Progress,
+) -> Manifest:
+    inputs = [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
+    progress.start("hashing and bundling", len(inputs) + len(graphs) + 1)
+    files = {graph.role: folder / f"{graph.role}.tflite" for graph in graphs} | _copy_text_files(pair, folder)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tool_version=version("mtp-export"),
+        model=config.model,
+        export_format=config.export_format,
+        recipe=config.recipe,
+        drafter_recipe=_drafter_recipe(config),
+        cache_length=shape.cache_length,
+        num_draft_tokens=shape.num_draft_tokens,
+        context_length=shape.cache_length - shape.num_draft_tokens,
+        drafter_position_offset=config.drafter_position_offset,
+        vocab_size=pair.target_spec.vocab_size,
+        hidden_size=pair.target_spec.hidden_size,
+        bos_token_id=pair.target_spec.bos_token_id,
+        stop_token_ids=_stop_token_ids(pair),
+        target=dataclasses.asdict(pair.target_spec),
+        drafter=dataclasses.asdict(pair.drafter_spec),
+        inputs=tuple(_hash_input(part, path, progress) for part, path in inputs),
+        files={role: hash_file(path) for role, path in files.items()},
+        signatures={graph.role: tuple(t.signature for t in graph.signatures) for graph in graphs},
+    )
+    progress.advance(len(graphs))
+    container = folder / f"{config.model}.litertlm"
+    bundle.write_litertlm(folder, manifest, container)
+    manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
+    bundle.write_manifest(folder, manifest)
+    progress.advance(1)
+    return manifest
+
+
+def _hash_input(part: str, path: Path, progress: Progress) -> FileEntry:
+    entry = hash_file(path)
+    progress.advance(1)
+    return FileEntry(path=f"{part}/{entry.path}", sha256=entry.sha256, size_bytes=entry.size_bytes)
+
+
+def _copy_text_files(pair: _Pair, folder: Path) -> dict[str, Path]:
+    """Copy tokenizer and chat template; returns them by role."""
+    if not pair.target.has("tokenizer.json"):
+        raise CheckpointError(f"{pair.target.folder / 'tokenizer.json'} is missing: the target checkpoint is incomplete")
+    copied = {}
+    for role, name in _TEXT_FILES.items():
+        if pair.target.has(name):
+            shutil.copyfile(pair.target.folder / name, folder / name)
+            copied[role] = folder / name
+    if "chat_template" not in copied and pair.target.has("tokenizer_config.json"):
+        # Before chat_template.jinja existed, the template was a key of the tokenizer's config.
+        config = pair.target.read_json("tokenizer_config.json")
+        template = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(template, str):
+            copied["chat_template"] = folder / _TEXT_FILES["chat_template"]
+            copied["chat_template"].write_text(template, encoding="utf-8")
+    return copied
+
+
+def _stop_token_ids(pair: _Pair) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json knows better than config.json."""
+    if pair.target.has("generation_config.json"):
+        generation = pair.target.read_json("generation_config.json")
+        if isinstance(generation, dict) and generation.get("eos_token_id") is not None:
+            return gemma4.token_ids(generation["eos_token_id"], "generation_config.json: eos_token_id")
+    return pair.target_spec.eos_token_ids

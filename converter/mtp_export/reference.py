@@ -1,0 +1,37 @@
+"""transformers as the reference: what the checkpoint itself says, greedily, in float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+
+def greedy(
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Collection[int],
+    on_prompt: Callable[[], None] = lambda: None,
+) -> tuple[list[list[int]], float]:
+    """Continue prompts of token ids with the target checkpoint in `folder`.
+
+    Returns:
+        The new tokens of each, a stop id included, and the seconds that all took.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model.generation_config.eos_token_id = sorted(stop_token_ids)
+    outputs = []
+    started = time.perf_counter()
+    for ids in prompts:
+        out = model.generate(torch.tensor([list(ids)]), max_new_tokens=max_new_tokens, do_sample=False)
+        outputs.append(out[0, len(ids) :].tolist())
+        on_prompt()
+    return outputs, time.perf_counter() - started

@@ -1,0 +1,148 @@
+"""Stock LiteRT-LM as a client of our `.litertlm`: what it says, how fast, and how its drafts fared.
+
+It runs in a process of its own: its log goes straight to file descriptor 2, its acceptance is told only there, when the
+engine closes, and a crash of it must not be ours. `python -m mtp_export.stock_runtime` is that process: it takes a
+request as JSON on standard input and writes the answer to the file that the request names.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mtp_runtime.errors import BackendError
+
+
+class _Request(msgspec.Struct, kw_only=True):
+    model_path: str
+    answer_path: str
+    prompts: list[str]
+    max_new_tokens: int
+    context_length: int
+    use_mtp: bool
+    threads: int
+
+
+class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one prompt got.
+
+    `prompt_ids` is how the runtime itself reads the prompt, its start token not included. `decode_ms` is the wall time
+    of the whole decode call, which the first token is part of.
+    """
+
+    text: str
+    prompt_ids: list[int]
+    num_tokens: int
+    decode_ms: float
+
+
+class StockRun(msgspec.Struct, frozen=True, kw_only=True):
+    """All prompts of one engine. `acceptance_rate` is accepted per drafted tokens, None without MTP."""
+
+    outputs: list[StockOutput]
+    acceptance_rate: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of decoding over all prompts."""
+        decode_ms = sum(output.decode_ms for output in self.outputs)
+        return 1000.0 * sum(output.num_tokens for output in self.outputs) / decode_ms if decode_ms else 0.0
+
+
+def run_stock(
+    model_path: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    context_length: int,
+    use_mtp: bool,
+    threads: int = 2,
+    timeout_s: float = 600.0,
+) -> StockRun:
+    """Run stock LiteRT-LM greedily over `prompts`, without a chat template, on the CPU.
+
+    The runtime may say one token more than `max_new_tokens`: compare prefixes.
+
+    Raises:
+        BackendError: it is not installed, refuses the bundle, fails or takes longer than `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory(prefix="mtp-stock-") as folder:
+        answer_path = Path(folder) / "answer.json"
+        request = _Request(
+            model_path=str(model_path),
+            answer_path=str(answer_path),
+            prompts=list(prompts),
+            max_new_tokens=max_new_tokens,
+            context_length=context_length,
+            use_mtp=use_mtp,
+            threads=threads,
+        )
+        command = [sys.executable, "-m", "mtp_export.stock_runtime"]
+        try:
+            done = subprocess.run(
+                command, input=msgspec.json.encode(request), capture_output=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise BackendError(f"stock LiteRT-LM did not finish within {timeout_s:g} s") from None
+        log = done.stderr.decode("utf-8", errors="replace")
+        if done.returncode != 0 or not answer_path.exists():
+            raise BackendError(f"stock LiteRT-LM failed (exit {done.returncode}): {last_complaint(log)}")
+        run = msgspec.json.decode(answer_path.read_bytes(), type=StockRun)
+    return msgspec.structs.replace(run, acceptance_rate=parse_acceptance_rate(log))
+
+
+def parse_acceptance_rate(log: str) -> float | None:
+    """Return the acceptance that the engine logs as it closes, None where it logs none. 0.18.1 tells no counts."""
+    found = re.findall(r"MTP Drafter - Success rate: ([0-9.e+-]+)$", log, re.MULTILINE)
+    return float(found[-1]) if found else None
+
+
+def last_complaint(log: str) -> str:
+    """Return the last error that the library logged, or the last line of the log."""
+    errors: list[str] = re.findall(r"^(?:E\d{4} \S+ +\d+ \S+\] |ERROR: )(.+)$", log, re.MULTILINE)
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _main() -> None:
+    import litert_lm
+
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.INFO)
+    greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+    outputs = []
+    with litert_lm.Engine(
+        request.model_path,
+        backend=litert_lm.Backend.CPU(thread_count=request.threads),
+        max_num_tokens=request.context_length,
+        enable_speculative_decoding=request.use_mtp,
+        enable_benchmark=True,
+    ) as engine:
+        for prompt in request.prompts:
+            with engine.create_session(
+                apply_prompt_template=False, sampler_config=greedy, max_output_tokens=request.max_new_tokens
+            ) as session:
+                session.run_prefill([prompt])
+                started = time.perf_counter()
+                responses = session.run_decode()
+                decode_ms = 1000.0 * (time.perf_counter() - started)
+                outputs.append(
+                    StockOutput(
+                        text=responses.texts[0] if responses.texts else "",
+                        prompt_ids=engine.tokenize(prompt),
+                        num_tokens=session.get_benchmark_info().last_decode_token_count,
+                        decode_ms=decode_ms,
+                    )
+                )
+    Path(request.answer_path).write_bytes(msgspec.json.encode(StockRun(outputs=outputs)))
+
+
+if __name__ == "__main__":
+    _main()
