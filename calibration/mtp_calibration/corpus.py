@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import msgspec
+
 from mtp_runtime.errors import UserError
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from litert_lm_builder import litertlm_builder
 from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metadata, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
-from mtp_runtime.contract import MANIFEST_NAME, Manifest
 
 from mtp_export.errors import OutputError
+from mtp_runtime.contract import MANIFEST_NAME, Manifest
 
 _MODEL_TYPES = {
     "target": TfLiteModelType.PREFILL_DECODE,

@@ -14,15 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from mtp_runtime.contract import FileEntry
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mtp_export.errors import CheckpointError
+from mtp_runtime.contract import FileEntry
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_JSON_BYTES = 64 << 20
 _READ_BYTES = 16 << 20

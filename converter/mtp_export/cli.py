@@ -9,6 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 import click
+
 from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
@@ -37,7 +38,9 @@ class _LazyGroup(click.Group):
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS:
             close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -72,7 +75,7 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has seen enough
         sys.exit(0)
-    except Exception as error:  # noqa: BLE001  the last resort: no traceback reaches a user who did not ask for it
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug and report it)", 1)

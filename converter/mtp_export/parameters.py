@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from mtp_calibration.recipes import FLOAT32, INT8, Recipe, WeightFormat
 from numpy.typing import NDArray
 
+from mtp_calibration.recipes import FLOAT32, INT8, Recipe, WeightFormat
 from mtp_export.arch.spec import DrafterSpec
 from mtp_export.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
 from mtp_export.trace import TracedGraph
@@ -62,9 +61,7 @@ def drafter_parameters(
     embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
     check_tensors(checkpoint, stored | embedding, "")
     parameters = {
-        name: _stored(
-            checkpoint, name, shape, FLOAT32 if len(shape) == 1 or name == _CENTROIDS else recipe.linear
-        )
+        name: _stored(checkpoint, name, shape, FLOAT32 if len(shape) == 1 or name == _CENTROIDS else recipe.linear)
         for name, shape in stored.items()
     }
     return parameters | _clustered_table(checkpoint, spec, recipe)
@@ -116,9 +113,3 @@ def size_bytes(parameters: Mapping[str, Parameter]) -> int:
             blocks = count // parameter.format.block_size if parameter.format.block_size else 0
             total += 2 * blocks
     return total
-
-
-def as_data(spec: object) -> dict[str, object]:
-    """A spec as plain JSON data for the manifest."""
-    assert dataclasses.is_dataclass(spec) and not isinstance(spec, type)
-    return dataclasses.asdict(spec)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
-from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
 
+from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
 from mtp_export import bundle, parameters
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
@@ -23,6 +22,7 @@ from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError, OutputError
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.weights import Parameter, write_graph
+from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
 
 # Copied into the bundle as they are: role and file name.
 _TEXT_FILES = {
@@ -115,9 +115,7 @@ def _open_pair(config: ExportConfig) -> _Pair:
     drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
     gemma4.check_pair(target_spec, drafter_spec)
     gemma4.check_model(model, target_spec, drafter_spec)
-    return _Pair(
-        model=model, target=target, drafter=drafter, target_spec=target_spec, drafter_spec=drafter_spec
-    )
+    return _Pair(model=model, target=target, drafter=drafter, target_spec=target_spec, drafter_spec=drafter_spec)
 
 
 def _folder(given: str | None, published_id: str, part: str) -> Path:
@@ -159,9 +157,7 @@ def _drafter_recipe(config: ExportConfig) -> str:
     return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
 
 
-def _parameters(
-    config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]
-) -> dict[str, dict[str, Parameter]]:
+def _parameters(config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
     *of_target, drafter = graphs
     recipe = RECIPES[_drafter_recipe(config)]
     values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
@@ -248,7 +244,9 @@ def _hash_input(part: str, path: Path, progress: Progress) -> FileEntry:
 def _copy_text_files(pair: _Pair, folder: Path) -> dict[str, Path]:
     """Copy tokenizer and chat template; returns them by role."""
     if not pair.target.has("tokenizer.json"):
-        raise CheckpointError(f"{pair.target.folder / 'tokenizer.json'} is missing: the target checkpoint is incomplete")
+        raise CheckpointError(
+            f"{pair.target.folder / 'tokenizer.json'} is missing: the target checkpoint is incomplete"
+        )
     copied = {}
     for role, name in _TEXT_FILES.items():
         if pair.target.has(name):

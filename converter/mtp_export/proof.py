@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtp_calibration.corpus import Prompt
+from mtp_export.stock_runtime import StockRun, run_stock
 from mtp_runtime import GenerationTrace, Session
 from mtp_runtime.errors import UserError
 from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
-
-from mtp_export.stock_runtime import StockRun, run_stock
 
 # In logits (soft-capped at ±30). Float graphs differ by reordered sums: some 1e-5. A quantised graph rounds its
 # activations to int8, and a difference of 1e-6 before the rounding can be a step of one in 127 after it: differences
@@ -155,9 +154,7 @@ def _stock(
     for prompt, trace, parts, output in zip(prompts, plain, pieces, run.outputs, strict=True):
         if output.prompt_ids != list(trace.prompt_ids)[-len(output.prompt_ids) :]:
             raise UserError(f"prompt {prompt.id}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
-        comparisons.append(
-            compare_text(prompt.id, parts, output.text, margins=trace.margins, tolerance=tolerance)
-        )
+        comparisons.append(compare_text(prompt.id, parts, output.text, margins=trace.margins, tolerance=tolerance))
     return RunnerResult(
         runner="LiteRT-LM",
         num_draft_tokens=k,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+import transformers
 
 
 def greedy(
@@ -24,9 +24,10 @@ def greedy(
     Returns:
         The new tokens of each, a stop id included, and the seconds that all took.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    library: Any = transformers  # only half of what is used here is typed
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     model.generation_config.eos_token_id = sorted(stop_token_ids)
     outputs = []
     started = time.perf_counter()

@@ -68,7 +68,7 @@ def run_stock(
 ) -> StockRun:
     """Run stock LiteRT-LM greedily over `prompts`, without a chat template, on the CPU.
 
-    The runtime may say one token more than `max_new_tokens`: compare prefixes.
+    With MTP the runtime may say up to K tokens more than `max_new_tokens`, all of its last round: compare prefixes.
 
     Raises:
         BackendError: it is not installed, refuses the bundle, fails or takes longer than `timeout_s`.

@@ -1,9 +1,9 @@
 """TargetSpec/DrafterSpec → TracedGraph: which graphs a bundle has, and of which segments each signature is made.
 
-A signature is a chain of calls of segments (before the layers, the parts of a layer, the head). Layers of one kind
-share their segments, so a graph of forty layers costs the tracing of four. No parameter enters a segment: each is an input
-`w_<leaf>`, and a call says which parameter of the model it stands for. The lowering chains the segments and streams
-the parameters from the checkpoint to their places.
+A signature is a chain of calls of segments: what comes before the layers, the parts of a layer, the head. Layers of
+one kind share their segments, so a graph of forty layers costs the tracing of four. No parameter enters a segment:
+each is an input, and a call says which parameter of the model it stands for. The lowering chains the segments and
+streams the parameters from the checkpoint to their places.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
-from mtp_runtime.contract import GraphSignature, SignatureKind, TensorSpec
 from torch import Tensor, nn
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
@@ -20,6 +19,7 @@ from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPref
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
 from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import Embedder, PerLayerEmbedder, TargetFeedForward, TargetHead, TargetPrologue
+from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
 
 # Attention-length variants: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
 ATTENTION_LENGTHS = (512, 2048, 8192, 32768)
@@ -101,7 +101,7 @@ def run_signature(
     return values
 
 
-class _Builder:
+class GraphBuilder:
     """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
 
     def __init__(self, role: str) -> None:
@@ -160,7 +160,7 @@ class _Builder:
 
     def _spec(self, name: str, value: str) -> TensorSpec:
         tensor = self._values[value]
-        dtype = "int32" if tensor.dtype == torch.int32 else "float32"
+        dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
         return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype)
 
     def shape_of(self, value: str) -> tuple[int, ...]:
@@ -176,7 +176,9 @@ def _rope(layer_type: LayerType) -> dict[str, str]:
     return {name: f"{name}_{layer_type}" for name in ("cos", "sin")}
 
 
-def _read(builder: _Builder, layer_type: LayerType, keys: str, values: str, key: str, length: int) -> dict[str, str]:
+def _read(
+    builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
+) -> dict[str, str]:
     """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
     read = {"keys": f"{keys}_read", "values": f"{values}_read"}
     if layer_type == SLIDING:
@@ -192,7 +194,7 @@ def _read(builder: _Builder, layer_type: LayerType, keys: str, values: str, key:
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
     """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
-    builder = _Builder("target")
+    builder = GraphBuilder("target")
     passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
         passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
@@ -202,7 +204,7 @@ def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
 
 
 def _target_pass(
-    builder: _Builder, spec: TargetSpec, cache_length: int, kind: SignatureKind, num_tokens: int, length: int
+    builder: GraphBuilder, spec: TargetSpec, cache_length: int, kind: SignatureKind, num_tokens: int, length: int
 ) -> None:
     caches = {f"kv_cache_{p}_{i}": spec.cache_shape(i, cache_length) for i in range(spec.num_caches) for p in "kv"}
     builder.start(
@@ -232,7 +234,7 @@ def _target_pass(
 
 
 def _target_layer(
-    builder: _Builder,
+    builder: GraphBuilder,
     spec: TargetSpec,
     i: int,
     x: str,
@@ -261,7 +263,7 @@ def _target_layer(
 
 
 def _attention(
-    builder: _Builder,
+    builder: GraphBuilder,
     spec: DecoderSpec,
     kind: LayerType,
     x: str,
@@ -285,14 +287,14 @@ def trace_drafter(
     spec: DrafterSpec, target: TargetSpec, shape: GraphShape, *, position_offset: int, row_scales: bool
 ) -> TracedGraph:
     """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0."""
-    builder = _Builder("drafter")
+    builder = GraphBuilder("drafter")
     for length in shape.attention_lengths:
         _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
     return builder.graph()
 
 
 def _draft_pass(
-    builder: _Builder,
+    builder: GraphBuilder,
     spec: DrafterSpec,
     target: TargetSpec,
     cache_length: int,
@@ -330,15 +332,17 @@ def _draft_pass(
 
 
 def _feed_forward(
-    builder: _Builder, spec: DecoderSpec, width: int, inputs: Mapping[str, str], output: str, prefix: str
+    builder: GraphBuilder, spec: DecoderSpec, width: int, inputs: Mapping[str, str], output: str, prefix: str
 ) -> None:
     builder.call(f"feed_forward_{width}", lambda: FeedForward(spec, width), inputs, {"x": output}, prefix=prefix)
 
 
 def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
     """The graph of one token's embedding (`embedder`), or of its per-layer embeddings (`per_layer_embedder`)."""
-    builder = _Builder(role)
+    builder = GraphBuilder(role)
     builder.start({"token_ids": ((1, 1), torch.int32)})
-    builder.call("embed", lambda: (Embedder if role == "embedder" else PerLayerEmbedder)(spec), {"token_ids": "token_ids"})
+    builder.call(
+        "embed", lambda: (Embedder if role == "embedder" else PerLayerEmbedder)(spec), {"token_ids": "token_ids"}
+    )
     builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=1, attention_length=0)
     return builder.graph()

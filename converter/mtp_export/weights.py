@@ -16,9 +16,9 @@ import flatbuffers
 import ml_dtypes
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from mtp_calibration.recipes import WeightFormat
 from numpy.typing import NDArray
 
+from mtp_calibration.recipes import WeightFormat
 from mtp_export.lower.tflite import LoweredGraph
 
 _ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
@@ -92,7 +92,9 @@ def write_graph(
     data = {i: np.asarray(buffer.data, np.uint8) for i, buffer in constants}
     for _, buffer in constants:
         _reserve(buffer)
-    places = {name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights}
+    places = {
+        name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights
+    }
     missing = sorted(set(lowered.weights) - set(places))
     if missing:
         raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")

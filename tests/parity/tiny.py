@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
-from mtp_export.trace import GraphShape, run_signature, trace_embedder, trace_target
 from transformers import (
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
@@ -14,6 +12,9 @@ from transformers import (
     Gemma4TextConfig,
     PreTrainedModel,
 )
+
+from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.trace import GraphShape, run_signature, trace_embedder, trace_target
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -125,9 +126,7 @@ def hf_target(tiny: Tiny, seed: int = 0) -> Gemma4ForCausalLM:
 
 def hf_drafter(tiny: Tiny, seed: int = 1) -> Gemma4AssistantForCausalLM:
     spec = tiny.drafter_spec
-    text = _text_config(
-        spec, num_kv_shared_layers=4, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0
-    )
+    text = _text_config(spec, num_kv_shared_layers=4, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
     config = Gemma4AssistantConfig(
         text_config=text,
         backbone_hidden_size=spec.backbone_hidden_size,

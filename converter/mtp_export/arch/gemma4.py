@@ -128,13 +128,39 @@ PAIRS: Mapping[str, PairSpec] = {pair.name: pair for pair in (NANO, E2B, E4B)}
 
 # Keys that say nothing about the computation.
 _NEUTRAL = frozenset(
-    "_name_or_path architectures attention_dropout bos_token_id dtype eos_token_id initializer_range model_type "
-    "pad_token_id torch_dtype transformers_version use_cache tie_word_embeddings".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "model_type",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "tie_word_embeddings",
+    ]
 )
 # Keys of the whole multimodal config that concern parts which are not exported.
 _OTHER_MODALITIES = frozenset(
-    "audio_config audio_token_id boa_token_id boa_token_index boi_token_id eoa_token_id eoa_token_index eoi_token_id "
-    "image_token_id text_config video_token_id vision_config vision_soft_tokens_per_image".split()
+    [
+        "audio_config",
+        "audio_token_id",
+        "boa_token_id",
+        "boa_token_index",
+        "boi_token_id",
+        "eoa_token_id",
+        "eoa_token_index",
+        "eoi_token_id",
+        "image_token_id",
+        "text_config",
+        "video_token_id",
+        "vision_config",
+        "vision_soft_tokens_per_image",
+    ]
 )
 # Keys with one value that we implement; any other is another architecture.
 _FIXED: Mapping[str, Any] = {
@@ -145,15 +171,33 @@ _FIXED: Mapping[str, Any] = {
     "use_bidirectional_attention": None,
 }
 # Sizes of experts mean nothing while enable_moe_block is false.
-_UNUSED = frozenset("expert_intermediate_size moe_intermediate_size num_experts top_k_experts".split())
+_UNUSED = frozenset(["expert_intermediate_size", "moe_intermediate_size", "num_experts", "top_k_experts"])
 _READ = frozenset(
-    "final_logit_softcapping global_head_dim head_dim hidden_size hidden_size_per_layer_input intermediate_size "
-    "layer_types max_position_embeddings num_attention_heads num_global_key_value_heads num_hidden_layers "
-    "num_key_value_heads num_kv_shared_layers per_layer_config rms_norm_eps rope_parameters sliding_window "
-    "use_double_wide_mlp vocab_size vocab_size_per_layer_input".split()
+    [
+        "final_logit_softcapping",
+        "global_head_dim",
+        "head_dim",
+        "hidden_size",
+        "hidden_size_per_layer_input",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_global_key_value_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "num_kv_shared_layers",
+        "per_layer_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "sliding_window",
+        "use_double_wide_mlp",
+        "vocab_size",
+        "vocab_size_per_layer_input",
+    ]
 )
 _ASSISTANT = frozenset(
-    "backbone_hidden_size centroid_intermediate_top_k num_centroids text_config use_ordered_embeddings".split()
+    ["backbone_hidden_size", "centroid_intermediate_top_k", "num_centroids", "text_config", "use_ordered_embeddings"]
 )
 
 
@@ -211,7 +255,9 @@ def _layer_types(config: _Config) -> tuple[LayerType, ...]:
         if value not in (SLIDING, FULL):
             raise config.fail("layer_types", value, f"{SLIDING!r} or {FULL!r}")
     if len(values) != config.size("num_hidden_layers"):
-        raise config.fail("layer_types", f"{len(values)} entries", f"num_hidden_layers = {config.size('num_hidden_layers')}")
+        raise config.fail(
+            "layer_types", f"{len(values)} entries", f"num_hidden_layers = {config.size('num_hidden_layers')}"
+        )
     return tuple(values)
 
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import click
-from mtp_runtime.errors import UserError
 from rich.console import Console
 from rich.table import Table
+
+from mtp_runtime.errors import UserError
 
 
 @click.command("parity")
@@ -17,7 +18,9 @@ from rich.table import Table
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with a text per line.  [32 held-out prompts]")
 @click.option("--limit", type=int, help="Use so many prompts, of all kinds in turn.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Target checkpoint, for transformers.  [nano's own]")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Target checkpoint, for transformers.  [nano's own]"
+)
 @click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Write parity.json and parity.md there.  [the bundle]")
@@ -40,7 +43,6 @@ def command(
     Ends with exit code 1 on any difference that is not a stated near-tie.
     """
     from mtp_calibration.corpus import heldout_prompts, read_prompts
-
     from mtp_export.proof import prove
 
     chosen = read_prompts(prompts) if prompts else heldout_prompts()

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import click
+
 from mtp_runtime.errors import UserError
 
 
@@ -57,4 +58,6 @@ def command(
 
 def _summary(stats: Any) -> str:
     summary = stats.summary()
-    return ", ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+    return ", ".join(
+        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()
+    )

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from mtp_runtime.contract import TensorSpec
-from mtp_runtime.errors import BackendError
 
 from mtp_export.trace import Segment, TracedGraph, TracedSignature
+from mtp_runtime.contract import TensorSpec
+from mtp_runtime.errors import BackendError
 
 _BATCH = 6  # segments converted at a time: enough to share the fixed cost, few enough to show progress
 _TYPES = {"float32": schema.TensorType.FLOAT32, "int32": schema.TensorType.INT32}
@@ -213,10 +213,12 @@ class _Chain:
         self, subgraph: schema.SubGraphT, template: _Template, mapped: dict[int, int], scope: str
     ) -> None:
         """Copy the operators of a segment; `mapped` takes its tensors to ours and is completed on the way."""
+        given = len(mapped)
 
         def ours(index: int) -> int:
             if index not in mapped:
-                mapped[index] = self._copy_tensor(subgraph, template, index, f"{scope}/{index}")
+                # Counted here: the converter's own numbers depend on what else was in the batch.
+                mapped[index] = self._copy_tensor(subgraph, template, index, f"{scope}/{len(mapped) - given}")
             return mapped[index]
 
         for old in template.operators:

@@ -31,7 +31,7 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
 
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
-    visible = ops.gather(mask, slots, 3)
+    visible: Tensor = ops.gather(mask, slots, 3)
     if input_pos.shape[0] == 1:
         return visible  # the slots of one query are its window
     distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)

@@ -50,4 +50,5 @@ class ClusteredHead(nn.Module):
         """
         ids, scores = self.candidates(hidden)
         shifted = scores - (scores.min(0, keepdim=True).values - 1.0)
-        return ops.scatter(ids, shifted, self.spec.vocab_size).reshape(1, 1, self.spec.vocab_size)
+        row: Tensor = ops.scatter(ids, shifted, self.spec.vocab_size)
+        return row.reshape(1, 1, self.spec.vocab_size)

@@ -1,0 +1,36 @@
+# make demo   creates the environment, exports nano, runs it with MTP on and off in two runtimes, shows that both agree
+# make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint
+# make check  test, lint and strict types
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+RECIPE ?= int8
+
+.PHONY: demo test lint check clean
+
+demo: $(STAMP)
+	$(BIN)/mtp-export --model nano --target tflite --recipe $(RECIPE) --output build/demo --force
+	$(BIN)/mtp-export parity build/demo --limit 16
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# torch first and by itself: pip then keeps this build when others ask for it. TORCH_INDEX may name an index of CPU
+# builds, which saves gigabytes of CUDA libraries that an export never uses.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export,dev]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

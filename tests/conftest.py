@@ -1,0 +1,35 @@
+"""Bundles that several tests look at, each exported once by the real command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Export = Callable[..., Path]
+
+
+def run_cli(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `mtp-export` as a user does."""
+    command = [str(Path(sys.executable).parent / "mtp-export"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def export_nano(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def export(recipe: str, *, fresh: bool = False) -> Path:
+        output = folder / (f"{recipe}-again" if fresh else recipe)
+        if not output.exists():
+            run_cli("--model", "nano", "--target", "tflite", "--recipe", recipe, "--output", str(output))
+        return output
+
+    return export

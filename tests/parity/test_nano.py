@@ -1,0 +1,81 @@
+"""nano, exported for real: every runtime says the same words, and the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mtp_runtime import Bundle, Session
+from mtp_runtime.errors import BundleError
+from tests.conftest import Export, run_cli
+
+
+@pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
+def test_every_runtime_says_the_same(export_nano: Export, recipe: str, tmp_path: Path) -> None:
+    """32 held-out prompts, 128 tokens: our runtime with every K, stock LiteRT-LM without and with MTP, and for the
+    float bundle transformers, against our runtime without MTP."""
+    bundle = export_nano(recipe)
+    done = run_cli("parity", str(bundle), "--output", str(tmp_path), "--json", check=False)
+    report = json.loads(done.stdout)
+    assert report["passed"], (tmp_path / "parity.md").read_text()
+    assert done.returncode == 0
+    runners = [(r["runner"], r["num_draft_tokens"]) for r in report["results"]]
+    ours = [("mtp_runtime", k) for k in range(5)]
+    reference = [("transformers", 0)] if recipe == "f32" else []
+    assert runners == ours + reference + [("LiteRT-LM", 0), ("LiteRT-LM", 4)]
+    for result in report["results"]:
+        assert len(result["comparisons"]) == 32
+        verdicts = [c["verdict"] for c in result["comparisons"]]
+        print(f"{recipe}: {result['runner']} K={result['num_draft_tokens']}: {verdicts.count('near_tie')} near-ties")
+        if result["num_draft_tokens"]:
+            assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
+
+
+def test_two_exports_are_identical(export_nano: Export) -> None:
+    first, second = export_nano("int8"), export_nano("int8", fresh=True)
+    names = sorted(p.name for p in first.iterdir() if not p.name.startswith("parity"))
+    assert names == sorted(p.name for p in second.iterdir() if not p.name.startswith("parity"))
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_litertlm_alone_is_a_bundle(export_nano: Export) -> None:
+    """The one file carries the manifest: it runs, MTP included, and says what the folder says."""
+    bundle = export_nano("int8")
+    texts = []
+    for path in (bundle, bundle / "nano.litertlm"):
+        with Session.open(path) as session:
+            trace = session.generate("class Stack:\n    def push(self", max_new_tokens=24).finish()
+            texts.append(trace.tokens)
+    assert texts[0] == texts[1]
+
+
+def test_a_changed_file_is_refused(export_nano: Export, tmp_path: Path) -> None:
+    bundle = tmp_path / "changed"
+    bundle.mkdir()
+    for path in export_nano("int8").iterdir():
+        (bundle / path.name).write_bytes(path.read_bytes())
+    with (bundle / "drafter.tflite").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\x55")
+    with pytest.raises(BundleError, match="drafter"):
+        Bundle.open(bundle)
+    done = run_cli("run", str(bundle), "x", check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_manifest_describes_the_bundle(export_nano: Export) -> None:
+    with Bundle.open(export_nano("int8")) as bundle:
+        manifest = bundle.manifest
+    assert manifest.context_length == manifest.cache_length - manifest.num_draft_tokens
+    assert manifest.drafter_recipe == "int8"
+    assert {entry.path for entry in manifest.inputs} >= {"target/model.safetensors", "drafter/model.safetensors"}
+    verify = manifest.signature("target", "verify")
+    assert verify.num_tokens == manifest.num_draft_tokens + 1
+    assert manifest.signatures["drafter"][0].name == "draft"
+    assert msgspec.to_builtins(manifest)["target"]["hidden_size"] == manifest.hidden_size

@@ -1,0 +1,167 @@
+"""Quantised weights against ai-edge-quantizer's, byte for byte, and the file that they are written to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_quantizer import qtyping, quantizer, recipe
+from numpy.typing import NDArray
+
+from mtp_calibration.recipes import FLOAT32, INT4, INT8, WeightFormat
+from mtp_export.arch.gemma4 import NANO
+from mtp_export.lower import tflite
+from mtp_export.trace import TracedGraph, trace_embedder
+from mtp_export.weights import Parameter, pack, quantise, write_graph
+from tests.unit.small_graphs import feed_forward_graph, random_parameters
+
+BLOCKS = WeightFormat(bits=4, block_size=32)
+
+
+@pytest.fixture(scope="module")
+def graphs() -> list[TracedGraph]:
+    """A feed-forward block (FULLY_CONNECTED) and an embedder (EMBEDDING_LOOKUP)."""
+    return [feed_forward_graph(), trace_embedder(NANO.target, "embedder")]
+
+
+@pytest.fixture(scope="module")
+def written(
+    graphs: list[TracedGraph], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, WeightFormat], Path]:
+    """Both graphs, in every format, from the same random weights."""
+    folder = tmp_path_factory.mktemp("graphs")
+    paths = {}
+    for format in (FLOAT32, INT8, INT4, BLOCKS):
+        # Lowered anew for each: writing consumes the lowered graph.
+        for graph, lowered in zip(graphs, tflite.lower(graphs, workers=2), strict=True):
+            path = folder / f"{graph.role}-{format.bits}-{format.block_size}.tflite"
+            write_graph(lowered, random_parameters(graph, format), path)
+            paths[graph.role, format] = path
+    return paths
+
+
+def read_model(data: bytes) -> schema.ModelT:
+    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
+
+
+def weights_of(data: bytes) -> dict[bytes, tuple[bytes, NDArray[np.float32]]]:
+    """Bytes and scales of every quantised constant, by name; blocks' scales are looked up."""
+    model, found = read_model(data), {}
+
+    def contents(tensor: schema.TensorT) -> bytes:
+        buffer = model.buffers[tensor.buffer]
+        if buffer.offset > 1:
+            return data[buffer.offset : buffer.offset + buffer.size]
+        return bytes(np.asarray(buffer.data, np.uint8)) if buffer.data is not None else b""
+
+    for subgraph in model.subgraphs:
+        for tensor in subgraph.tensors:
+            quantisation = tensor.quantization
+            if tensor.type not in (schema.TensorType.INT8, schema.TensorType.INT4) or tensor.buffer == 0:
+                continue
+            if quantisation.detailsType == schema.QuantizationDetails.BlockwiseQuantization:
+                scales = np.frombuffer(contents(subgraph.tensors[quantisation.details.scales]), np.float16)
+            else:
+                scales = np.asarray(quantisation.scale)
+            if data_bytes := contents(tensor):
+                found[tensor.name] = data_bytes, scales.astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("format", [INT8, INT4, BLOCKS], ids=["int8", "int4", "int4 blocks"])
+@pytest.mark.parametrize("role", ["feed_forward", "embedder"])
+def test_equal_to_ai_edge_quantizer(
+    written: dict[tuple[str, WeightFormat], Path], role: str, format: WeightFormat
+) -> None:
+    plans = {INT8: recipe.dynamic_wi8_afp32, INT4: recipe.dynamic_wi4_afp32}
+    tool = quantizer.Quantizer(str(written[role, FLOAT32]))
+    if format == BLOCKS:
+        tool.add_dynamic_config(
+            regex=".*",
+            operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
+            num_bits=4,
+            granularity=qtyping.QuantGranularity.BLOCKWISE_32,
+        )
+    else:
+        tool.load_quantization_recipe(plans[format]())
+    theirs = weights_of(bytes(tool.quantize().quantized_model))
+    ours = weights_of(written[role, format].read_bytes())
+    assert set(ours) == set(theirs)
+    assert len(ours) == {"feed_forward": 3, "embedder": 1}[role]
+    for name, (data, scales) in ours.items():
+        assert data == theirs[name][0], name
+        np.testing.assert_array_equal(scales, theirs[name][1].reshape(-1), err_msg=str(name))
+
+
+def test_rows_in_pieces_give_the_same_file(
+    graphs: list[TracedGraph],
+    written: dict[tuple[str, WeightFormat], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is held in memory at a time must not show in the bytes."""
+    monkeypatch.setattr("mtp_export.weights._BLOCK_BYTES", 4096)
+    (lowered,) = tflite.lower(graphs[1:], workers=1)
+    write_graph(lowered, random_parameters(graphs[1], INT8), tmp_path / "pieces.tflite")
+    assert (tmp_path / "pieces.tflite").read_bytes() == written["embedder", INT8].read_bytes()
+
+
+def test_a_parameter_without_data_is_an_error(graphs: list[TracedGraph], tmp_path: Path) -> None:
+    (lowered,) = tflite.lower(graphs[1:], workers=1)
+    with pytest.raises(AssertionError, match=r"embed_tokens\.weight"):
+        write_graph(lowered, {}, tmp_path / "none.tflite")
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_pack_puts_the_first_value_low(bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    values = np.array([[low, high, 0, 1, -1, high, low, 0]], np.int8)
+    packed = pack(values, bits)
+    unpacked = [(int(byte) >> (bits * i)) & (2**bits - 1) for byte in packed for i in range(8 // bits)]
+    assert [v - 2**bits if v > high else v for v in unpacked] == values[0].tolist()
+
+
+def test_quantise_bounds_the_error_by_half_a_step() -> None:
+    rows = np.random.default_rng(0).standard_normal((16, 64), np.float32)
+    for format in (INT8, INT4):
+        values, scales = quantise(rows, format)
+        assert np.abs(values * scales - rows).max() <= 0.5001 * scales.max()
+    assert np.array_equal(quantise(np.zeros((2, 8), np.float32), INT8)[0], np.zeros((2, 8), np.int8))
+
+
+def test_parameter_of_another_shape_is_an_error(graphs: list[TracedGraph], tmp_path: Path) -> None:
+    (lowered,) = tflite.lower(graphs[1:], workers=1)
+    wrong = {
+        name: Parameter(shape=(3, 3), format=INT8, rows=lambda a, b: np.zeros((b - a, 3), np.float32))
+        for name in graphs[1].weights
+    }
+    with pytest.raises(AssertionError, match="parameter"):
+        write_graph(lowered, wrong, tmp_path / "wrong.tflite")
+
+
+def test_run_in_torch_equals_the_graph(
+    graphs: list[TracedGraph], written: dict[tuple[str, WeightFormat], Path]
+) -> None:
+    """The float file computes what the traced modules compute."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    from mtp_export.trace import run_signature
+
+    for graph in graphs:
+        traced = graph.signatures[0]
+        parameters = random_parameters(graph, FLOAT32)
+        weights = {n: torch.from_numpy(p.rows(0, p.shape[0])) for n, p in parameters.items()}
+        generator = np.random.default_rng(1)
+        inputs = {
+            s.name: generator.integers(0, 100, s.shape).astype(np.int32)
+            if s.dtype == "int32"
+            else generator.standard_normal(s.shape).astype(np.float32)
+            for s in traced.signature.inputs
+        }
+        expected = run_signature(graph, traced, weights, {n: torch.from_numpy(v) for n, v in inputs.items()})
+        runner = Interpreter(str(written[graph.role, FLOAT32])).get_signature_runner(traced.signature.name)
+        for name, value in runner(**inputs).items():
+            np.testing.assert_allclose(value, expected[traced.outputs[name]].numpy(), atol=1e-5)
