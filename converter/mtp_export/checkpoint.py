@@ -110,7 +110,7 @@ class Checkpoint:
         for path in self._shards():
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():
+                    for name in sorted(file.keys()):
                         view = file.get_slice(name)
                         yield name, TensorInfo(file=path, shape=tuple(view.get_shape()), dtype=view.get_dtype())
             except (SafetensorError, OSError) as error:
