@@ -17,8 +17,31 @@ from sources import KJV_READER, Kind, Source
 MIN_CHARS = 200
 MAX_CHARS = 250_000
 SYNSETS_PER_DOCUMENT = 24
-_BLOCKS = frozenset("p div br li tr h1 h2 h3 h4 h5 h6 dt dd pre table ul ol dl blockquote section".split())
-_SKIPPED = frozenset("script style head nav title footer form svg".split())
+_BLOCKS = frozenset(
+    [
+        "p",
+        "div",
+        "br",
+        "li",
+        "tr",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "dt",
+        "dd",
+        "pre",
+        "table",
+        "ul",
+        "ol",
+        "dl",
+        "blockquote",
+        "section",
+    ]
+)
+_SKIPPED = frozenset(["script", "style", "head", "nav", "title", "footer", "form", "svg"])
 _PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 
@@ -123,7 +146,7 @@ def _kjv(root: Path, reader: Path, source: Source) -> Iterator[Document]:
         chapters.setdefault(place.partition(":")[0], []).append(f"{place.partition(':')[2]} {verse}")
     for chapter, verses in chapters.items():
         book = re.sub(r"\d+$", "", chapter)
-        text = f"{book} {chapter[len(book):]}\n\n" + "\n".join(verses) + "\n"
+        text = f"{book} {chapter[len(book) :]}\n\n" + "\n".join(verses) + "\n"
         yield Document(source=source.package, path=chapter, group=book, kind="prose", text=text)
 
 

@@ -1,6 +1,6 @@
 """Train nano's target on one GPU: next-token prediction on packed documents, bfloat16 autocast.
 
-    python tools/train_nano/train_target.py --data build/nano_data --out converter/mtp_export/nano
+python tools/train_nano/train_target.py --data build/nano_data --out converter/mtp_export/nano
 """
 
 from __future__ import annotations
