@@ -3,13 +3,12 @@
 The names and shapes are LiteRT-LM's (docs/format.md). Fixed letters: T tokens of a signature, S cache length,
 K draft tokens of a round, H hidden size, L layers, P per-layer embedding size, V vocabulary, G KV heads, D head size.
 
-| signature    | inputs                                                                          | outputs                      |
-|--------------|---------------------------------------------------------------------------------|------------------------------|
-| `prefill_{N}`| embeddings[1,T,H] per_layer_embeddings[1,T,L,P] input_pos[T] mask[1,1,T,S] caches | caches                       |
-| `decode`     | the same, T = 1                                                                 | caches, logits, activations  |
-| `verify`     | the same, T = K + 1                                                             | caches, logits, activations  |
-| `draft`      | activations[1,1,2H] input_pos[1] mask[1,1,1,S], the two caches it reads         | logits, projected_activations|
-| `embed`      | token_ids[1,1]                                                                  | embeddings                   |
+- `prefill_{N}`: embeddings[1,T,H], per_layer_embeddings[1,T,L,P], input_pos[T], mask[1,1,T,S] and the caches → the
+  caches.
+- `decode` (T = 1) and `verify` (T = K + 1): the same → the caches, logits[1,T,V], activations[1,T,H].
+- `draft`: activations[1,1,2H], input_pos[1], mask[1,1,1,S] and the caches that it reads → logits[1,1,V],
+  projected_activations[1,1,H].
+- `embed`: token_ids[1,1] → embeddings[1,1,H], or [1,1,L,P] of the per-layer embedder.
 
 Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n counting the layers that own a cache.
 """
@@ -30,6 +29,7 @@ MANIFEST_NAME = "manifest.json"
 
 Dtype = Literal["float32", "int32"]
 SignatureKind = Literal["prefill", "decode", "verify", "draft", "embed"]
+
 
 class _Version(msgspec.Struct):
     format_version: int

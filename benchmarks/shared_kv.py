@@ -1,0 +1,158 @@
+"""Does a step cost more because the cache is longer? It must not: the cache is written in place and never copied.
+
+Two bundles of one model, exported with cache lengths 1024 and 4096, are filled with the same tokens; decode, verify and
+draft passes are timed, alternating between the two in one run. For contrast, the decode of both is timed once more
+with separate output buffers for the caches, as a runtime that does not bind in place would run it.
+
+    python benchmarks/shared_kv.py [SHORT_BUNDLE LONG_BUNDLE]
+
+Without bundles, nano is exported into build/. Goal: each ratio at most 1.3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
+
+from benchmarks.machine import ROOT, write_result
+from mtp_runtime import GenerationStats, Session
+from mtp_runtime.masks import CausalMask
+from mtp_runtime.quiet import native_log_held_back
+from mtp_runtime.steps import DraftPasses, TargetPasses, TokenRows
+
+GOAL = 1.3
+Step = Callable[[], None]
+
+
+def main() -> int:
+    """Measure, print and write the result; return 1 if a ratio misses the goal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="*", type=Path, help="two folders, the shorter cache first")
+    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--filled", type=int, nargs="+", default=[500, 900], help="tokens in the cache")
+    parser.add_argument("--recipe", default="int8", help="of the bundles exported where none are given")
+    options = parser.parse_args()
+    paths = options.bundles or [exported(length, options.recipe) for length in (1024, 4096)]
+    if len(paths) != 2:
+        parser.error("give two bundles, or none")
+    with contextlib.ExitStack() as opened:
+        pair = [opened.enter_context(Session.open(path, threads=options.threads)) for path in paths]
+        rows = [row for filled in options.filled for row in measure_filled(pair, filled, options)]
+        manifests = [session.manifest for session in pair]
+    figures = {
+        "model": f"{manifests[0].model}, {manifests[0].recipe}",
+        "threads": options.threads,
+        "cache_lengths": [manifest.cache_length for manifest in manifests],
+        "goal_ratio": GOAL,
+        "steps": rows,
+    }
+    print(f"{figures['model']}, {options.threads} threads; cache lengths {figures['cache_lengths']}; medians in µs")
+    for row in rows:
+        short_us, long_us = row["median_us"]
+        print(f"{row['filled']:5} filled  {row['step']:26} {short_us:8.0f} {long_us:8.0f}   x {row['ratio']:.2f}")
+    print(f"written to {write_result('shared_kv', figures)}")
+    return int(any(row["ratio"] > GOAL for row in rows if row["in_place"]))
+
+
+def measure_filled(pair: Sequence[Session], filled: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Fill both caches with the same tokens and time every step at that length, in place and copying."""
+    for session in pair:
+        session.generate([2] + [3 + at % 50 for at in range(filled - 1)], max_new_tokens=1).finish()
+    in_place = [bound_steps(session, filled) for session in pair]
+    rows = [
+        {"filled": filled, "in_place": True, **measure(name, [steps[name] for steps in in_place], options.repeats)}
+        for name in in_place[0]
+    ]
+    for kind in ("decode", "verify"):
+        steps = [copying_step(session, kind, filled, options.threads) for session in pair]
+        found = measure(f"{kind}, caches copied out", steps, options.repeats)
+        rows.append({"filled": filled, "in_place": False, **found})
+    return rows
+
+
+def exported(cache_length: int, recipe: str) -> Path:
+    """Return build/'s nano bundle of this cache length, exporting it if it is not there."""
+    path = ROOT / "build" / f"nano-{recipe}-{cache_length}"
+    if not path.exists():
+        command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--target", "tflite"]
+        command += ["--recipe", recipe, "--cache-length", str(cache_length), "--output", str(path)]
+        subprocess.run(command, check=True)
+    return path
+
+
+def bound_steps(session: Session, filled: int) -> dict[str, Step]:
+    """Return one step of each kind as the loop runs it at position `filled`, inputs and outputs copied and all."""
+    manifest = session.manifest
+    mask = CausalMask(manifest.cache_length)
+    target = TargetPasses(session.backend, manifest, mask)
+    drafter = DraftPasses(session.backend, manifest, mask)
+    rows = TokenRows(session.backend, target.verify.num_tokens)
+    stats = GenerationStats()
+    for row in range(target.verify.num_tokens):
+        rows.set(row, 5 + row, stats)
+    activations = np.zeros(manifest.hidden_size, np.float32)
+
+    def decode() -> None:
+        target.run(target.decode, rows, 1, filled).read("logits")
+
+    def verify() -> None:
+        target.run(target.verify, rows, target.verify.num_tokens, filled).read("logits")
+
+    def draft() -> None:
+        drafter.propose(1, rows, activations, filled, stats)
+
+    return {"decode": decode, "verify": verify, "draft": draft}
+
+
+def copying_step(session: Session, kind: str, filled: int, threads: int) -> Step:
+    """Return the same pass on buffers of its own, with each cache's output apart from its input."""
+    specs = [spec for spec in session.manifest.signatures["target"] if spec.kind == kind]
+    spec = min(
+        (spec for spec in specs if spec.attention_length >= filled + spec.num_tokens),
+        key=lambda spec: spec.attention_length,
+    )
+    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+    with native_log_held_back():
+        model = CompiledModel.from_file(str(session.bundle.path("target")), options=options)
+        index = model.get_signature_index(spec.name)
+        order = model.get_signature_by_index(index)
+        inputs = [model.create_input_buffer_by_name(spec.name, name) for name in order["inputs"]]
+        outputs = [model.create_output_buffer_by_name(spec.name, name) for name in order["outputs"]]
+        for name, buffer in zip(order["inputs"], inputs, strict=True):
+            tensor = next(tensor for tensor in spec.inputs if tensor.name == name)
+            buffer.write(np.zeros(tensor.shape, np.dtype(tensor.dtype)))
+    return lambda: model.run_by_index(index, inputs, outputs)
+
+
+def measure(name: str, pair: Sequence[Step], repeats: int) -> dict[str, Any]:
+    """Time both steps of `pair`, alternating; return medians and minima in µs and the ratio of the medians."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + 10):
+        for step, into in zip(pair, times, strict=True):
+            started = time.perf_counter()
+            step()
+            elapsed_us = 1e6 * (time.perf_counter() - started)
+            if repeat >= 10:
+                into.append(elapsed_us)
+    medians = [round(statistics.median(taken), 1) for taken in times]
+    return {
+        "step": name,
+        "median_us": medians,
+        "min_us": [round(min(taken), 1) for taken in times],
+        "ratio": round(medians[1] / medians[0], 3),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Which drafts of a round are kept: pure functions of the drafts and of what the target says.
+
+Notation: the target's verify pass sees the pending token and K drafts, so its row i judges draft i (from 0) and its
+row K has seen every draft. Whatever the drafter proposed, what is committed is what the target alone would have said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Where a committed token came from: a pass over one token, an agreed draft, the target's own token at the first
+# rejection, or the extra token when every draft was accepted.
+Origin = Literal["plain", "accepted", "correction", "bonus"]
+
+
+class Acceptance(NamedTuple):
+    """The outcome of a round: the leading `accepted` drafts are kept, then `next_token` follows."""
+
+    accepted: int
+    next_token: int
+    origin: Origin
+
+
+def greedy_choices(logits: NDArray[np.float32]) -> list[int]:
+    """Return the token with the highest logit of each row; the lowest id among equals.
+
+    Shapes: logits [T, V].
+    """
+    choices: list[int] = logits.argmax(axis=-1).tolist()
+    return choices
+
+
+def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> Acceptance:
+    """Keep the longest prefix of `drafts` that greedy decoding of the target would have produced.
+
+    `choices` holds the target's choice at each row of the verify pass, at least one more than there are drafts
+    (rows of padding beyond are ignored). Source: Leviathan et al. 2023 (arXiv 2211.17192), at temperature 0.
+
+    Raises:
+        ValueError: there are too few choices.
+    """
+    if len(choices) <= len(drafts):
+        raise ValueError(f"{len(drafts)} drafts need {len(drafts) + 1} choices, got {len(choices)}")
+    accepted = 0
+    for draft, choice in zip(drafts, choices, strict=False):
+        if draft != choice:
+            return Acceptance(accepted, choice, "correction")
+        accepted += 1
+    return Acceptance(accepted, choices[accepted], "bonus" if drafts else "plain")
+
+
+def top_margin(logits: NDArray[np.float32]) -> float:
+    """Return the highest logit minus the second highest: how far a choice is from a tie.
+
+    Shapes: logits [V], V > 1.
+    """
+    first, second = np.partition(logits, -2)[-1:-3:-1]
+    return float(first - second)

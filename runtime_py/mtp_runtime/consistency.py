@@ -1,0 +1,135 @@
+"""Does a manifest agree with itself? Every signature's tensors follow from a handful of sizes (contract.py).
+
+A backend then compares each signature with its graph, so that no number of a manifest is taken on trust but
+`attention_length`, which only the converter knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mtp_runtime.contract import MANIFEST_NAME, GraphSignature, Manifest, TensorSpec
+from mtp_runtime.errors import BundleError
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+_CACHE_NAME = re.compile(r"kv_cache_[kv]_\d{1,4}")
+# Kinds of signature that a graph must offer over the whole cache, whatever cheaper variants it has.
+_WHOLE = {"target": ("decode", "verify"), "drafter": ("draft",)}
+_KINDS = {
+    "target": ("prefill", "decode", "verify"),
+    "drafter": ("draft",),
+    "embedder": ("embed",),
+    "per_layer_embedder": ("embed",),
+}
+
+
+def check_consistency(manifest: Manifest) -> None:
+    """Check every signature against the sizes that the manifest states.
+
+    Raises:
+        BundleError: a signature is missing, superfluous or of other tensors than its kind has.
+    """
+    for role, kinds in _KINDS.items():
+        specs = manifest.signatures[role]
+        names = [spec.name for spec in specs]
+        if len(set(names)) != len(names):
+            raise _error(f"{role} has two signatures of one name")
+        for spec in specs:
+            if spec.kind not in kinds:
+                raise _error(f"{role} has a signature {spec.name!r} of kind {spec.kind}, expected {' or '.join(kinds)}")
+        for kind in _WHOLE.get(role, ()):
+            if not any(spec.kind == kind and spec.attention_length == manifest.cache_length for spec in specs):
+                raise _error(f"{role} has no {kind} signature over the whole cache of {manifest.cache_length}")
+    if any(not 0 <= token < manifest.vocab_size for token in (manifest.bos_token_id, *manifest.stop_token_ids)):
+        raise _error(f"a special token is outside the vocabulary of {manifest.vocab_size}")
+    caches = _caches(manifest)
+    per_layer = _per_layer_shape(manifest)
+    for spec in manifest.signatures["target"]:
+        _check_target(spec, manifest, caches, per_layer)
+    for spec in manifest.signatures["drafter"]:
+        _check_draft(spec, manifest, caches)
+    for role, shape in (("embedder", (manifest.hidden_size,)), ("per_layer_embedder", per_layer)):
+        for spec in manifest.signatures[role]:
+            _compare(role, spec.name, "inputs", spec.inputs, {"token_ids": ("int32", (1, 1))})
+            _compare(role, spec.name, "outputs", spec.outputs, {"embeddings": ("float32", (1, 1, *shape))})
+
+
+def _caches(manifest: Manifest) -> Tensors:
+    """Return the caches of the target's `decode`."""
+    caches: Tensors = {}
+    for tensor in manifest.signature("target", "decode").inputs:
+        if tensor.is_cache:
+            fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[2] == manifest.cache_length
+            if not fits or tensor.dtype != "float32" or not _CACHE_NAME.fullmatch(tensor.name):
+                raise _error(f"{tensor.name} is {tensor.shape}, expected (1, G, {manifest.cache_length}, D)")
+            caches[tensor.name] = (tensor.dtype, tensor.shape)
+    if not caches:
+        raise _error("the target's decode has no KV caches")
+    return caches
+
+
+def _per_layer_shape(manifest: Manifest) -> tuple[int, ...]:
+    outputs = [tensor for spec in manifest.signatures["per_layer_embedder"] for tensor in spec.outputs]
+    if not outputs or len(outputs[0].shape) != 4:
+        raise _error("per_layer_embedder has no output of shape (1, 1, L, P)")
+    return outputs[0].shape[2:]
+
+
+def _check_target(spec: GraphSignature, manifest: Manifest, caches: Tensors, per_layer: tuple[int, ...]) -> None:
+    tokens = {"decode": 1, "verify": manifest.num_draft_tokens + 1}.get(spec.kind, spec.num_tokens)
+    _check_sizes("target", spec, tokens, manifest)
+    inputs: Tensors = {
+        "embeddings": ("float32", (1, tokens, manifest.hidden_size)),
+        "per_layer_embeddings": ("float32", (1, tokens, *per_layer)),
+        "input_pos": ("int32", (tokens,)),
+        "mask": ("float32", (1, 1, tokens, manifest.cache_length)),
+    }
+    outputs: Tensors = {
+        "logits": ("float32", (1, tokens, manifest.vocab_size)),
+        "activations": ("float32", (1, tokens, manifest.hidden_size)),
+    }
+    _compare("target", spec.name, "inputs", spec.inputs, inputs | caches)
+    _compare("target", spec.name, "outputs", spec.outputs, caches if spec.kind == "prefill" else outputs | caches)
+
+
+def _check_draft(spec: GraphSignature, manifest: Manifest, caches: Tensors) -> None:
+    _check_sizes("drafter", spec, 1, manifest)
+    own = {tensor.name for tensor in spec.inputs if tensor.is_cache}
+    inputs: Tensors = {
+        "activations": ("float32", (1, 1, 2 * manifest.hidden_size)),
+        "input_pos": ("int32", (1,)),
+        "mask": ("float32", (1, 1, 1, manifest.cache_length)),
+    }
+    outputs: Tensors = {
+        "logits": ("float32", (1, 1, manifest.vocab_size)),
+        "projected_activations": ("float32", (1, 1, manifest.hidden_size)),
+    }
+    shared = {name: tensor for name, tensor in caches.items() if name in own}
+    _compare("drafter", spec.name, "inputs", spec.inputs, inputs | shared)
+    _compare("drafter", spec.name, "outputs", spec.outputs, outputs)
+
+
+def _check_sizes(role: str, spec: GraphSignature, tokens: int, manifest: Manifest) -> None:
+    if spec.num_tokens != tokens or not 1 <= tokens <= manifest.cache_length:
+        raise _error(f"{role} {spec.name} takes {spec.num_tokens} tokens, expected {tokens}")
+    if not tokens <= spec.attention_length <= manifest.cache_length:
+        raise _error(f"{role} {spec.name} reads {spec.attention_length} of {manifest.cache_length} cache positions")
+
+
+def _compare(role: str, name: str, side: str, stated: Iterable[TensorSpec], expected: Tensors) -> None:
+    tensors = list(stated)
+    found: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise _error(
+                f"{role} {name}: among its {side}, {key} is {found.get(key, 'absent')}, "
+                f"expected {expected.get(key, 'absent')}"
+            )
+    if len(tensors) != len(found):
+        raise _error(f"{role} {name} has two {side} of one name")
+
+
+def _error(text: str) -> BundleError:
+    return BundleError(f"{MANIFEST_NAME}: {text}: export the bundle again")

@@ -1,0 +1,100 @@
+"""The KV cache: allocated once, shared by target and drafter, rewound by moving one number.
+
+The target writes the rows of the tokens it processes at their positions. Rows at or beyond `filled_length` hold
+whatever a padded or rejected pass left there: masks hide them, and the next pass over them overwrites them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_runtime.contract import TensorSpec
+from mtp_runtime.errors import ContextFullError, MtpError
+
+
+class CacheBuffer(Protocol):
+    """Memory that the inference library binds to its graphs."""
+
+    def write(self, values: NDArray[np.float32]) -> None:
+        """Copy `values`, of the buffer's whole size, into it."""
+        ...
+
+    def read(self) -> NDArray[np.float32]:
+        """Return a flat copy of the whole buffer."""
+        ...
+
+
+class KVCache:
+    """The buffers of every cache tensor and how many leading positions hold processed tokens.
+
+    Shapes: each buffer is [1, G, S, D].
+    """
+
+    def __init__(self, specs: Iterable[TensorSpec], buffers: Mapping[str, CacheBuffer], length: int) -> None:
+        """Take the `buffers` of the tensors `specs`, all of `length` positions, and zero them."""
+        self._specs = {spec.name: spec for spec in specs}
+        self._buffers = dict(buffers)
+        self._length = length
+        self._filled = 0
+        self.clear()
+
+    @property
+    def length(self) -> int:
+        """S, the number of positions allocated."""
+        return self._length
+
+    @property
+    def filled_length(self) -> int:
+        """How many leading positions hold the rows of processed tokens."""
+        return self._filled
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the cache tensors."""
+        return tuple(self._specs)
+
+    def buffer(self, name: str) -> CacheBuffer:
+        """Return the one buffer of the tensor `name`."""
+        return self._buffers[name]
+
+    def advance(self, count: int) -> None:
+        """Say that the next `count` positions now hold processed tokens.
+
+        Raises:
+            ContextFullError: there are not that many left.
+        """
+        filled = self._filled + count
+        if count < 0 or filled > self._length:
+            raise ContextFullError(f"the cache has {self._length} positions, and {filled} are needed: shorten the text")
+        self._filled = filled
+
+    def rewind(self, filled_length: int) -> None:
+        """Drop the rows at and beyond `filled_length`; nothing is copied or cleared.
+
+        Raises:
+            MtpError: fewer positions than that are filled.
+        """
+        if not 0 <= filled_length <= self._filled:
+            raise MtpError(f"cannot rewind to {filled_length}: {self._filled} positions are filled")
+        self._filled = filled_length
+
+    def clear(self) -> None:
+        """Zero every row. Only hygiene: no result depends on rows beyond the filled ones."""
+        for name, spec in self._specs.items():
+            self._buffers[name].write(np.zeros(math.prod(spec.shape), np.float32))
+        self._filled = 0
+
+    def release(self) -> None:
+        """Let go of the buffers; the cache is of no use afterwards."""
+        self._buffers.clear()
+        self._filled = 0
+
+    def rows(self, name: str) -> NDArray[np.float32]:
+        """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
+        spec = self._specs[name]
+        return self._buffers[name].read().reshape(spec.shape)[:, :, : self._filled]

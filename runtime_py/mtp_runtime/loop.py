@@ -1,0 +1,197 @@
+"""The generation loop: prefill → (draft → verify → accept → rewind)*, yielding each committed token.
+
+Lossless by construction: every committed token is the target's own greedy choice given the tokens before it. A draft
+only decides how many of those choices one pass of the target can make.
+
+State between rounds: `filled_length` positions of the cache are processed; the pending token, the last one committed,
+is not among them and sits at position `filled_length`; `activations` are the target's at the position before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtp_runtime.acceptance import accept_greedy, greedy_choices, top_margin
+from mtp_runtime.backend import Backend, BoundSignature, FloatArray
+from mtp_runtime.contract import Manifest
+from mtp_runtime.errors import ContextFullError, UserError
+from mtp_runtime.masks import CausalMask
+from mtp_runtime.stats import GenerationStats
+from mtp_runtime.steps import DraftPasses, TargetPasses, TokenRows, plan_prefill
+from mtp_runtime.trace import FinishReason, Token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate. `keep_length` leading prompt tokens are taken as already in the cache and not processed."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int | None
+    num_draft_tokens: int
+    stop_token_ids: frozenset[int]
+    keep_length: int = 0
+    with_margins: bool = False
+
+
+class GenerationLoop:
+    """Runs requests one after another on one backend and its cache."""
+
+    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+        """Prepare the passes of every signature kind."""
+        self._manifest = manifest
+        self._cache = backend.kv_cache
+        mask = CausalMask(manifest.cache_length)
+        self._target = TargetPasses(backend, manifest, mask)
+        self._drafter = DraftPasses(backend, manifest, mask)
+        self._rows = TokenRows(backend, max(self._target.verify.num_tokens, *self._target.prefill))
+        self._pending = 0
+        self._activations: FloatArray = np.zeros(manifest.hidden_size, np.float32)
+        self._runs = 0
+        self.finish_reason: FinishReason = "abandoned"
+
+    def generate(self, request: Request, stats: GenerationStats) -> Generator[Token, None, None]:
+        """Yield the committed tokens of `request`, a stop id included, filling in `stats`.
+
+        Prompt and output together never exceed the manifest's context_length. Closing the iterator early leaves the
+        cache as if generation had ended with the last token that it yielded.
+
+        Raises:
+            UserError: the request contradicts the bundle or itself, or another request started in the meantime.
+            ContextFullError: the prompt leaves no room for a token.
+        """
+        limit, limit_reason = self._check(request)
+        self._runs += 1
+        this_run = self._runs
+        self.finish_reason = "abandoned"
+        committed = 0
+        try:
+            batch = self._read_prompt(request, stats)
+            while True:
+                for token in batch:
+                    committed += 1
+                    stats.committed_tokens = committed
+                    stopped = token.id in request.stop_token_ids
+                    if stopped or committed == limit:
+                        self.finish_reason = "stop" if stopped else limit_reason
+                        yield token
+                        return
+                    yield token
+                if self._runs != this_run:
+                    raise UserError(
+                        "the session was closed, or another generation started on it, before this one ended"
+                    )
+                started = time.perf_counter()
+                num_drafts = min(request.num_draft_tokens, limit - committed - 1)
+                batch = self._round(num_drafts, request, stats) if num_drafts else self._decode(request, stats)
+                stats.generate_wall_ms += _ms_since(started)
+        finally:
+            if committed and self._runs == this_run:
+                # Of the committed tokens, all but the last are processed.
+                self._cache.rewind(len(request.prompt_ids) + committed - 1)
+
+    def abandon(self) -> None:
+        """Make a generation that is still under way fail at its next pass."""
+        self._runs += 1
+
+    def _check(self, request: Request) -> tuple[int, FinishReason]:
+        """Return how many tokens may be committed, and what it means when they are."""
+        prompt_ids, manifest = request.prompt_ids, self._manifest
+        if not prompt_ids:
+            raise UserError("the prompt is empty: give at least one token")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < manifest.vocab_size:
+            raise UserError(f"a prompt token is outside 0 to {manifest.vocab_size - 1}: use the bundle's own tokenizer")
+        if not 0 <= request.num_draft_tokens <= manifest.num_draft_tokens:
+            raise UserError(
+                f"num_draft_tokens is {request.num_draft_tokens}, this bundle takes 0 to {manifest.num_draft_tokens}: "
+                "export with a larger --num-draft-tokens for more"
+            )
+        if request.max_new_tokens is not None and request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}: give 1 or more")
+        if not 0 <= request.keep_length <= min(len(prompt_ids) - 1, self._cache.filled_length):
+            raise UserError(f"keep_length is {request.keep_length}: the cache holds {self._cache.filled_length} tokens")
+        room = manifest.context_length - len(prompt_ids)
+        if room < 1:
+            raise ContextFullError(
+                f"the prompt has {len(prompt_ids)} tokens, the context takes {manifest.context_length} with the "
+                "answer: shorten it, or export with a larger --cache-length"
+            )
+        if request.max_new_tokens is not None and request.max_new_tokens <= room:
+            return request.max_new_tokens, "max_tokens"
+        return room, "context"
+
+    def _read_prompt(self, request: Request, stats: GenerationStats) -> list[Token]:
+        """Process the prompt, its last token by a decode step, which yields the first committed token."""
+        started = time.perf_counter()
+        embed_ms = stats.embed_ms
+        stats.prompt_tokens = len(request.prompt_ids)
+        self._cache.rewind(request.keep_length)
+        last = len(request.prompt_ids) - 1
+        sizes = tuple(self._target.prefill)
+        for size, count in plan_prefill(request.keep_length, last, sizes, self._cache.length):
+            position = self._cache.filled_length
+            for row in range(count):
+                self._rows.set(row, request.prompt_ids[position + row], stats)
+            self._target.run(self._target.prefill.get(size, self._target.decode), self._rows, count, position)
+            self._cache.advance(count)
+        stats.prefill_ms += _ms_since(started) - (stats.embed_ms - embed_ms)
+        self._pending = request.prompt_ids[last]
+        batch = self._decode(request, stats)
+        stats.prompt_wall_ms = _ms_since(started)
+        return batch
+
+    def _decode(self, request: Request, stats: GenerationStats) -> list[Token]:
+        """Process the pending token alone."""
+        position = self._cache.filled_length
+        self._rows.set(0, self._pending, stats)
+        started = time.perf_counter()
+        bound = self._target.run(self._target.decode, self._rows, 1, position)
+        logits = bound.read("logits")[0]
+        self._cache.advance(1)
+        stats.decode_steps += 1
+        stats.decode_ms += _ms_since(started)
+        return self._commit((), logits, bound, request, stats)
+
+    def _round(self, num_drafts: int, request: Request, stats: GenerationStats) -> list[Token]:
+        """Draft, verify the pending token and the drafts in one pass, and keep what the target agrees with."""
+        position = self._cache.filled_length
+        self._rows.set(0, self._pending, stats)
+        started = time.perf_counter()
+        embed_ms = stats.embed_ms
+        drafts = self._drafter.propose(num_drafts, self._rows, self._activations, position, stats)
+        drafted = time.perf_counter()
+        stats.draft_ms += 1000.0 * (drafted - started) - (stats.embed_ms - embed_ms)
+        bound = self._target.run(self._target.verify, self._rows, num_drafts + 1, position)
+        logits = bound.read("logits")[0, : num_drafts + 1]
+        self._cache.advance(num_drafts + 1)
+        stats.verify_ms += _ms_since(drafted)
+        batch = self._commit(drafts, logits, bound, request, stats)
+        stats.count_round(num_drafts, len(batch) - 1)
+        self._cache.rewind(position + len(batch))
+        return batch
+
+    def _commit(
+        self, drafts: Sequence[int], logits: FloatArray, bound: BoundSignature, request: Request, stats: GenerationStats
+    ) -> list[Token]:
+        """Turn the logits of a pass into committed tokens; the last becomes the pending one.
+
+        Shapes: logits [len(drafts) + 1, V].
+        """
+        started = time.perf_counter()
+        accepted, next_token, origin = accept_greedy(drafts, greedy_choices(logits))
+        margins = (
+            [top_margin(row) for row in logits[: accepted + 1]] if request.with_margins else [None] * (accepted + 1)
+        )
+        batch = [Token(draft, "accepted", margin) for draft, margin in zip(drafts, margins[:accepted], strict=False)]
+        batch.append(Token(next_token, origin, margins[accepted]))
+        self._pending = next_token
+        self._activations = bound.read("activations")[0, accepted]
+        stats.accept_ms += _ms_since(started)
+        return batch
+
+
+def _ms_since(started: float) -> float:
+    return 1000.0 * (time.perf_counter() - started)

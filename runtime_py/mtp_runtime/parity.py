@@ -1,0 +1,179 @@
+"""Parity: do two runtimes say the same tokens, and if not, was it a near-tie?
+
+The one rule: a difference is a stated near-tie if and only if, at the first differing position, the reference's top
+two logits were within the tolerance. Two graphs of one model (one token or K + 1 at a time, another library) round
+differently in the last bits; where the two best tokens are that close, either is right. What follows the first
+difference continues another text and is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+Verdict = Literal["equal", "near_tie", "different"]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt's output held against the reference's.
+
+    `agreed` leading tokens of the `compared` ones are equal; `first_difference` is the position of the next, and
+    `margin` the reference's top-1 minus top-2 logit there (None where it had already ended).
+    """
+
+    prompt: str
+    compared: int
+    agreed: int
+    first_difference: int | None
+    margin: float | None
+    verdict: Verdict
+
+
+class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one way of running the bundle fared over all prompts.
+
+    `acceptance_rate` and `committed_per_round` are None where there are no drafts or the runtime does not tell.
+    """
+
+    runner: str
+    num_draft_tokens: int
+    tokens_per_second: float
+    acceptance_rate: float | None
+    committed_per_round: float | None
+    comparisons: tuple[Comparison, ...]
+
+    def count(self, verdict: Verdict) -> int:
+        """Return how many prompts got `verdict`."""
+        return sum(comparison.verdict == verdict for comparison in self.comparisons)
+
+
+class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every runner against the reference; `tolerance` is in logits."""
+
+    model: str
+    recipe: str
+    reference: str
+    tolerance: float
+    max_new_tokens: int
+    results: tuple[RunnerResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is a stated near-tie."""
+        return all(result.count("different") == 0 for result in self.results)
+
+    def to_json(self) -> str:
+        """Serialise, with `passed` spelled out."""
+        document = {"passed": self.passed, **msgspec.to_builtins(self)}
+        return msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n"
+
+    def to_markdown(self) -> str:
+        """Return a table of the runners and a list of every difference."""
+        lines = [
+            f"# Parity of {self.model}, recipe {self.recipe}: {'passed' if self.passed else 'FAILED'}",
+            "",
+            f"Reference: {self.reference}; {self.max_new_tokens} tokens per prompt. A difference is a near-tie if the "
+            f"reference's top two logits are within {self.tolerance:g} at the first differing position.",
+            "",
+            "| runner | K | equal | near-ties | different | tokens agreed | acceptance | committed per round | tok/s |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(result) for result in self.results),
+        ]
+        differences = [
+            f"- {result.runner}, K = {result.num_draft_tokens}, {comparison.prompt}: token "
+            f"{comparison.first_difference}, {_margin(comparison)}: {comparison.verdict.replace('_', '-')}"
+            for result in self.results
+            for comparison in result.comparisons
+            if comparison.verdict != "equal"
+        ]
+        if differences:
+            lines += ["", "## Differences", "", *differences]
+        return "\n".join(lines) + "\n"
+
+
+def compare_tokens(
+    prompt: str,
+    reference: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    margins: Sequence[float],
+    tolerance: float,
+    max_new_tokens: int,
+) -> Comparison:
+    """Compare the first `max_new_tokens` of two outputs; one that ends earlier differs where it ends.
+
+    `margins` are the reference's, one per token.
+
+    Raises:
+        ValueError: a reference token has no margin.
+    """
+    reference, tokens = reference[:max_new_tokens], tokens[:max_new_tokens]
+    agreed = 0
+    for expected, found in zip(reference, tokens, strict=False):
+        if expected != found:
+            break
+        agreed += 1
+    return _judge(prompt, agreed, max(len(reference), len(tokens)), len(reference), margins, tolerance)
+
+
+def compare_text(
+    prompt: str,
+    pieces: Sequence[str],
+    text: str,
+    *,
+    margins: Sequence[float],
+    tolerance: float,
+) -> Comparison:
+    """Compare the reference, as the text that each of its tokens adds, with another runtime's whole `text`.
+
+    For runtimes that give no token ids. `text` may go on after the reference's end: stock LiteRT-LM commits its last
+    round whole, up to K tokens more than it was asked for.
+
+    Raises:
+        ValueError: a reference token has no margin.
+    """
+    agreed = start = 0
+    for piece in pieces:
+        if not text.startswith(piece, start):
+            break
+        start += len(piece)
+        agreed += 1
+    return _judge(prompt, agreed, len(pieces), len(pieces), margins, tolerance)
+
+
+def _judge(
+    prompt: str, agreed: int, compared: int, reference_length: int, margins: Sequence[float], tolerance: float
+) -> Comparison:
+    if len(margins) < reference_length:
+        raise ValueError(f"{reference_length} reference tokens have {len(margins)} margins")
+    if agreed == compared:
+        return Comparison(
+            prompt=prompt, compared=compared, agreed=agreed, first_difference=None, margin=None, verdict="equal"
+        )
+    margin = margins[agreed] if agreed < reference_length else None
+    return Comparison(
+        prompt=prompt,
+        compared=compared,
+        agreed=agreed,
+        first_difference=agreed,
+        margin=margin,
+        verdict="near_tie" if margin is not None and margin <= tolerance else "different",
+    )
+
+
+def _row(result: RunnerResult) -> str:
+    agreed = sum(comparison.agreed for comparison in result.comparisons)
+    compared = sum(comparison.compared for comparison in result.comparisons)
+    acceptance = "–" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
+    per_round = "–" if result.committed_per_round is None else f"{result.committed_per_round:.2f}"
+    return (
+        f"| {result.runner} | {result.num_draft_tokens or '–'} | {result.count('equal')} | {result.count('near_tie')} "
+        f"| {result.count('different')} | {agreed} of {compared} | {acceptance} | {per_round} "
+        f"| {result.tokens_per_second:.0f} |"
+    )
+
+
+def _margin(comparison: Comparison) -> str:
+    return "where the reference had ended" if comparison.margin is None else f"margin {comparison.margin:.2g}"

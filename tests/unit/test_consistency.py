@@ -1,0 +1,124 @@
+"""A manifest that contradicts itself is refused, and one that is changed anywhere never ends in a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mtp_runtime import BundleError, Manifest, MtpError, Session
+from mtp_runtime.consistency import check_consistency
+from tests.unit.conftest import TOY_PROMPT
+from tests.unit.fake_backend import fake_manifest
+
+Document = dict[str, Any]
+
+
+def test_a_good_manifest_is_consistent() -> None:
+    check_consistency(fake_manifest())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 17}, "embeddings is ('float32', (1, 8, 16)), expected ('float32', (1, 8, 17))"),
+        ({"vocab_size": 51}, "logits is ('float32', (1, 1, 50)), expected ('float32', (1, 1, 51))"),
+        ({"num_draft_tokens": 3, "context_length": 61}, "target verify takes 5 tokens, expected 4"),
+        ({"cache_length": 65, "context_length": 61}, "no decode signature over the whole cache of 65"),
+        ({"bos_token_id": 50}, "outside the vocabulary of 50"),
+        ({"stop_token_ids": (-1,)}, "outside the vocabulary of 50"),
+    ],
+)
+def test_a_size_that_contradicts_a_signature_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        check_consistency(msgspec.structs.replace(fake_manifest(), **changes))
+    assert message in str(caught.value)
+
+
+def edit_signature(edit: Callable[[Document], None], role: str = "target", name: str = "decode") -> Manifest:
+    """Return a good manifest with one signature changed by `edit`."""
+    document = json.loads(fake_manifest().to_json())
+    edit(next(spec for spec in document["signatures"][role] if spec["name"] == name))
+    return Manifest.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda spec: spec.update(kind="draft"), "of kind draft, expected prefill or decode or verify"),
+        (lambda spec: spec.update(name="verify"), "two signatures of one name"),
+        (lambda spec: spec.update(num_tokens=2), "target decode takes 2 tokens, expected 1"),
+        (lambda spec: spec.update(attention_length=63), "no decode signature over the whole cache"),
+        (lambda spec: spec["inputs"].pop(), "the target's decode has no KV caches"),
+        (lambda spec: spec["inputs"].pop(0), "embeddings is absent, expected ('float32', (1, 1, 16))"),
+        (lambda spec: spec["inputs"].append(spec["inputs"][0]), "two inputs of one name"),
+        (lambda spec: spec["inputs"][4].update(shape=[1, 1, 63, 1]), "expected (1, G, 64, D)"),
+        (lambda spec: spec["inputs"][4].update(name="kv_cache_../x"), "kv_cache_../x is"),
+        (lambda spec: spec["inputs"][2].update(dtype="float32"), "input_pos is ('float32', (1,))"),
+        (lambda spec: spec["outputs"].pop(), "activations is absent"),
+    ],
+)
+def test_a_signature_of_other_tensors_is_refused(edit: Callable[[Document], None], message: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        check_consistency(edit_signature(edit))
+    assert message in str(caught.value)
+
+
+def test_a_variant_may_not_read_beyond_the_cache() -> None:
+    with pytest.raises(BundleError, match="draft_16 reads 65 of 64 cache positions"):
+        check_consistency(edit_signature(lambda spec: spec.update(attention_length=65), "drafter", "draft_16"))
+
+
+def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where every number and string of a JSON document is."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*at, key))
+    else:
+        yield at
+
+
+def changed(document: Document, at: tuple[Any, ...], chance: random.Random) -> Document:
+    """Return a copy of `document` with the number or string `at` replaced by another."""
+    copy: Document = json.loads(json.dumps(document))
+    inner: Any = copy
+    for key in at[:-1]:
+        inner = inner[key]
+    old = inner[at[-1]]
+    new = (old + 1, old - 1, 0, -1, 2 * old, 1 << 40) if isinstance(old, int) else ("", old + "x", old[::-1], "decode")
+    inner[at[-1]] = chance.choice([value for value in new if value != old])
+    return copy
+
+
+def test_no_change_of_a_manifest_ends_in_a_traceback(toy_folder: Path, tmp_path: Path) -> None:
+    """Values are changed at random: the bundle still generates, or it is refused in one line."""
+    for path in toy_folder.iterdir():
+        if path.name != "manifest.json":
+            os.link(path, tmp_path / path.name)
+    document = json.loads((toy_folder / "manifest.json").read_text(encoding="utf-8"))
+    places = list(leaves(document))
+    chance = random.Random(5)
+    # One in four outside the signatures, where most numbers are.
+    few = [at for at in places if at[0] != "signatures"]
+    rounds = int(os.environ.get("MTP_FUZZ_ROUNDS", "120"))
+    outcomes = {"opened": 0, "refused": 0}
+    for _ in range(rounds):
+        at = chance.choice(few if chance.random() < 0.25 else places)
+        (tmp_path / "manifest.json").write_text(json.dumps(changed(document, at, chance)), encoding="utf-8")
+        message = ""
+        with contextlib.ExitStack() as opened:
+            try:
+                session = opened.enter_context(Session.open(tmp_path))
+                session.generate(TOY_PROMPT, max_new_tokens=6).finish()
+            except MtpError as error:
+                message = str(error)
+        outcomes["refused" if message else "opened"] += 1
+        assert message.isprintable()
+    assert min(outcomes.values()) >= 3, outcomes
