@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bundles import exported
+from benchmarks.machine import write_result
 from mtp_calibration.corpus import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Session
-
-from benchmarks.shared_kv import exported
-from benchmarks.machine import write_result
 
 GOAL = 1.3
 PHASES = ("embed_ms", "decode_ms", "draft_ms", "verify_ms", "accept_ms")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 
-from benchmarks.machine import ROOT, write_result
+from benchmarks.bundles import exported
+from benchmarks.machine import write_result
 from mtp_runtime import GenerationStats, Session
 from mtp_runtime.masks import CausalMask
 from mtp_runtime.quiet import native_log_held_back
@@ -79,16 +79,6 @@ def measure_filled(pair: Sequence[Session], filled: int, options: argparse.Names
         found = measure(f"{kind}, caches copied out", steps, options.repeats)
         rows.append({"filled": filled, "in_place": False, **found})
     return rows
-
-
-def exported(cache_length: int, recipe: str) -> Path:
-    """Return build/'s nano bundle of this cache length, exporting it if it is not there."""
-    path = ROOT / "build" / f"nano-{recipe}-{cache_length}"
-    if not path.exists():
-        command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--target", "tflite"]
-        command += ["--recipe", recipe, "--cache-length", str(cache_length), "--output", str(path)]
-        subprocess.run(command, check=True)
-    return path
 
 
 def bound_steps(session: Session, filled: int) -> dict[str, Step]:

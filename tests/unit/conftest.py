@@ -49,3 +49,21 @@ def toy_with_drafter(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pair as transformers saves it, in `target` and `drafter`. Do not change it."""
+    from tests.unit import tiny_files
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_files.save_pair(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_source: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pair to spoil."""
+    from tests.unit import tiny_files
+
+    return tiny_files.copy_pair(tiny_source, tmp_path / "tiny")

@@ -1,0 +1,19 @@
+"""Bundles of nano for benchmarks, exported when they are first asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+
+
+def exported(cache_length: int, recipe: str) -> Path:
+    """Return build/'s nano bundle of this cache length, exporting it if it is not there."""
+    path = ROOT / "build" / f"nano-{recipe}-{cache_length}"
+    if not path.exists():
+        command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--target", "tflite"]
+        command += ["--recipe", recipe, "--cache-length", str(cache_length), "--output", str(path)]
+        subprocess.run(command, check=True)
+    return path

@@ -1,0 +1,92 @@
+"""Tiny checkpoints as files, and the real command over them.
+
+    python -m tests.unit.tiny_files FOLDER ARGUMENTS…
+
+is `mtp-export ARGUMENTS…` that knows one model more: `tiny`, whose checkpoints lie in FOLDER/target and FOLDER/drafter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from mtp_export import cli
+from mtp_export.arch import gemma4
+from mtp_export.arch.spec import PairSpec
+
+ROOT = Path(__file__).parents[2]
+CACHE_LENGTH = 48
+
+
+def save_pair(folder: Path) -> None:
+    """Write a random pair as transformers saves it, with a tokenizer and a chat template."""
+    from tests.parity.tiny import Tiny, hf_drafter, hf_target
+    from tests.unit.toy_pair import tokenizer_json
+
+    hf_target(Tiny()).save_pretrained(folder / "target")
+    hf_drafter(Tiny()).save_pretrained(folder / "drafter")
+    (folder / "target" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    (folder / "target" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
+
+
+def register(folder: Path) -> PairSpec:
+    """Make the pair in `folder` known as the model `tiny`."""
+    configs = [json.loads((folder / part / "config.json").read_text()) for part in ("target", "drafter")]
+    pair = PairSpec(
+        name="tiny",
+        target=gemma4.read_target_spec(configs[0], "target"),
+        drafter=gemma4.read_drafter_spec(configs[1], "drafter"),
+        target_id="",
+        drafter_id="",
+        cache_length=CACHE_LENGTH,
+        prefill_lengths=(),
+    )
+    cast(dict[str, PairSpec], gemma4.PAIRS)["tiny"] = pair
+    return pair
+
+
+def run_tiny(folder: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own; `prefix` is put before it."""
+    command = [*prefix, sys.executable, "-m", "tests.unit.tiny_files", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+
+
+def pair_arguments(folder: Path) -> list[str]:
+    return ["--model", "tiny", "--checkpoint", str(folder / "target"), "--drafter", str(folder / "drafter")]
+
+
+def rewrite_json(path: Path, change: Callable[[Any], None] | Mapping[str, Any]) -> None:
+    """Change a JSON file: by a function, or by keys whose new values are given (`...` deletes a key)."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if callable(change):
+        change(document)
+    else:
+        document |= change
+        document = {key: value for key, value in document.items() if value is not ...}
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def rewrite_tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensors of a safetensors file, a dict of name → torch tensor."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path)
+
+
+def copy_pair(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+if __name__ == "__main__":
+    register(Path(sys.argv[1]))
+    sys.argv[1:] = sys.argv[2:]
+    cli.main()
