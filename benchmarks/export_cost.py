@@ -1,8 +1,8 @@
 """What an export takes: wall time, peak memory of all its processes, sizes.
 
-    python benchmarks/export_cost.py [--recipe int8] [-- further options of mtp-export]
+    python -m benchmarks.export_cost [--recipe int8] [-- further options of mtp-export]
 
-Memory is the sum over the export's processes of what is theirs alone plus their share of what they have in common (PSS),
+Memory is the sum over the export's processes of what is theirs alone plus their share of what is common (PSS),
 sampled ten times a second. Goal for nano: at most 90 s and 3 GiB.
 """
 

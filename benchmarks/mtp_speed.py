@@ -1,9 +1,9 @@
 """Does MTP pay in the reference runtime, and where does a round's time go?
 
-Every prompt of a kind is generated plainly and with each K in turn, round after round in one run, so that a machine that
-slows down slows all alike. Figures are committed tokens per second of the generation loop, summed over prompts.
+Every prompt of a kind is generated plainly and with each K in turn, round after round in one run, so that a machine
+that slows down slows all alike. Figures are committed tokens per second of the generation loop, summed over prompts.
 
-    python benchmarks/mtp_speed.py [BUNDLE]
+    python -m benchmarks.mtp_speed [BUNDLE]
 
 Without a bundle, nano is exported at int8 into build/. Goal: at least 1.3 times plain on code, with the best K.
 """

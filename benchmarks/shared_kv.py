@@ -4,7 +4,7 @@ Two bundles of one model, exported with cache lengths 1024 and 4096, are filled 
 draft passes are timed, alternating between the two in one run. For contrast, the decode of both is timed once more
 with separate output buffers for the caches, as a runtime that does not bind in place would run it.
 
-    python benchmarks/shared_kv.py [SHORT_BUNDLE LONG_BUNDLE]
+    python -m benchmarks.shared_kv [SHORT_BUNDLE LONG_BUNDLE]
 
 Without bundles, nano is exported into build/. Goal: each ratio at most 1.3.
 """

@@ -1,12 +1,9 @@
-"""Writing a bundle: everything into a folder beside the output, which takes its name only when it is complete."""
+"""Writing what a bundle has besides its graphs: the manifest, and the one `.litertlm` for LiteRT-LM."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -17,7 +14,6 @@ from litert_lm_builder import litertlm_builder
 from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metadata, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
-from mtp_export.errors import OutputError
 from mtp_runtime.contract import MANIFEST_NAME, Manifest
 
 _MODEL_TYPES = {
@@ -26,75 +22,6 @@ _MODEL_TYPES = {
     "embedder": TfLiteModelType.EMBEDDER,
     "per_layer_embedder": TfLiteModelType.PER_LAYER_EMBEDDER,
 }
-
-
-@contextlib.contextmanager
-def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `output` if the block succeeds, and vanishes if it does not.
-
-    Raises:
-        OutputError: the output exists and `force` is false, or cannot be written, or the disk is full.
-    """
-    output = output.absolute()
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists: choose another --output, or replace it with --force")
-    if force and output.exists() and not (output / MANIFEST_NAME).is_file():
-        raise OutputError(f"{output} is not a bundle, so --force does not replace it: choose another --output")
-    with _explained(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-", dir=output.parent))
-        try:
-            yield stage
-            stage.chmod(0o777 & ~_umask())
-            _replace(stage, output)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _explained(output: Path) -> Iterator[None]:
-    """Turn what the file system says into what the user can do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"the disk of {output.parent} is full: free some space, nothing was written") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
-            reason = (error.strerror or "no access").lower()
-            raise OutputError(f"cannot write {output}: {reason}: choose another --output") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what killed exports of the same output left; a living process keeps its own."""
-    prefix = f".{output.name}.partial-"
-    for leftover in output.parent.glob(f"{prefix}*"):
-        pid = leftover.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _replace(stage: Path, output: Path) -> None:
-    """Put the finished folder in place; the old one is moved aside first and deleted last."""
-    if output.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{os.getpid()}-old-", dir=output.parent))
-        output.rename(aside / output.name)
-        try:
-            stage.rename(output)
-        except OSError:
-            (aside / output.name).rename(output)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        stage.rename(output)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

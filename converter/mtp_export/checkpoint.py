@@ -3,11 +3,13 @@ published tensor names. Only safetensors are read: nothing in a checkpoint is ev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,11 @@ _TEXT_FILES = (
     "chat_template.jinja",
 )
 _FLOATS = ("BF16", "F16", "F32")
-_MAX_JSON_BYTES = 64 << 20
+_MAX_TEXT_BYTES = 64 << 20
 _READ_BYTES = 16 << 20
+
+# An id is an owner and a name; what begins with a dot is a path.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 # Where the text model's tensors lie: in a multimodal file, in a text-only one, and bare.
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -60,30 +65,47 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or not what it should be.
         """
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(f"no {part} checkpoint at {folder}: give a folder with config.json and *.safetensors")
         self.folder, self.part = folder, part
         self.config = self.read_json("config.json")
-        self.tensors = dict(self._headers())
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in self._shards():
+            self._add_headers(path)
+
+    def read_text(self, name: str) -> str:
+        """Return a text file of the folder.
+
+        Raises:
+            CheckpointError: it is missing, no file, too large, or not UTF-8.
+        """
+        path = self.folder / name
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
+                raise CheckpointError(f"{path} is not a file: the {self.part} checkpoint is damaged")
+            if status.st_size > _MAX_TEXT_BYTES:
+                raise CheckpointError(f"{path} is larger than {_MAX_TEXT_BYTES >> 20} MiB: this is not a {name}")
+            return path.read_bytes().decode("utf-8")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}: download it again") from error
 
     def read_json(self, name: str) -> Any:
         """Parse a JSON file of the folder.
 
         Raises:
-            CheckpointError: it is missing, too large, or not JSON.
+            CheckpointError: as for text, or it is not JSON.
         """
-        path = self.folder / name
+        text = self.read_text(name)
         try:
-            if path.stat().st_size > _MAX_JSON_BYTES:
-                raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB: this is not a {name}")
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: also for integers of thousands of digits
+            raise CheckpointError(f"{self.folder / name} is not JSON ({error}): download it again") from error
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return os.path.isfile(self.folder / name)  # False for a name that the file system does not take
 
     def _shards(self) -> list[Path]:
         if not self.has(_INDEX):
@@ -106,15 +128,16 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder / shard} is missing: the {self.part} checkpoint is incomplete")
         return [self.folder / shard for shard in shards]
 
-    def _headers(self) -> Iterator[tuple[str, TensorInfo]]:
-        for path in self._shards():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in sorted(file.keys()):
-                        view = file.get_slice(name)
-                        yield name, TensorInfo(file=path, shape=tuple(view.get_shape()), dtype=view.get_dtype())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+    def _add_headers(self, path: Path) -> None:
+        with _opened(path) as file:
+            for name in sorted(file.keys()):
+                view = file.get_slice(name)
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"tensor {name} lies in {self.tensors[name].file.name} and in {path}: "
+                        "the checkpoint contradicts itself, download it again"
+                    )
+                self.tensors[name] = TensorInfo(file=path, shape=tuple(view.get_shape()), dtype=view.get_dtype())
 
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
@@ -137,21 +160,31 @@ class Checkpoint:
 
     def _float32(self, name: str, read: Callable[[Any], torch.Tensor]) -> NDArray[np.float32]:
         path = self.tensors[name].file
-        try:
-            with safe_open(path, framework="pt") as file:
-                values: NDArray[np.float32] = read(file).to(torch.float32).numpy()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+        with _opened(path) as file:
+            values: NDArray[np.float32] = read(file).to(torch.float32).numpy()
         if not np.isfinite(values).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
         return values
 
     def integers(self, name: str) -> NDArray[np.int64]:
         """A whole stored integer vector."""
-        info = self.tensors[name]
-        with safe_open(info.file, framework="pt") as file:
+        with _opened(self.tensors[name].file) as file:
             values: NDArray[np.int64] = file.get_tensor(name).to(torch.int64).numpy()
         return values
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        CheckpointError: what is read of it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
 
 
 def text_prefix(checkpoint: Checkpoint) -> str:
@@ -189,7 +222,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
             )
     for stored, info in checkpoint.tensors.items():
         # A tied head may be stored twice; it is never read.
-        known = stored.removeprefix(prefix) in expected or stored == "lm_head.weight"
+        known = (stored.startswith(prefix) and stored.removeprefix(prefix) in expected) or stored == "lm_head.weight"
         if not known and not _IGNORED.match(stored):
             raise CheckpointError(f"{info.file}: unknown tensor {stored}: merge adapters before exporting")
 
@@ -215,12 +248,11 @@ def locate(source: str) -> Path:
     Raises:
         CheckpointError: the id is unknown, not cached while offline, or the download fails.
     """
-    folder = Path(source).expanduser()
-    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
-    if folder.exists() or not looks_like_id:
+    folder = Path(os.path.expanduser(source))
+    if os.path.lexists(folder) or not _HUB_ID.fullmatch(source):
         return folder
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", _INDEX, *_TEXT_FILES]
     try:
@@ -230,7 +262,7 @@ def locate(source: str) -> Path:
             f"{source} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached: "
             "download it first, or give a local folder"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"cannot download {source}: {first_line}: log in, or give a local folder") from error
 

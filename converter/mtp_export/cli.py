@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +21,7 @@ _COMMANDS = {
     "run": "mtp_export.commands.run",
 }
 _DEFAULT = "export"
+_MAX_LINE = 1000  # characters of an error; names from damaged files can be of any length
 
 
 class _LazyGroup(click.Group):
@@ -33,8 +37,9 @@ class _LazyGroup(click.Group):
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = args or ["--help"]
         own = {"--help", "-h", "--version"}
-        if args and args[0].startswith("-") and args[0] not in own:
+        if args[0].startswith("-") and args[0] not in own:
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
 
@@ -44,7 +49,7 @@ class _LazyGroup(click.Group):
         if args and args[0] not in _COMMANDS:
             close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise click.UsageError(f"No such command {args[0]!r}.{hint}")
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -61,29 +66,57 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line; every outcome is an exit code: 2 for the user's mistake, 1 for ours, 130 for Ctrl-C."""
-    # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C does
     try:
-        code: Any = cli.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = _invoke()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can still be told that it fails
+        sys.exit(code)
     except MtpError as error:
         _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        message = error.format_message()
+        see = f" See '{error.ctx.command_path} --help'." if error.ctx and "Did you mean" not in message else ""
+        _fail(message + see, 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it has been heard
         _fail("interrupted; nothing half-written is left", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has seen enough
-        sys.exit(0)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
+        _give_up_output()  # whoever read our output has seen enough
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001  the last resort: a traceback is for those who ask for it
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _give_up_output()  # a command answers for its files, so this is the output, or a temporary file
+            _fail("no space left to write to: free some space", 2)
         _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug and report it)", 1)
 
 
+def _invoke() -> int:
+    """Run the command; returns its exit code, whichever way it gives it."""
+    try:
+        result: Any = cli.main(standalone_mode=False)
+    except SystemExit as ended:
+        result = ended.code
+    return result if isinstance(result, int) else 0
+
+
+def _give_up_output() -> None:
+    """Let what is still to be written go nowhere; Python would try once more at its end, and fail aloud."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    first_line = " ".join(message.split())
-    click.echo(f"mtp-export: error: {first_line}", err=True)
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    if len(line) > _MAX_LINE:
+        line = line[:_MAX_LINE] + "…"
+    click.echo(f"mtp-export: error: {line}", err=True)
     sys.exit(code)
 
 

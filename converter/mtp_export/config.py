@@ -6,7 +6,13 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
+from mtp_calibration.recipes import RECIPES
+from mtp_export.arch.gemma4 import PAIRS
 from mtp_runtime.errors import UserError
+
+EXPORT_FORMATS = ("tflite",)
+_MAX_DRAFT_TOKENS = 16
+_CACHE_LENGTHS = (32, 1 << 20)  # a checkpoint says how far positions really go
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,23 @@ class ExportConfig:
     output: Path
     force: bool
     workers: int
+
+    def check(self) -> None:
+        """Check all that can be checked before a checkpoint is opened.
+
+        Raises:
+            UserError: an option has no value of its kind, with the ones that it may have.
+        """
+        one_of("--model", self.model, PAIRS)
+        one_of("--target", self.export_format, EXPORT_FORMATS)
+        one_of("--recipe", self.recipe, RECIPES)
+        if self.drafter_recipe is not None:
+            one_of("--drafter-recipe", self.drafter_recipe, RECIPES)
+        if self.cache_length is not None:
+            in_range("--cache-length", self.cache_length, *_CACHE_LENGTHS)
+        in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
+        in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)
+        in_range("--workers", self.workers, 1, 64)
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

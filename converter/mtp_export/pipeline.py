@@ -13,24 +13,18 @@ from typing import Protocol
 import msgspec
 
 from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
-from mtp_export import bundle, parameters
+from mtp_export import bundle, parameters, texts
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.checkpoint import Checkpoint, hash_file, locate
-from mtp_export.config import ExportConfig, in_range, one_of
+from mtp_export.config import ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
-from mtp_export.errors import CheckpointError, OutputError
+from mtp_export.errors import OutputError
+from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
 
-# Copied into the bundle as they are: role and file name.
-_TEXT_FILES = {
-    "tokenizer": "tokenizer.json",
-    "tokenizer_config": "tokenizer_config.json",
-    "chat_template": "chat_template.jinja",
-}
-_MAX_DRAFT_TOKENS = 16
 _SPARE_BYTES = 64 << 20  # of disk, for headers and text files
 
 
@@ -61,6 +55,8 @@ class _Pair:
     drafter: Checkpoint
     target_spec: TargetSpec
     drafter_spec: DrafterSpec
+    texts: Mapping[str, str]
+    stop_token_ids: tuple[int, ...]
 
 
 def export(config: ExportConfig, progress: Progress) -> ExportResult:
@@ -70,10 +66,11 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         MtpError: with what was wrong and what to do; nothing is left behind then.
     """
     clock = _Clock()
-    pair = _open_pair(config)
-    shape = _graph_shape(config, pair)
-    clock.lap("open")
-    with bundle.staged_folder(config.output, force=config.force) as folder:
+    config.check()
+    with staged_folder(config.output, force=config.force) as folder:
+        pair = _open_pair(config)
+        shape = _graph_shape(config, pair)
+        clock.lap("open")
         graphs = _trace(config, pair, shape)
         values = _parameters(config, pair, graphs)
         _check_disk(config.output, values)
@@ -103,19 +100,25 @@ class _Clock:
 
 
 def _open_pair(config: ExportConfig) -> _Pair:
-    one_of("--model", config.model, gemma4.PAIRS)
-    one_of("--target", config.export_format, ("tflite",))
-    one_of("--recipe", config.recipe, RECIPES)
-    if config.drafter_recipe is not None:
-        one_of("--drafter-recipe", config.drafter_recipe, RECIPES)
+    """Open and check both checkpoints, the target first: a wrong one costs no download of the drafter."""
     model = gemma4.PAIRS[config.model]
     target = Checkpoint(_folder(config.target, model.target_id, "target"), "target")
-    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter"), "drafter")
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
+    gemma4.check_model(model.name, "target", model.target, target_spec)
+    contents, stop_ids = texts.read_texts(target, target_spec), texts.stop_token_ids(target, target_spec)
+    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter"), "drafter")
     drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
     gemma4.check_pair(target_spec, drafter_spec)
-    gemma4.check_model(model, target_spec, drafter_spec)
-    return _Pair(model=model, target=target, drafter=drafter, target_spec=target_spec, drafter_spec=drafter_spec)
+    gemma4.check_model(model.name, "drafter", model.drafter, drafter_spec)
+    return _Pair(
+        model=model,
+        target=target,
+        drafter=drafter,
+        target_spec=target_spec,
+        drafter_spec=drafter_spec,
+        texts=contents,
+        stop_token_ids=stop_ids,
+    )
 
 
 def _folder(given: str | None, published_id: str, part: str) -> Path:
@@ -125,9 +128,6 @@ def _folder(given: str | None, published_id: str, part: str) -> Path:
 
 
 def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
-    in_range("--num-draft-tokens", config.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
-    in_range("--drafter-position-offset", config.drafter_position_offset, 0, 1)
-    in_range("--workers", config.workers, 1, 64)
     longest = pair.target_spec.max_position_embeddings
     cache_length = min(pair.model.cache_length, longest) if config.cache_length is None else config.cache_length
     in_range("--cache-length", cache_length, 32, longest)
@@ -204,7 +204,7 @@ def _write_rest(
 ) -> Manifest:
     inputs = [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
     progress.start("hashing and bundling", len(inputs) + len(graphs) + 1)
-    files = {graph.role: folder / f"{graph.role}.tflite" for graph in graphs} | _copy_text_files(pair, folder)
+    files = {graph.role: folder / f"{graph.role}.tflite" for graph in graphs} | texts.write_texts(pair.texts, folder)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("mtp-export"),
@@ -219,7 +219,7 @@ def _write_rest(
         vocab_size=pair.target_spec.vocab_size,
         hidden_size=pair.target_spec.hidden_size,
         bos_token_id=pair.target_spec.bos_token_id,
-        stop_token_ids=_stop_token_ids(pair),
+        stop_token_ids=pair.stop_token_ids,
         target=dataclasses.asdict(pair.target_spec),
         drafter=dataclasses.asdict(pair.drafter_spec),
         inputs=tuple(_hash_input(part, path, progress) for part, path in inputs),
@@ -239,33 +239,3 @@ def _hash_input(part: str, path: Path, progress: Progress) -> FileEntry:
     entry = hash_file(path)
     progress.advance(1)
     return FileEntry(path=f"{part}/{entry.path}", sha256=entry.sha256, size_bytes=entry.size_bytes)
-
-
-def _copy_text_files(pair: _Pair, folder: Path) -> dict[str, Path]:
-    """Copy tokenizer and chat template; returns them by role."""
-    if not pair.target.has("tokenizer.json"):
-        raise CheckpointError(
-            f"{pair.target.folder / 'tokenizer.json'} is missing: the target checkpoint is incomplete"
-        )
-    copied = {}
-    for role, name in _TEXT_FILES.items():
-        if pair.target.has(name):
-            shutil.copyfile(pair.target.folder / name, folder / name)
-            copied[role] = folder / name
-    if "chat_template" not in copied and pair.target.has("tokenizer_config.json"):
-        # Before chat_template.jinja existed, the template was a key of the tokenizer's config.
-        config = pair.target.read_json("tokenizer_config.json")
-        template = config.get("chat_template") if isinstance(config, dict) else None
-        if isinstance(template, str):
-            copied["chat_template"] = folder / _TEXT_FILES["chat_template"]
-            copied["chat_template"].write_text(template, encoding="utf-8")
-    return copied
-
-
-def _stop_token_ids(pair: _Pair) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json knows better than config.json."""
-    if pair.target.has("generation_config.json"):
-        generation = pair.target.read_json("generation_config.json")
-        if isinstance(generation, dict) and generation.get("eos_token_id") is not None:
-            return gemma4.token_ids(generation["eos_token_id"], "generation_config.json: eos_token_id")
-    return pair.target_spec.eos_token_ids

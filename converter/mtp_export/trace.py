@@ -22,7 +22,7 @@ from mtp_export.models.target import Embedder, PerLayerEmbedder, TargetFeedForwa
 from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
 
 # Attention-length variants: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
-ATTENTION_LENGTHS = (512, 2048, 8192, 32768)
+ATTENTION_LENGTHS = (512, 1024, 2048, 4096, 16384, 65536)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from mtp_export.arch.spec import (
     FULL,
     SLIDING,
     ClusteredHeadSpec,
+    DecoderSpec,
     DrafterSpec,
     LayerType,
     PairSpec,
@@ -141,7 +143,6 @@ _NEUTRAL = frozenset(
         "torch_dtype",
         "transformers_version",
         "use_cache",
-        "tie_word_embeddings",
     ]
 )
 # Keys of the whole multimodal config that concern parts which are not exported.
@@ -163,12 +164,14 @@ _OTHER_MODALITIES = frozenset(
     ]
 )
 # Keys with one value that we implement; any other is another architecture.
+_TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 _FIXED: Mapping[str, Any] = {
     "attention_bias": False,
     "attention_k_eq_v": False,
     "enable_moe_block": False,
     "hidden_activation": "gelu_pytorch_tanh",
     "use_bidirectional_attention": None,
+    **_TIED,
 }
 # Sizes of experts mean nothing while enable_moe_block is false.
 _UNUSED = frozenset(["expert_intermediate_size", "moe_intermediate_size", "num_experts", "top_k_experts"])
@@ -201,6 +204,14 @@ _ASSISTANT = frozenset(
 )
 
 
+_REPR = reprlib.Repr()  # of what a file says: enough to find it there, whatever it is
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxtuple = 64  # layer types of a spec, all of them
+
+
+_MAX_NUMBER = 1e30
+
+
 class _Config:
     """A config.json being read: each value checked for its type, with the place named in every error."""
 
@@ -210,17 +221,22 @@ class _Config:
         self.values, self.where = values, where
 
     def fail(self, key: str, got: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} is {got!r}, expected {expected}")
+        return CheckpointError(f"{self.where}: {key} is {_REPR.repr(got)}, expected {expected}")
 
     def get(self, key: str, kind: type) -> Any:
         if key not in self.values:
             raise CheckpointError(f"{self.where}: {key} is missing: this is not a Gemma 4 checkpoint, or a damaged one")
         value = self.values[key]
-        if kind is float and type(value) is int:
-            value = float(value)
         if type(value) is not kind:
             raise self.fail(key, value, f"a value of type {kind.__name__}")
         return value
+
+    def number(self, key: str) -> float:
+        """A finite number, with a decimal point or without."""
+        value = self.values[key] if type(self.values.get(key)) is int else self.get(key, float)
+        if not abs(value) < _MAX_NUMBER:  # NaN, which JSON files may hold, is not less than anything
+            raise self.fail(key, value, "a finite number")
+        return float(value)
 
     def size(self, key: str) -> int:
         value: int = self.get(key, int)
@@ -235,14 +251,15 @@ class _Config:
         unknown = sorted(set(self.values) - known)
         if unknown:
             raise CheckpointError(
-                f"{self.where}: unknown key {unknown[0]!r} = {self.values[unknown[0]]!r}: "
+                f"{self.where}: unknown key {_REPR.repr(unknown[0])} = {_REPR.repr(self.values[unknown[0]])}: "
                 "this architecture is not Gemma 4 E2B/E4B as we know it"
             )
 
     def check_fixed(self, fixed: Mapping[str, Any]) -> None:
         for key, expected in fixed.items():
-            if key in self.values and self.values[key] != expected:
-                raise self.fail(key, self.values[key], repr(expected))
+            value = self.values.get(key, expected)
+            if type(value) is not type(expected) or value != expected:  # 0 is not false
+                raise self.fail(key, value, repr(expected))
 
     def check_model_type(self, expected: Sequence[str]) -> None:
         if self.get("model_type", str) not in expected:
@@ -263,7 +280,7 @@ def _layer_types(config: _Config) -> tuple[LayerType, ...]:
 
 def _global_head_dim(config: _Config, layer_types: Sequence[LayerType]) -> int:
     """Published files say `global_head_dim`; files saved by transformers 5.22 override it layer by layer."""
-    if "global_head_dim" in config.values:
+    if "per_layer_config" not in config.values:
         return config.size("global_head_dim")
     overrides = config.child("per_layer_config")
     expected = {str(i) for i, layer_type in enumerate(layer_types) if layer_type == FULL}
@@ -274,15 +291,17 @@ def _global_head_dim(config: _Config, layer_types: Sequence[LayerType]) -> int:
         overrides.child(layer).check_keys(frozenset({"head_dim"}))
     if len(sizes) != 1:
         raise config.fail("per_layer_config", sorted(sizes), "one head_dim for all full-attention layers")
-    return sizes.pop()
+    size = sizes.pop()
+    config.check_fixed({"global_head_dim": size})  # a file that says it twice must mean the same
+    return size
 
 
 def _rope(config: _Config, layer_type: LayerType, rope_type: str) -> RopeSpec:
     rope = config.child("rope_parameters").child(layer_type)
     rope.check_keys(frozenset({"rope_type", "rope_theta", "partial_rotary_factor"}))
     rope.check_fixed({"rope_type": rope_type})
-    factor = rope.get("partial_rotary_factor", float) if "partial_rotary_factor" in rope.values else 1.0
-    return RopeSpec(theta=rope.get("rope_theta", float), partial_rotary_factor=factor)
+    factor = rope.number("partial_rotary_factor") if "partial_rotary_factor" in rope.values else 1.0
+    return RopeSpec(theta=rope.number("rope_theta"), partial_rotary_factor=factor)
 
 
 def _decoder_fields(config: _Config) -> dict[str, Any]:
@@ -302,7 +321,7 @@ def _decoder_fields(config: _Config) -> dict[str, Any]:
         "sliding_window": config.size("sliding_window"),
         "sliding_rope": _rope(config, SLIDING, "default"),
         "full_rope": _rope(config, FULL, "proportional"),
-        "rms_norm_eps": config.get("rms_norm_eps", float),
+        "rms_norm_eps": config.number("rms_norm_eps"),
     }
 
 
@@ -316,27 +335,27 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
     outer.check_model_type(("gemma4", "gemma4_text"))
     text = outer
     if outer.values["model_type"] == "gemma4":
-        outer.check_keys(_NEUTRAL | _OTHER_MODALITIES)
+        outer.check_keys(_NEUTRAL | _OTHER_MODALITIES | frozenset(_TIED))
+        outer.check_fixed(_TIED)
         text = outer.child("text_config")
     fields = _decoder_fields(text)
     layers, width = len(fields["layer_types"]), text.size("intermediate_size")
     shared = text.get("num_kv_shared_layers", int)
-    owned = fields["layer_types"][: layers - shared]
-    if not 0 < shared < layers or not {SLIDING, FULL} <= set(owned):
-        raise text.fail("num_kv_shared_layers", shared, f"less than {layers}, with both layer types before them")
+    if not 0 < shared < layers or not {SLIDING, FULL} <= set(fields["layer_types"][: layers - shared]):
+        raise text.fail("num_kv_shared_layers", shared, f"1 to {layers - 1}, with both layer types before them")
     wide = 2 * width if text.get("use_double_wide_mlp", bool) else width
-    eos = outer.values.get("eos_token_id", text.values.get("eos_token_id"))
+    eos, vocab = outer.values.get("eos_token_id", text.values.get("eos_token_id")), fields["vocab_size"]
     return TargetSpec(
         **fields,
         intermediate_sizes=(width,) * (layers - shared) + (wide,) * shared,
         num_kv_shared_layers=shared,
         per_layer_size=text.size("hidden_size_per_layer_input"),
         vocab_size_per_layer_input=text.size("vocab_size_per_layer_input"),
-        final_logit_softcapping=text.get("final_logit_softcapping", float),
+        final_logit_softcapping=text.number("final_logit_softcapping"),
         max_position_embeddings=text.size("max_position_embeddings"),
-        pad_token_id=text.get("pad_token_id", int),
-        bos_token_id=text.get("bos_token_id", int),
-        eos_token_ids=token_ids(eos, f"{where}: eos_token_id"),
+        pad_token_id=token_ids(text.get("pad_token_id", int), vocab, f"{where}: pad_token_id")[0],
+        bos_token_id=token_ids(text.get("bos_token_id", int), vocab, f"{where}: bos_token_id")[0],
+        eos_token_ids=token_ids(eos, vocab, f"{where}: eos_token_id"),
     )
 
 
@@ -348,10 +367,13 @@ def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
     """
     outer = _Config(values, where)
     outer.check_model_type(("gemma4_assistant",))
-    outer.check_keys(_NEUTRAL | _ASSISTANT)
+    outer.check_keys(_NEUTRAL | _ASSISTANT | frozenset(_TIED))
+    outer.check_fixed(_TIED)
     if outer.get("use_ordered_embeddings", bool) is not True:
         raise outer.fail("use_ordered_embeddings", False, "true: a dense drafter head is not supported")
     text = outer.child("text_config")
+    for key in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
+        text.get(key, int)  # left out, it would mean another value than a drafter's
     text.check_fixed(
         {
             "hidden_size_per_layer_input": 0,
@@ -377,11 +399,17 @@ def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
     )
 
 
-def token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """One id or a list of ids, as config files write either."""
+def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    """One id or a list of ids, as config files write either.
+
+    Raises:
+        CheckpointError: it is neither, or an id is outside the vocabulary.
+    """
     values = value if isinstance(value, list) else [value]
-    if not values or any(type(v) is not int or v < 0 for v in values):
-        raise CheckpointError(f"{where} is {value!r}, expected a token id or a list of them")
+    if not values or any(type(v) is not int or not 0 <= v < vocab_size for v in values):
+        raise CheckpointError(
+            f"{where} is {_REPR.repr(value)}, expected a token id below vocab_size = {vocab_size}, or a list of them"
+        )
     return tuple(values)
 
 
@@ -411,17 +439,16 @@ def check_pair(target: TargetSpec, drafter: DrafterSpec) -> None:
 _FREE_FIELDS = frozenset({"max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_ids"})
 
 
-def check_model(pair: PairSpec, target: TargetSpec, drafter: DrafterSpec) -> None:
-    """Check that a checkpoint is the model that the user named.
+def check_model(model: str, part: str, expected: DecoderSpec, got: DecoderSpec) -> None:
+    """Check that a checkpoint's part (target or drafter) is the one of the model that the user named.
 
     Raises:
         CheckpointError: it is not; both values are named.
     """
-    for part, expected, got in (("target", pair.target, target), ("drafter", pair.drafter, drafter)):
-        for field in dataclasses.fields(expected):
-            want, have = getattr(expected, field.name), getattr(got, field.name)
-            if field.name not in _FREE_FIELDS and want != have:
-                raise CheckpointError(
-                    f"the {part}'s config.json has {field.name} = {have}, but {pair.name} has {want}: "
-                    "give the --model that the checkpoint was made from"
-                )
+    for field in dataclasses.fields(expected):
+        want, have = getattr(expected, field.name), getattr(got, field.name)
+        if field.name not in _FREE_FIELDS and want != have:
+            raise CheckpointError(
+                f"the {part}'s config.json has {field.name} = {_REPR.repr(have)}, but {model} has {_REPR.repr(want)}: "
+                "give the --model that the checkpoint was made from"
+            )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtp_export.config import ExportConfig
+from mtp_export.staging import check_output
 
 
 @click.command("export")
@@ -66,11 +67,13 @@ def command(
         drafter_position_offset=drafter_position_offset,
         output=output or Path(f"{model}-{export_format}"),
         force=force,
-        workers=min(os.cpu_count() or 1, 4) if workers is None else workers,
+        workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,
     )
+    # Before torch, which takes seconds to load: a mistyped option is told at once.
+    config.check()
+    check_output(config.output, force=config.force)
     with _Bars() as bars:
         bars.start("loading", 0)
-        # torch takes seconds to load; the bar is up by then.
         from mtp_export.pipeline import export
 
         result = export(config, bars)
@@ -84,14 +87,16 @@ class _Bars:
     """Progress on standard error, a bar a stage; nothing where that is no terminal."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self.bars = Progress(
             TextColumn("{task.description:>22}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self.task = self.bars.add_task("", visible=False)
 
@@ -130,8 +135,8 @@ def _as_json(result: Any) -> dict[str, Any]:
 
 
 def _print(result: Any) -> None:
-    manifest, seconds = result.manifest, result.seconds
-    click.echo(f"{result.output}: {manifest.model}, {manifest.recipe} (drafter {manifest.drafter_recipe})")
+    manifest, seconds, output = result.manifest, result.seconds, click.format_filename(result.output)
+    click.echo(f"{output}: {manifest.model}, {manifest.recipe} (drafter {manifest.drafter_recipe})")
     for name, size in _sizes(result).items():
         click.echo(f"  {name:28} {size / 1e6:10.2f} MB")
     click.echo(
@@ -139,4 +144,4 @@ def _print(result: Any) -> None:
         f"({', '.join(f'{name} {s:.1f}' for name, s in seconds.items())})"
     )
     click.echo(f"  context {manifest.context_length} tokens, up to {manifest.num_draft_tokens} drafts a round")
-    click.echo(f"next: mtp-export run {result.output} 'def add(a, b):'")
+    click.echo(f"next: mtp-export run {output} 'def add(a, b):'")
