@@ -12,7 +12,7 @@ RECIPE ?= int8
 
 demo: $(STAMP)
 	$(BIN)/mtp-export --model nano --target tflite --recipe $(RECIPE) --output build/demo --force
-	$(BIN)/mtp-export parity build/demo --limit 16
+	$(BIN)/mtp-export parity build/demo --limit 16 --threads 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

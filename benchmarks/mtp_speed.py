@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="nano is too small for a second thread to help")
     options = parser.parse_args()
     path = options.bundle or exported(1024, "int8")
     figures: dict[str, Any] = {"threads": options.threads, "max_new_tokens": options.max_new_tokens, "kinds": {}}

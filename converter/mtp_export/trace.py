@@ -21,22 +21,22 @@ from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import Embedder, PerLayerEmbedder, TargetFeedForward, TargetHead, TargetPrologue
 from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
 
-# Attention-length variants: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
-ATTENTION_LENGTHS = (512, 1024, 2048, 4096, 16384, 65536)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphShape:
-    """The static sizes that a user chooses."""
+    """The static sizes of a pair's graphs.
+
+    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
+    """
 
     cache_length: int
     num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
 
     @property
     def attention_lengths(self) -> tuple[int, ...]:
         """The whole cache first, then the shorter prefixes."""
-        return (self.cache_length, *(n for n in ATTENTION_LENGTHS if n < self.cache_length))
+        return (self.cache_length, *(n for n in self.prefix_lengths if n < self.cache_length))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache, Gemma4ForCausalLM
@@ -50,7 +52,8 @@ def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tenso
     rows = DynamicCache()  # without a config it keeps the rows beyond the window too
     model(ids[None], past_key_values=rows, use_cache=True)
     for i in range(ours.spec.num_caches):
-        for part, theirs in (("k", rows.layers[i].keys), ("v", rows.layers[i].values)):
+        layer: Any = rows.layers[i]  # a union in transformers, of which only one kind has rows
+        for part, theirs in (("k", layer.keys), ("v", layer.values)):
             filled = ours.caches[f"kv_cache_{part}_{i}"][:, :, : len(ids)]
             torch.testing.assert_close(filled, theirs, atol=TOLERANCE, rtol=0)
 
@@ -75,7 +78,7 @@ def test_drafter_chained_steps(tiny: Tiny, processed: int) -> None:
     out = target(ids[None, :-1], use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
     static = StaticTarget(tiny.target_spec, target, CACHE_LENGTH, {processed})
     static(ids[:-1], 0)
-    shape = GraphShape(cache_length=CACHE_LENGTH, num_draft_tokens=4, prefill_lengths=())
+    shape = GraphShape(cache_length=CACHE_LENGTH, num_draft_tokens=4, prefill_lengths=(), prefix_lengths=())
     graph = trace_drafter(spec, tiny.target_spec, shape, position_offset=1, row_scales=False)
     draft, weights = graph.signatures[0], drafter_weights(spec, assistant)
     caches = {t.name: static.caches[t.name] for t in draft.signature.inputs if t.is_cache}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from transformers import (
@@ -77,8 +78,10 @@ class Tiny:
         )
 
 
-def _text_config(spec: TargetSpec | DrafterSpec, **extra: object) -> Gemma4TextConfig:
-    return Gemma4TextConfig(
+def _text_config(spec: TargetSpec | DrafterSpec, **extra: Any) -> Gemma4TextConfig:
+    # Its keyword arguments are made at run time, and its types do not know them all.
+    make: Any = Gemma4TextConfig
+    config: Gemma4TextConfig = make(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_sizes[0],
@@ -93,6 +96,7 @@ def _text_config(spec: TargetSpec | DrafterSpec, **extra: object) -> Gemma4TextC
         rope_parameters=ROPE,
         **extra,
     )
+    return config
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
@@ -119,7 +123,8 @@ def hf_target(tiny: Tiny, seed: int = 0) -> Gemma4ForCausalLM:
         vocab_size_per_layer_input=spec.vocab_size_per_layer_input,
         final_logit_softcapping=spec.final_logit_softcapping,
     )
-    model = Gemma4ForCausalLM(config).eval()
+    model = Gemma4ForCausalLM(config)
+    model.train(False)
     _randomise(model, seed)
     return model
 
@@ -134,9 +139,11 @@ def hf_drafter(tiny: Tiny, seed: int = 1) -> Gemma4AssistantForCausalLM:
         num_centroids=spec.head.num_centroids,
         centroid_intermediate_top_k=spec.head.top_k,
     )
-    model = Gemma4AssistantForCausalLM(config).eval()
+    model = Gemma4AssistantForCausalLM(config)
+    model.train(False)
     _randomise(model, seed)
     order = torch.randperm(spec.vocab_size, generator=torch.Generator().manual_seed(seed))
+    assert model.masked_embedding is not None
     model.masked_embedding.token_ordering.copy_(order)
     return model
 
@@ -168,7 +175,10 @@ class StaticTarget:
         self.embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
         # One graph per length of a pass; a verify pass of one token is a decode.
         self.graphs = {
-            n: trace_target(spec, GraphShape(cache_length=cache_length, num_draft_tokens=n - 1, prefill_lengths=(n,)))
+            n: trace_target(
+                spec,
+                GraphShape(cache_length=cache_length, num_draft_tokens=n - 1, prefill_lengths=(n,), prefix_lengths=()),
+            )
             for n in pass_lengths
         }
         # Garbage, not zeros: what is not filled must not matter.

@@ -119,3 +119,4 @@ class PairSpec:
     drafter_id: str
     cache_length: int
     prefill_lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
