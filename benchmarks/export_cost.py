@@ -50,7 +50,11 @@ def run(command: list[str]) -> dict[str, Any]:
     output = process.stdout.read() if process.stdout else ""
     if process.returncode != 0:
         raise SystemExit(f"the export failed with exit code {process.returncode}")
-    return {"wall_s": round(wall_s, 1), "peak_pss_bytes": peak, "result": json.loads(output)}
+    return {
+        "wall_s": round(wall_s, 1),
+        "peak_pss_bytes": peak,
+        "result": {k: v for k, v in json.loads(output).items() if k != "output"},
+    }
 
 
 def family(root: int) -> list[int]:

@@ -22,14 +22,23 @@ def run_cli(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="session")
-def export_nano(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def printed() -> dict[Path, subprocess.CompletedProcess[str]]:
+    """What each export printed, by its output folder."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def export_nano(
+    tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
+) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def export(recipe: str, *, fresh: bool = False) -> Path:
         output = folder / (f"{recipe}-again" if fresh else recipe)
         if not output.exists():
-            run_cli("--model", "nano", "--target", "tflite", "--recipe", recipe, "--output", str(output))
+            arguments = ("--model", "nano", "--target", "tflite", "--recipe", recipe, "--output", str(output))
+            printed[output] = run_cli(*arguments, "--json")
         return output
 
     return export

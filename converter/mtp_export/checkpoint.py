@@ -252,7 +252,7 @@ def locate(source: str) -> Path:
     if os.path.lexists(folder) or not _HUB_ID.fullmatch(source):
         return folder
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", _INDEX, *_TEXT_FILES]
     try:
@@ -262,7 +262,7 @@ def locate(source: str) -> Path:
             f"{source} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached: "
             "download it first, or give a local folder"
         ) from error
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's own HTTP errors are OSErrors
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"cannot download {source}: {first_line}: log in, or give a local folder") from error
 

@@ -12,7 +12,8 @@ from mtp_runtime.errors import UserError
 
 EXPORT_FORMATS = ("tflite",)
 _MAX_DRAFT_TOKENS = 16
-_CACHE_LENGTHS = (32, 1 << 20)  # a checkpoint says how far positions really go
+MIN_CACHE_LENGTH = 32
+_MAX_CACHE_LENGTH = 1 << 20  # a checkpoint says how far positions really go
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class ExportConfig:
         if self.drafter_recipe is not None:
             one_of("--drafter-recipe", self.drafter_recipe, RECIPES)
         if self.cache_length is not None:
-            in_range("--cache-length", self.cache_length, *_CACHE_LENGTHS)
+            in_range("--cache-length", self.cache_length, MIN_CACHE_LENGTH, _MAX_CACHE_LENGTH)
         in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
         in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)
         in_range("--workers", self.workers, 1, 64)

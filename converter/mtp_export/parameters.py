@@ -76,6 +76,8 @@ def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) 
     head = spec.head
     ordering = read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(head.num_centroids, -1)
 
+    clusters, size = ordering.shape
+
     def tokens(start: int, stop: int) -> NDArray[np.float32]:
         return checkpoint.rows_at(_EMBEDDING, ordering[start:stop].reshape(-1))
 
@@ -86,12 +88,13 @@ def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) 
         return quantise(tokens(start, stop), INT8)[0].reshape(stop - start, -1)
 
     def row_scales(start: int, stop: int) -> NDArray[np.float32]:
-        return quantise(tokens(start, stop), INT8)[1].reshape(stop - start, -1)
+        # A row of scales stands for a whole cluster of embeddings, so a block of them is cut up further.
+        pieces = [quantise(tokens(i, min(i + 64, stop)), INT8)[1].reshape(-1, size) for i in range(start, stop, 64)]
+        return np.concatenate(pieces)
 
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
         return ordering[start:stop].astype(np.int32)
 
-    clusters, size = ordering.shape
     shape = (clusters, size * spec.hidden_size)
     parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}
     if recipe.head == FLOAT32:
@@ -104,7 +107,7 @@ def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) 
 
 
 def size_bytes(parameters: Mapping[str, Parameter]) -> int:
-    """Bytes that the data of parameters takes in a file, scales included, without the header."""
+    """Bytes that the data of parameters takes in a file, scales of blocks included, without the header."""
     total = 0
     for parameter in parameters.values():
         count = int(np.prod(parameter.shape))

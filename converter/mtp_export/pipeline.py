@@ -17,7 +17,7 @@ from mtp_export import bundle, parameters, texts
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.checkpoint import Checkpoint, hash_file, locate
-from mtp_export.config import ExportConfig, in_range
+from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import OutputError
 from mtp_export.staging import staged_folder
@@ -130,11 +130,13 @@ def _folder(given: str | None, published_id: str, part: str) -> Path:
 def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
     longest = pair.target_spec.max_position_embeddings
     cache_length = min(pair.model.cache_length, longest) if config.cache_length is None else config.cache_length
-    in_range("--cache-length", cache_length, 32, longest)
+    shortest = max(MIN_CACHE_LENGTH, min(pair.model.prefill_lengths) + 1)  # a bundle needs a prefill
+    in_range("--cache-length", cache_length, shortest, longest)
     return GraphShape(
         cache_length=cache_length,
         num_draft_tokens=config.num_draft_tokens,
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
+        prefix_lengths=pair.model.prefix_lengths,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from mtp_calibration.corpus import Prompt
 from mtp_export.stock_runtime import StockRun, run_stock
 from mtp_runtime import GenerationTrace, Session
@@ -15,6 +17,8 @@ from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_t
 # activations to int8, and a difference of 1e-6 before the rounding can be a step of one in 127 after it: differences
 # of 1e-2 were measured between one-token and five-token passes of nano.
 TOLERANCES = {"f32": 1e-3, "int8": 0.05, "int4": 0.05}
+
+_SLOWEST_TOKEN_S = 1.0  # slower than this, stock LiteRT-LM is taken to hang
 
 
 def prove(
@@ -35,10 +39,10 @@ def prove(
     """
     with Session.open(path, threads=threads) as session:
         manifest = session.manifest
-        on_run("reference runtime")
-        plain = _run(session, prompts, max_new_tokens, 0)
-        texts = [_pieces(session, trace) for trace in plain]
-        tolerance = TOLERANCES[manifest.recipe]
+        runs = _run(session, prompts, max_new_tokens, on_run)
+        plain = runs[0]
+        texts = [session.text_pieces(trace.tokens) for trace in plain]
+        tolerance = TOLERANCES.get(manifest.recipe, max(TOLERANCES.values()))
 
         def compare(outputs: Sequence[Sequence[int]]) -> tuple[Comparison, ...]:
             return tuple(
@@ -53,14 +57,15 @@ def prove(
                 for prompt, trace, output in zip(prompts, plain, outputs, strict=True)
             )
 
-        results = [_ours(plain, 0, compare([trace.tokens for trace in plain]))]
-        for k in range(1, manifest.num_draft_tokens + 1):
-            on_run(f"reference runtime, K = {k}")
-            traces = _run(session, prompts, max_new_tokens, k)
-            results.append(_ours(traces, k, compare([trace.tokens for trace in traces])))
-        if checkpoint is not None and manifest.recipe == "f32":
+        results = [_ours(traces, k, compare([trace.tokens for trace in traces])) for k, traces in enumerate(runs)]
+        left_out = [] if stock else ["stock LiteRT-LM: --no-stock was given"]
+        if manifest.recipe != "f32":
+            left_out.append(f"transformers: it runs float weights, and this bundle is {manifest.recipe}")
+        elif checkpoint is None:
+            left_out.append("transformers: name the checkpoint that the bundle was made from with --checkpoint")
+        else:
             on_run("transformers")
-            results.append(_transformers(checkpoint, plain, manifest.stop_token_ids, max_new_tokens, compare))
+            results.append(_transformers(checkpoint, plain, compare))
         if stock:
             container = session.bundle.path("litertlm") if path.is_dir() else path
             for use_mtp in (False, True):
@@ -72,6 +77,7 @@ def prove(
                     context_length=manifest.context_length,
                     use_mtp=use_mtp,
                     threads=threads,
+                    timeout_s=300.0 + len(prompts) * max_new_tokens * _SLOWEST_TOKEN_S,
                 )
                 drafts = manifest.num_draft_tokens if use_mtp else 0
                 results.append(_stock(run, drafts, prompts, plain, texts, tolerance))
@@ -82,28 +88,32 @@ def prove(
         tolerance=tolerance,
         max_new_tokens=max_new_tokens,
         results=tuple(results),
+        left_out=tuple(left_out),
     )
 
 
-def _run(session: Session, prompts: Sequence[Prompt], max_new_tokens: int, k: int) -> list[GenerationTrace]:
-    """Generate for every prompt; the plain run records margins, which cost it a little time."""
-    traces = []
-    for prompt in prompts:
-        generation = session.generate(
-            prompt.text, max_new_tokens=max_new_tokens, num_draft_tokens=k, with_margins=k == 0
-        )
-        traces.append(generation.finish())
-        if not traces[-1].tokens:
-            raise UserError(f"prompt {prompt.id} yields no token: it fills the whole context")
-    return traces
+def _run(
+    session: Session, prompts: Sequence[Prompt], max_new_tokens: int, on_run: Callable[[str], None]
+) -> list[list[GenerationTrace]]:
+    """Generate for every prompt, plainly and with every K in turn, so that a machine that slows down slows all alike.
 
-
-def _pieces(session: Session, trace: GenerationTrace) -> list[str]:
-    """The text that each token adds; a token that only completes a character adds it whole."""
-    stream = session.text_stream()
-    pieces = [stream.push(token) for token in trace.tokens]
-    pieces[-1] += stream.finish()
-    return pieces
+    Returns:
+        Traces by K and prompt. Margins are recorded in the plain runs, which costs them a little time.
+    """
+    depths = range(session.manifest.num_draft_tokens + 1)
+    for k in depths:  # the first run of a graph packs its weights
+        session.generate(prompts[0].text, max_new_tokens=8, num_draft_tokens=k).finish()
+    runs: list[list[GenerationTrace]] = [[] for _ in depths]
+    for number, prompt in enumerate(prompts, 1):
+        on_run(f"reference runtime, prompt {number} of {len(prompts)}")
+        for k in depths:
+            generation = session.generate(
+                prompt.text, max_new_tokens=max_new_tokens, num_draft_tokens=k, with_margins=k == 0
+            )
+            runs[k].append(generation.finish())
+            if not runs[k][-1].tokens:
+                raise UserError(f"prompt {prompt.id} yields no token: it fills the whole context")
+    return runs
 
 
 def _ours(traces: Sequence[GenerationTrace], k: int, comparisons: tuple[Comparison, ...]) -> RunnerResult:
@@ -124,21 +134,21 @@ def _ours(traces: Sequence[GenerationTrace], k: int, comparisons: tuple[Comparis
 def _transformers(
     checkpoint: Path,
     plain: Sequence[GenerationTrace],
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
     compare: Callable[[Sequence[Sequence[int]]], tuple[Comparison, ...]],
 ) -> RunnerResult:
     from mtp_export.reference import greedy  # loads torch
 
-    prompts = [trace.prompt_ids for trace in plain]
-    outputs, seconds = greedy(checkpoint, prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids)
+    try:
+        said = greedy(checkpoint, [trace.prompt_ids for trace in plain], [trace.tokens for trace in plain])
+    except (OSError, ValueError) as error:
+        raise UserError(f"transformers cannot load {checkpoint}: {error}") from error
     return RunnerResult(
         runner="transformers",
         num_draft_tokens=0,
-        tokens_per_second=sum(map(len, outputs)) / seconds,
+        tokens_per_second=None,
         acceptance_rate=None,
         committed_per_round=None,
-        comparisons=compare(outputs),
+        comparisons=compare(said),
     )
 
 
@@ -154,7 +164,11 @@ def _stock(
     for prompt, trace, parts, output in zip(prompts, plain, pieces, run.outputs, strict=True):
         if output.prompt_ids != list(trace.prompt_ids)[-len(output.prompt_ids) :]:
             raise UserError(f"prompt {prompt.id}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
-        comparisons.append(compare_text(prompt.id, parts, output.text, margins=trace.margins, tolerance=tolerance))
+        found = compare_text(prompt.id, parts, output.text, margins=trace.margins, tolerance=tolerance)
+        if found.verdict == "equal" and trace.finish_reason == "stop" and output.text != "".join(parts):
+            # It went on where the model stops: the bundle's metadata has other stop tokens than its manifest.
+            found = msgspec.structs.replace(found, first_difference=len(parts), verdict="different")
+        comparisons.append(found)
     return RunnerResult(
         runner="LiteRT-LM",
         num_draft_tokens=k,

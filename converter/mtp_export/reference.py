@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,24 @@ import torch
 import transformers
 
 
-def greedy(
-    folder: Path,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Collection[int],
-    on_prompt: Callable[[], None] = lambda: None,
-) -> tuple[list[list[int]], float]:
-    """Continue prompts of token ids with the target checkpoint in `folder`.
+def greedy(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What transformers says greedily after each prompt, as far as it agrees with `outputs`, and its own token where
+    it first does not.
 
-    Returns:
-        The new tokens of each, a stop id included, and the seconds that all took.
+    One pass over prompt and output gives the choice at every position. As long as the choices are the output's own
+    tokens, each was made after the same tokens as in a generation step by step; so this is the greedy continuation,
+    at a hundredth of its time.
     """
     library: Any = transformers  # only half of what is used here is typed
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    model.generation_config.eos_token_id = sorted(stop_token_ids)
-    outputs = []
-    started = time.perf_counter()
-    for ids in prompts:
-        out = model.generate(torch.tensor([list(ids)]), max_new_tokens=max_new_tokens, do_sample=False)
-        outputs.append(out[0, len(ids) :].tolist())
-        on_prompt()
-    return outputs, time.perf_counter() - started
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model.train(False)
+    said = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *output[:-1]]]), use_cache=False).logits[0]
+        choices = logits[len(prompt) - 1 :].argmax(-1).tolist()
+        differing = (i for i, (choice, token) in enumerate(zip(choices, output, strict=True)) if choice != token)
+        said.append(choices[: next(differing, len(choices)) + 1])
+    return said

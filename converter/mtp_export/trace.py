@@ -21,6 +21,7 @@ from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import Embedder, PerLayerEmbedder, TargetFeedForward, TargetHead, TargetPrologue
 from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphShape:
     """The static sizes of a pair's graphs.

@@ -16,6 +16,7 @@ Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n coun
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from mtp_runtime.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_MAX_MANIFEST_BYTES = 64 << 20
 
 Dtype = Literal["float32", "int32"]
 SignatureKind = Literal["prefill", "decode", "verify", "draft", "embed"]
@@ -180,6 +182,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
+            raise BundleError(f"{path} is not a file: export the bundle again")
+        if status.st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} has {status.st_size} bytes, too many for a manifest: export the bundle again")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BundleError(f"no {MANIFEST_NAME} in {folder}: give a folder that mtp-export wrote") from None

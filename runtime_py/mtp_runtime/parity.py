@@ -34,12 +34,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one way of running the bundle fared over all prompts.
 
-    `acceptance_rate` and `committed_per_round` are None where there are no drafts or the runtime does not tell.
+    `acceptance_rate` and `committed_per_round` are None where there are no drafts or the runtime does not tell;
+    `tokens_per_second` is None where it did not generate step by step.
     """
 
     runner: str
     num_draft_tokens: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     acceptance_rate: float | None
     committed_per_round: float | None
     comparisons: tuple[Comparison, ...]
@@ -50,7 +51,7 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every runner against the reference; `tolerance` is in logits."""
+    """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why."""
 
     model: str
     recipe: str
@@ -58,6 +59,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tolerance: float
     max_new_tokens: int
     results: tuple[RunnerResult, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -88,6 +90,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             for comparison in result.comparisons
             if comparison.verdict != "equal"
         ]
+        if self.left_out:
+            lines += ["", "## Left out", "", *(f"- {reason}" for reason in self.left_out)]
         if differences:
             lines += ["", "## Differences", "", *differences]
         return "\n".join(lines) + "\n"
@@ -171,7 +175,7 @@ def _row(result: RunnerResult) -> str:
     return (
         f"| {result.runner} | {result.num_draft_tokens or '–'} | {result.count('equal')} | {result.count('near_tie')} "
         f"| {result.count('different')} | {agreed} of {compared} | {acceptance} | {per_round} "
-        f"| {result.tokens_per_second:.0f} |"
+        f"| {'–' if result.tokens_per_second is None else format(result.tokens_per_second, '.0f')} |"
     )
 
 

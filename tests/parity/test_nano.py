@@ -29,6 +29,8 @@ def test_every_runtime_says_the_same(export_nano: Export, recipe: str, tmp_path:
     for result in report["results"]:
         assert len(result["comparisons"]) == 32
         verdicts = [c["verdict"] for c in result["comparisons"]]
+        # Near-ties are rare; many of them would be noise that is no rounding.
+        assert verdicts.count("near_tie") <= 3, (tmp_path / "parity.md").read_text()
         print(f"{recipe}: {result['runner']} K={result['num_draft_tokens']}: {verdicts.count('near_tie')} near-ties")
         if result["num_draft_tokens"]:
             assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,23 @@ def test_a_manifest_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> 
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError, match="cannot read"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(BundleError, match=r"manifest\.json is not a file"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"manifest\.json is not a file"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    os.truncate(tmp_path / "manifest.json", 1 << 40)  # sparse: it takes no space
+    with pytest.raises(BundleError, match="has 1099511627776 bytes, too many for a manifest"):
         read_manifest(tmp_path)
 
 

@@ -7,9 +7,9 @@ is `mtp-export ARGUMENTS…` that knows one model more: `tiny`, whose checkpoint
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +19,6 @@ from mtp_export import cli
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import PairSpec
 
-ROOT = Path(__file__).parents[2]
 CACHE_LENGTH = 48
 
 
@@ -34,26 +33,21 @@ def save_pair(folder: Path) -> None:
     (folder / "target" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
 
 
-def register(folder: Path) -> PairSpec:
-    """Make the pair in `folder` known as the model `tiny`."""
+MODELS = cast(dict[str, PairSpec], gemma4.PAIRS)
+
+
+def tiny_model(folder: Path) -> PairSpec:
+    """Return the pair in `folder` as a model."""
     configs = [json.loads((folder / part / "config.json").read_text()) for part in ("target", "drafter")]
-    pair = PairSpec(
+    return dataclasses.replace(
+        gemma4.NANO,
         name="tiny",
         target=gemma4.read_target_spec(configs[0], "target"),
         drafter=gemma4.read_drafter_spec(configs[1], "drafter"),
-        target_id="",
-        drafter_id="",
         cache_length=CACHE_LENGTH,
-        prefill_lengths=(),
+        prefill_lengths=(8,),
+        prefix_lengths=(),
     )
-    cast(dict[str, PairSpec], gemma4.PAIRS)["tiny"] = pair
-    return pair
-
-
-def run_tiny(folder: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own; `prefix` is put before it."""
-    command = [*prefix, sys.executable, "-m", "tests.unit.tiny_files", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
 
 
 def pair_arguments(folder: Path) -> list[str]:
@@ -87,6 +81,6 @@ def copy_pair(source: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    register(Path(sys.argv[1]))
+    MODELS["tiny"] = tiny_model(Path(sys.argv[1]))
     sys.argv[1:] = sys.argv[2:]
     cli.main()

@@ -76,6 +76,7 @@ E2B = PairSpec(
     drafter_id="google/gemma-4-E2B-it-assistant",
     cache_length=4096,
     prefill_lengths=(128, 1024),
+    prefix_lengths=(1024,),
 )
 E4B = PairSpec(
     name="e4b",
@@ -92,6 +93,7 @@ E4B = PairSpec(
     drafter_id="google/gemma-4-E4B-it-assistant",
     cache_length=4096,
     prefill_lengths=(128, 1024),
+    prefix_lengths=(1024,),
 )
 NANO = PairSpec(
     name="nano",
@@ -125,6 +127,7 @@ NANO = PairSpec(
     drafter_id="",
     cache_length=1024,
     prefill_lengths=(16, 128),
+    prefix_lengths=(256, 512, 1024, 2048),
 )
 PAIRS: Mapping[str, PairSpec] = {pair.name: pair for pair in (NANO, E2B, E4B)}
 
@@ -140,6 +143,8 @@ _NEUTRAL = frozenset(
         "initializer_range",
         "model_type",
         "pad_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
         "torch_dtype",
         "transformers_version",
         "use_cache",
@@ -283,11 +288,12 @@ def _global_head_dim(config: _Config, layer_types: Sequence[LayerType]) -> int:
     if "per_layer_config" not in config.values:
         return config.size("global_head_dim")
     overrides = config.child("per_layer_config")
-    expected = {str(i) for i, layer_type in enumerate(layer_types) if layer_type == FULL}
-    if set(overrides.values) != expected:
-        raise config.fail("per_layer_config", sorted(overrides.values), f"the full-attention layers {sorted(expected)}")
-    sizes = {overrides.child(layer).size("head_dim") for layer in expected}
-    for layer in expected:
+    expected = [i for i, layer_type in enumerate(layer_types) if layer_type == FULL]
+    # transformers pads the numbers of layers with zeros to one length.
+    if sorted(int(layer) if layer.isdecimal() else -1 for layer in overrides.values) != expected:
+        raise config.fail("per_layer_config", sorted(overrides.values), f"the full-attention layers {expected}")
+    sizes = {overrides.child(layer).size("head_dim") for layer in overrides.values}
+    for layer in overrides.values:
         overrides.child(layer).check_keys(frozenset({"head_dim"}))
     if len(sizes) != 1:
         raise config.fail("per_layer_config", sorted(sizes), "one head_dim for all full-attention layers")
@@ -344,7 +350,12 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
     if not 0 < shared < layers or not {SLIDING, FULL} <= set(fields["layer_types"][: layers - shared]):
         raise text.fail("num_kv_shared_layers", shared, f"1 to {layers - 1}, with both layer types before them")
     wide = 2 * width if text.get("use_double_wide_mlp", bool) else width
-    eos, vocab = outer.values.get("eos_token_id", text.values.get("eos_token_id")), fields["vocab_size"]
+    vocab = fields["vocab_size"]
+    # A null is as good as an absent key: transformers writes either.
+    eos, pad = (
+        text.values.get(key) if outer.values.get(key) is None else outer.values[key]
+        for key in ("eos_token_id", "pad_token_id")
+    )
     return TargetSpec(
         **fields,
         intermediate_sizes=(width,) * (layers - shared) + (wide,) * shared,
@@ -353,7 +364,7 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
         vocab_size_per_layer_input=text.size("vocab_size_per_layer_input"),
         final_logit_softcapping=text.number("final_logit_softcapping"),
         max_position_embeddings=text.size("max_position_embeddings"),
-        pad_token_id=token_ids(text.get("pad_token_id", int), vocab, f"{where}: pad_token_id")[0],
+        pad_token_id=0 if pad is None else token_ids(pad, vocab, f"{where}: pad_token_id")[0],
         bos_token_id=token_ids(text.get("bos_token_id", int), vocab, f"{where}: bos_token_id")[0],
         eos_token_ids=token_ids(eos, vocab, f"{where}: eos_token_id"),
     )

@@ -45,6 +45,8 @@ def command(
     from mtp_calibration.corpus import heldout_prompts, read_prompts
     from mtp_export.proof import prove
 
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that the bundle was exported from")
     chosen = read_prompts(prompts) if prompts else heldout_prompts()
     if limit is not None:
         if limit < 1:
@@ -86,14 +88,17 @@ def _in_turn(prompts: list) -> list:  # type: ignore[type-arg]  # Prompt is impo
 
 
 def _embedded(bundle: Path) -> Path | None:
-    """nano's own checkpoint, if the bundle is nano's; any other must be named."""
+    """nano's own checkpoint, if the bundle was made from it; any other must be named."""
     from mtp_runtime import read_manifest
 
-    if not bundle.is_dir() or read_manifest(bundle).model != "nano":
+    if not bundle.is_dir():
         return None
+    from mtp_export.checkpoint import hash_file
     from mtp_export.embedded import EMBEDDED
 
-    return EMBEDDED / "target"
+    weights = EMBEDDED / "target" / "model.safetensors"
+    made_from = {entry.sha256 for entry in read_manifest(bundle).inputs}
+    return weights.parent if hash_file(weights).sha256 in made_from else None
 
 
 def _print(report, folder: Path) -> None:  # type: ignore[no-untyped-def]  # ParityReport, imported when it runs
@@ -104,17 +109,26 @@ def _print(report, folder: Path) -> None:  # type: ignore[no-untyped-def]  # Par
     plain = {r.runner: r.tokens_per_second for r in report.results if r.num_draft_tokens == 0}
     for result in report.results:
         ties, wrong, total = result.count("near_tie"), result.count("different"), len(result.comparisons)
-        same = "yes" if not ties and not wrong else f"{total - ties - wrong} of {total}, {ties} near-ties"
-        speed_up = result.tokens_per_second / plain[result.runner] if plain.get(result.runner) else 0.0
+        reference = result is report.results[0]
+        same = (
+            "reference"
+            if reference
+            else "yes"
+            if not ties and not wrong
+            else f"{total - ties - wrong} of {total}, {ties} near-ties"
+        )
+        speed, base = result.tokens_per_second, plain.get(result.runner)
         table.add_row(
             result.runner,
             f"K = {result.num_draft_tokens}" if result.num_draft_tokens else "off",
             same if not wrong else f"{same}, {wrong} DIFFERENT",
             "–" if result.committed_per_round is None else f"{result.committed_per_round:.2f}",
-            f"{result.tokens_per_second:.0f}",
-            f"{speed_up:.2f}x",
+            f"{speed:.0f}" if speed else "–",
+            f"{speed / base:.2f}x" if speed and base else "–",
         )
     console.print(table)
+    for reason in report.left_out:
+        console.print(f"left out: {reason}", soft_wrap=True)
     console.print(
         f"{'PASSED' if report.passed else 'FAILED'}; near-tie: the two best logits within {report.tolerance:g} where "
         f"outputs part. Written: {folder}/parity.json, parity.md",

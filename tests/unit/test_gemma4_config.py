@@ -1,0 +1,329 @@
+"""config.json, strictly: the published ones give the published models, and anything else is named and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    PreTrainedModel,
+)
+
+from mtp_export.arch import gemma4
+from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.embedded import EMBEDDED
+from mtp_export.errors import CheckpointError
+from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
+from tests.parity.tiny import Tiny
+from tests.unit.gemma4_configs import F, S, drafter_config, target_config
+
+PUBLISHED = {"e2b": gemma4.E2B, "e4b": gemma4.E4B}
+Change = Callable[[dict[str, Any]], object]
+
+
+def read_target(config: Any) -> TargetSpec:
+    return gemma4.read_target_spec(config, "config.json")
+
+
+def read_drafter(config: Any) -> DrafterSpec:
+    return gemma4.read_drafter_spec(config, "config.json")
+
+
+def refusal(read: Callable[[Any], object], config: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read(config)
+    assert caught.value.exit_code == 2
+    assert len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_published_configs_are_the_published_models(model: str) -> None:
+    target, drafter = read_target(target_config(model)), read_drafter(drafter_config(model))
+    assert target == PUBLISHED[model].target
+    assert drafter == PUBLISHED[model].drafter
+    gemma4.check_pair(target, drafter)
+    gemma4.check_model(model, "target", PUBLISHED[model].target, target)
+    gemma4.check_model(model, "drafter", PUBLISHED[model].drafter, drafter)
+
+
+def test_the_caches_that_the_drafter_reads() -> None:
+    assert [gemma4.E2B.target.shared_cache_index(kind) for kind in (S, F)] == [13, 14]
+    assert [gemma4.E4B.target.shared_cache_index(kind) for kind in (S, F)] == [22, 23]
+    assert gemma4.E2B.target.intermediate_sizes == (6144,) * 15 + (12288,) * 20
+
+
+def test_the_embedded_pair_is_nano() -> None:
+    configs = [json.loads((EMBEDDED / part / "config.json").read_text()) for part in ("target", "drafter")]
+    assert (read_target(configs[0]), read_drafter(configs[1])) == (gemma4.NANO.target, gemma4.NANO.drafter)
+
+
+def test_a_text_config_alone_is_a_target() -> None:
+    """As transformers saves a Gemma4ForCausalLM."""
+    text = target_config("e2b")["text_config"]
+    assert read_target(text) == dataclasses.replace(gemma4.E2B.target, eos_token_ids=(1,))
+
+
+def test_what_transformers_saves_means_what_was_published(tiny_source: Path) -> None:
+    """5.22 writes the head size of each full-attention layer in place of global_head_dim."""
+    config = json.loads((tiny_source / "target" / "config.json").read_text())
+    assert "global_head_dim" not in config
+    assert config["per_layer_config"] == {"2": {"head_dim": 32}, "5": {"head_dim": 32}}
+    saved = read_target(config)
+    assert saved == Tiny().target_spec
+    del config["per_layer_config"]
+    assert read_target(config | {"global_head_dim": 32}) == saved
+    assert read_drafter(json.loads((tiny_source / "drafter" / "config.json").read_text())) == Tiny().drafter_spec
+
+
+def test_the_head_size_may_be_said_twice_if_it_is_the_same() -> None:
+    config = target_config("e2b")
+    overrides = {str(i): {"head_dim": 512} for i in range(4, 35, 5)}
+    config["text_config"]["per_layer_config"] = overrides
+    assert read_target(config) == gemma4.E2B.target
+    config["text_config"]["global_head_dim"] = 256
+    assert "global_head_dim is 256, expected 512" in refusal(read_target, config)
+
+
+def text(**changes: Any) -> Change:
+    return lambda config: config["text_config"].update(changes)
+
+
+def without(*path: str) -> Change:
+    def change(config: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            config = config[key]
+        del config[path[-1]]
+
+    return change
+
+
+def rope(layer_type: str, **changes: Any) -> Change:
+    return lambda config: config["text_config"]["rope_parameters"][layer_type].update(changes)
+
+
+TARGET_REFUSALS: list[tuple[Change, str]] = [
+    (without("text_config"), "text_config is missing"),
+    (without("model_type"), "model_type is missing"),
+    (without("text_config", "hidden_size"), "text_config: hidden_size is missing"),
+    (without("text_config", "num_kv_shared_layers"), "num_kv_shared_layers is missing"),
+    (without("text_config", "use_double_wide_mlp"), "use_double_wide_mlp is missing"),
+    (without("text_config", "global_head_dim"), "global_head_dim is missing"),
+    (without("text_config", "rope_parameters", S), "rope_parameters: sliding_attention is missing"),
+    (lambda c: c.update(model_type="gemma3"), "model_type is 'gemma3', expected 'gemma4' or 'gemma4_text'"),
+    (text(model_type="gemma3_text"), "model_type is 'gemma3_text', expected 'gemma4_text'"),
+    (lambda c: c.update(quantization_config={"bits": 4}), "unknown key 'quantization_config' = {'bits': 4}"),
+    (text(rope_scaling=8.0), "unknown key 'rope_scaling' = 8.0"),
+    (rope(F, factor=8.0), "full_attention: unknown key 'factor' = 8.0"),
+    (text(attention_k_eq_v=True), "attention_k_eq_v is True, expected False"),
+    (text(attention_bias=True), "attention_bias is True, expected False"),
+    (text(attention_bias=0), "attention_bias is 0, expected False"),
+    (text(enable_moe_block=True), "enable_moe_block is True, expected False"),
+    (text(hidden_activation="silu"), "hidden_activation is 'silu', expected 'gelu_pytorch_tanh'"),
+    (text(use_bidirectional_attention="vision"), "use_bidirectional_attention is 'vision', expected None"),
+    (text(tie_word_embeddings=False), "tie_word_embeddings is False, expected True"),
+    (lambda c: c.update(tie_word_embeddings=False), "tie_word_embeddings is False, expected True"),
+    (rope(F, rope_type="yarn"), "rope_type is 'yarn', expected 'proportional'"),
+    (rope(S, rope_type="linear"), "rope_type is 'linear', expected 'default'"),
+    (rope(S, rope_theta="fast"), "rope_theta is 'fast', expected a value of type float"),
+    (text(hidden_size=True), "hidden_size is True, expected a value of type int"),
+    (text(hidden_size=1536.0), "hidden_size is 1536.0, expected a value of type int"),
+    (text(hidden_size="1536"), "hidden_size is '1536', expected a value of type int"),
+    (text(hidden_size=None), "hidden_size is None, expected a value of type int"),
+    (text(hidden_size=0), "hidden_size is 0, expected a positive size"),
+    (text(hidden_size=-1536), "hidden_size is -1536, expected a positive size"),
+    (text(vocab_size=2**31), "vocab_size is 2147483648, expected a positive size"),
+    (text(head_dim=10**4000), "head_dim is 1000000"),
+    (text(rms_norm_eps=10**400), "expected a finite number"),
+    (text(rms_norm_eps=True), "rms_norm_eps is True, expected a value of type float"),
+    (text(rms_norm_eps=float("nan")), "rms_norm_eps is nan, expected a finite number"),
+    (text(final_logit_softcapping=float("inf")), "final_logit_softcapping is inf, expected a finite number"),
+    (text(final_logit_softcapping=None), "final_logit_softcapping is None, expected a value of type float"),
+    (text(num_hidden_layers=34), "layer_types is '35 entries', expected num_hidden_layers = 34"),
+    (text(layer_types=[S, "linear_attention"]), "layer_types is 'linear_attention', expected 'sliding_attention' or"),
+    (text(layer_types=S), "layer_types is 'sliding_attention', expected a value of type list"),
+    (text(layer_types=[[[]]] * 35), "layer_types is [[]], expected"),
+    (text(layer_types=[S] * 35), "num_kv_shared_layers is 20, expected 1 to 34, with both layer types before them"),
+    (text(num_kv_shared_layers=35), "num_kv_shared_layers is 35, expected 1 to 34"),
+    (text(num_kv_shared_layers=-1), "num_kv_shared_layers is -1, expected 1 to 34"),
+    (text(num_kv_shared_layers=31), "num_kv_shared_layers is 31, expected 1 to 34, with both layer types before them"),
+    (text(per_layer_config={"4": {"head_dim": 512}}), "per_layer_config is ['4'], expected the full-attention layers"),
+    (
+        text(per_layer_config={str(i): {"head_dim": 512 + i // 34} for i in range(4, 35, 5)}),
+        "per_layer_config is [512, 513], expected one head_dim for all full-attention layers",
+    ),
+    (
+        text(per_layer_config={str(i): {"head_dim": 512, "rope_theta": 1.0} for i in range(4, 35, 5)}),
+        "unknown key 'rope_theta' = 1.0",
+    ),
+    (text(bos_token_id=262144), "bos_token_id is 262144, expected a token id below vocab_size = 262144"),
+    (text(pad_token_id=-1), "pad_token_id is -1, expected a token id"),
+    (lambda c: c.update(eos_token_id=[1, 262144]), "eos_token_id is [1, 262144], expected a token id below vocab_size"),
+    (lambda c: c.update(eos_token_id=[]), "eos_token_id is [], expected a token id"),
+    (lambda c: c.update(eos_token_id=True), "eos_token_id is True, expected a token id"),
+    (lambda c: c.update(eos_token_id="</s>"), "eos_token_id is '</s>', expected a token id"),
+    (lambda c: c.update({"x" * 100_000: "y" * 100_000}), "unknown key 'xxx"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TARGET_REFUSALS, ids=[message[:50] for _, message in TARGET_REFUSALS])
+def test_a_target_of_another_kind_is_refused(change: Change, message: str) -> None:
+    config = target_config("e2b")
+    change(config)
+    assert message in refusal(read_target, config)
+
+
+DRAFTER_REFUSALS: list[tuple[Change, str]] = [
+    (lambda c: c.update(model_type="gemma4_unified_assistant"), "model_type is 'gemma4_unified_assistant', expected"),
+    (lambda c: c.update(use_ordered_embeddings=False), "use_ordered_embeddings is False, expected true: a dense"),
+    (lambda c: c.update(num_centroids=2047), "num_centroids is 2047, expected a divisor of vocab_size = 262144"),
+    (lambda c: c.update(num_centroids=0), "num_centroids is 0, expected a positive size"),
+    (
+        lambda c: c.update(centroid_intermediate_top_k=2049),
+        "centroid_intermediate_top_k is 2049, expected at most num_centroids = 2048",
+    ),
+    (lambda c: c.update(tie_word_embeddings=False), "tie_word_embeddings is False, expected True"),
+    (lambda c: c.update(eagle=True), "unknown key 'eagle' = True"),
+    (without("backbone_hidden_size"), "backbone_hidden_size is missing"),
+    (text(hidden_size_per_layer_input=256), "hidden_size_per_layer_input is 256, expected 0"),
+    (without("text_config", "hidden_size_per_layer_input"), "hidden_size_per_layer_input is missing"),
+    (text(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0, expected None"),
+    (text(use_double_wide_mlp=True), "use_double_wide_mlp is True, expected False"),
+    (text(num_kv_shared_layers=3), "num_kv_shared_layers is 3, expected 4"),
+    (without("text_config", "num_kv_shared_layers"), "num_kv_shared_layers is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DRAFTER_REFUSALS, ids=[message[:50] for _, message in DRAFTER_REFUSALS])
+def test_a_drafter_of_another_kind_is_refused(change: Change, message: str) -> None:
+    config = drafter_config("e2b")
+    change(config)
+    assert message in refusal(read_drafter, config)
+
+
+@pytest.mark.parametrize("config", [[], [{}], "gemma4", 4, None, True], ids=str)
+def test_what_is_no_object_is_refused(config: Any) -> None:
+    for read in (read_target, read_drafter):
+        assert f"config.json: expected an object, got {type(config).__name__}" in refusal(read, config)
+        nested = target_config("e2b") if read is read_target else drafter_config("e2b")
+        assert "text_config is" in refusal(read, nested | {"text_config": config})
+
+
+def test_target_and_drafter_may_not_change_places() -> None:
+    assert "model_type is 'gemma4_assistant', expected 'gemma4'" in refusal(read_target, drafter_config("e2b"))
+    assert "model_type is 'gemma4', expected 'gemma4_assistant'" in refusal(read_drafter, target_config("e2b"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "theirs"),
+    [
+        ("backbone_hidden_size", 2560, "hidden_size is 1536"),
+        ("vocab_size", 4096, "the target's is 262144"),
+        ("num_kv_heads", 2, "the target's is 1"),
+        ("head_dim", 128, "the target's is 256"),
+        ("global_head_dim", 256, "the target's is 512"),
+        ("sliding_rope", RopeSpec(theta=1e6, partial_rotary_factor=1.0), "the target's is RopeSpec(theta=10000.0"),
+        ("full_rope", RopeSpec(theta=1e6, partial_rotary_factor=1.0), "the target's is RopeSpec(theta=1000000.0"),
+        ("layer_types", (S,) * 4, "expected ['full_attention', 'sliding_attention']"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_its_target(field: str, value: Any, theirs: str) -> None:
+    """Both values are named."""
+    drafter = dataclasses.replace(gemma4.E2B.drafter, **{field: value})
+    with pytest.raises(CheckpointError, match="the drafter does not fit") as caught:
+        gemma4.check_pair(gemma4.E2B.target, drafter)
+    shown = sorted(set(value)) if isinstance(value, tuple) else value
+    assert re.search(rf"its {field} (is|are) {re.escape(str(shown))}, ", str(caught.value))
+    assert theirs in str(caught.value)
+
+
+def test_the_drafter_of_the_other_model_does_not_fit() -> None:
+    with pytest.raises(CheckpointError, match=r"backbone_hidden_size is 2560, the target's hidden_size is 1536"):
+        gemma4.check_pair(gemma4.E2B.target, gemma4.E4B.drafter)
+
+
+def test_another_model_than_the_one_named() -> None:
+    with pytest.raises(CheckpointError, match=r"target's config.json has hidden_size = 2560, but e2b has 1536"):
+        gemma4.check_model("e2b", "target", gemma4.E2B.target, gemma4.E4B.target)
+    fine_tuned = dataclasses.replace(gemma4.E2B.target, eos_token_ids=(1,), max_position_embeddings=8192)
+    gemma4.check_model("e2b", "target", gemma4.E2B.target, fine_tuned)
+
+
+def graph_shape() -> GraphShape:
+    """A small one: no parameter depends on it."""
+    sizes: dict[str, Any] = {"cache_length": 32, "num_draft_tokens": 1}
+    return GraphShape(**{f.name: sizes.get(f.name, ()) for f in dataclasses.fields(GraphShape)})
+
+
+def parameters_of(*graphs: TracedGraph) -> dict[str, tuple[int, ...]]:
+    return {name: shape for graph in graphs for name, shape in graph.weights.items()}
+
+
+def stored_by(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint of a transformers model holds: its tied head is not stored."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_full_size_target_has_the_parameters_of_transformers(model: str) -> None:
+    """On the meta device, where 5 and 8 billion parameters take no memory."""
+    spec = PUBLISHED[model].target
+    with torch.device("meta"):
+        theirs = Gemma4ForCausalLM(Gemma4TextConfig(**target_config(model)["text_config"]))
+    stored = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in stored_by(theirs).items()}
+    ours = parameters_of(
+        trace_target(spec, graph_shape()),
+        trace_embedder(spec, "embedder"),
+        trace_embedder(spec, "per_layer_embedder"),
+    )
+    assert ours == stored
+    shared = range(spec.num_caches, spec.num_layers)
+    assert not [name for name in ours for i in shared if re.match(rf"layers\.{i}\.self_attn\.[kv]_", name)]
+
+
+@pytest.mark.parametrize(("model", "count"), [("e2b", 77_731_328), ("e4b", 78_517_760)])
+def test_a_full_size_drafter_has_the_parameters_of_transformers(model: str, count: int) -> None:
+    pair, config = PUBLISHED[model], drafter_config(model)
+    config["text_config"] = Gemma4TextConfig(**config["text_config"])
+    with torch.device("meta"):
+        theirs = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(**config))
+    stored = {name: tuple(tensor.shape) for name, tensor in stored_by(theirs).items()}
+    assert len(stored) == 50
+    # Parameters are the stored float tensors without the layers' scalars, which transformers counts as buffers.
+    scalars = sum(name.endswith("layer_scalar") for name in stored)
+    floats = {name: shape for name, shape in stored.items() if name != "masked_embedding.token_ordering"}
+    assert sum(math.prod(shape) for shape in floats.values()) - scalars == count
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == count
+
+    graph = trace_drafter(pair.drafter, pair.target, graph_shape(), position_offset=1, row_scales=False)
+    ours = parameters_of(graph)
+    # The embedding goes into the graph as the table of the clustered head, in the order of `token_ordering`.
+    head = pair.drafter.head
+    assert ours.pop("masked_embedding.token_ordering") == (head.num_centroids, head.cluster_size)
+    assert ours.pop("masked_embedding.table") == (head.num_centroids, head.cluster_size * pair.drafter.hidden_size)
+    embedding = {"model.embed_tokens.weight": (262144, 256), "masked_embedding.token_ordering": (262144,)}
+    assert ours | embedding == stored
+
+
+@pytest.mark.parametrize("name", ["e2b", "e4b"])
+def test_a_config_that_transformers_saved_is_read(name: str) -> None:
+    """transformers 5.22 writes `per_layer_config` with padded layer numbers in place of `global_head_dim`."""
+    published = target_config(name)
+    saved = json.loads(Gemma4TextConfig(**published["text_config"]).to_json_string())
+    assert "per_layer_config" in saved
+    assert any(layer.startswith("0") for layer in saved["per_layer_config"]), "no layer number is padded any more"
+    expected = gemma4.read_target_spec(published, "published")
+    # The text part alone does not know the ids that the whole config adds.
+    read = dataclasses.replace(gemma4.read_target_spec(saved, "saved"), eos_token_ids=expected.eos_token_ids)
+    assert read == expected
