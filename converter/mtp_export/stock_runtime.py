@@ -124,6 +124,8 @@ def _main() -> None:
         max_num_tokens=request.context_length,
         enable_speculative_decoding=request.use_mtp,
         enable_benchmark=True,
+        # Its caches of packed weights, which it would otherwise leave beside the model.
+        cache_dir=str(Path(request.answer_path).parent),
     ) as engine:
         for prompt in request.prompts:
             with engine.create_session(

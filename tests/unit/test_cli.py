@@ -279,6 +279,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Started]]:
         process.communicate()
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 class TestInterruption:
     @pytest.mark.parametrize(
         ("delay_s", "presses"), [(0.0, 1), (3.0, 1), (3.0, 3)], ids=["workers start", "converting", "pressed thrice"]

@@ -95,7 +95,7 @@ def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json is not a file"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    (tmp_path / "manifest.json").symlink_to("/dev/null")
     with pytest.raises(BundleError, match=r"manifest\.json is not a file"):
         read_manifest(tmp_path)
 

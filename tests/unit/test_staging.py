@@ -185,6 +185,7 @@ def test_a_killed_process_loses_its_workspace_to_the_next(tmp_path: Path, holder
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_signal_while_tidying_up_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C once more, just when the workspace is being removed: it is removed, and the signal is not lost."""
     remove = os.rmdir

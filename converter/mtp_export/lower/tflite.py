@@ -6,11 +6,13 @@ parameter is one tensor a signature without data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -53,17 +55,26 @@ def lower(
     work = [[graphs[number].segments[key] for number, key in batch] for batch in batches]
     templates: dict[tuple[int, str], _Template] = {}
     context = multiprocessing.get_context("spawn")  # forking a process with torch's threads can hang
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, count), mp_context=context, initializer=_start_worker)
     try:
-        for batch, content in zip(batches, pool.map(_convert, work), strict=True):
-            templates.update(zip(batch, _split(content, len(batch)), strict=True))
+        with _deaf_children():
+            futures = [pool.submit(_convert, segments) for segments in work]
+        for batch, future in zip(batches, futures, strict=True):
+            templates.update(zip(batch, _split(future.result(), len(batch)), strict=True))
             on_segments(len(batch))
     except BrokenProcessPool as error:
         raise BackendError(
             "a conversion process died, most likely for want of memory: close other programs, or set --workers 1"
         ) from error
+    except BaseException:
+        # What is still being converted is of no use to anyone, and would be waited for. The futures are not cancelled:
+        # the pool's own thread would stumble over a cancelled one when it finds its workers gone.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown()
     return [
         _Chain(graph, {key: templates[number, key] for key in graph.segments}).lowered()
         for number, graph in enumerate(graphs)
@@ -76,13 +87,30 @@ def _convert(segments: Sequence[Segment]) -> bytes:
     return convert(segments)
 
 
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Start processes that never hear Ctrl-C, not even while they start: the parent hears it and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which shuts the workers down, and keep the libraries' chatter off its terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Keep the libraries' chatter off the parent's terminal, and end with the parent, however it ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
