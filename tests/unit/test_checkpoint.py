@@ -138,6 +138,7 @@ class TestFiles:
             message = refusal(tiny)
             assert name in message
             assert ("is not a file" in message) == (kind in ("folder", "device"))
+            assert ("is larger than 64 MiB" in message) == (kind == "too large")
         else:  # these may be absent, and what is no file is as good as absent
             checkpoint = Checkpoint(tiny / "target", "target")
             assert not checkpoint.has(name)
