@@ -8,7 +8,7 @@ Importing this package loads no inference library; `Session.open` does.
 """
 
 from mtp_runtime.acceptance import Acceptance, Origin, accept_greedy
-from mtp_runtime.backend import Backend, BoundSignature
+from mtp_runtime.backend import Backend, Draft, TargetPass
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest, read_manifest
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
@@ -20,10 +20,10 @@ __all__ = [
     "Acceptance",
     "Backend",
     "BackendError",
-    "BoundSignature",
     "Bundle",
     "BundleError",
     "ContextFullError",
+    "Draft",
     "FinishReason",
     "Generation",
     "GenerationStats",
@@ -32,6 +32,7 @@ __all__ = [
     "MtpError",
     "Origin",
     "Session",
+    "TargetPass",
     "Token",
     "UserError",
     "accept_greedy",

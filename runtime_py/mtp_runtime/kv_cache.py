@@ -29,7 +29,7 @@ class CacheBuffer(Protocol):
         ...
 
 
-class KVCache:
+class StaticKVCache:
     """The buffers of every cache tensor and how many leading positions hold processed tokens.
 
     Shapes: each buffer is [1, G, S, D].
@@ -98,3 +98,29 @@ class KVCache:
         """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
         spec = self._specs[name]
         return self._buffers[name].read().reshape(spec.shape)[:, :, : self._filled]
+
+    def restore(self, rows: Mapping[str, NDArray[np.float32]]) -> None:
+        """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
+        filled = check_rows(rows, self._specs, self._length)
+        for name, spec in self._specs.items():
+            whole = np.zeros(spec.shape, np.float32)
+            whole[:, :, :filled] = rows[name]
+            self._buffers[name].write(whole)
+        self._filled = filled
+
+
+def check_rows(rows: Mapping[str, NDArray[np.float32]], specs: Mapping[str, TensorSpec], length: int) -> int:
+    """Return how many positions `rows` fill.
+
+    Raises:
+        MtpError: a tensor is missing or unknown, or of another shape than the cache takes.
+    """
+    filled = {values.shape[2] if values.ndim == 4 else -1 for values in rows.values()}
+    if rows.keys() != specs.keys() or len(filled) != 1:
+        raise MtpError(f"the rows of {sorted(rows)} do not fit the caches {sorted(specs)}: they are of another bundle")
+    (count,) = filled
+    for name, spec in specs.items():
+        expected = (spec.shape[0], spec.shape[1], count, spec.shape[3])
+        if rows[name].shape != expected or not 0 <= count <= length:
+            raise MtpError(f"the rows of {name} are {rows[name].shape}, expected {expected} of at most {length}")
+    return count

@@ -19,7 +19,7 @@ from mtp_runtime.backend import FloatArray, IntArray
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import GRAPH_ROLES, GraphSignature
 from mtp_runtime.errors import BackendError, BundleError, MtpError
-from mtp_runtime.kv_cache import KVCache
+from mtp_runtime.kv_cache import StaticKVCache
 from mtp_runtime.quiet import hold_back_native_log_at_exit, native_log_held_back
 
 
@@ -99,7 +99,7 @@ class LiteRTSignature:
         return values.reshape(self._output_shapes[name])
 
 
-class LiteRTBackend:
+class LiteRTGraphs:
     """The graphs of a bundle, compiled for the CPU."""
 
     def __init__(self, bundle: Bundle, environment: Environment, models: Mapping[str, CompiledModel]) -> None:
@@ -115,10 +115,10 @@ class LiteRTBackend:
             spec.name: models["target"].create_input_buffer_by_name(decode.name, spec.name) for spec in specs
         }
         buffers = {spec.name: LiteRTCacheBuffer(self._caches[spec.name], math.prod(spec.shape)) for spec in specs}
-        self._kv_cache = KVCache(specs, buffers, bundle.manifest.cache_length)
+        self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length)
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 2) -> LiteRTBackend:
+    def open(cls, bundle: Bundle, *, threads: int = 2) -> LiteRTGraphs:
         """Compile the bundle's graphs for `threads` CPU threads and allocate the cache.
 
         Raises:
@@ -138,7 +138,7 @@ class LiteRTBackend:
         raise failure
 
     @classmethod
-    def _open(cls, bundle: Bundle, threads: int) -> LiteRTBackend:
+    def _open(cls, bundle: Bundle, threads: int) -> LiteRTGraphs:
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
         environment = Environment.create()
         models = {
@@ -152,7 +152,7 @@ class LiteRTBackend:
         return backend
 
     @property
-    def kv_cache(self) -> KVCache:
+    def kv_cache(self) -> StaticKVCache:
         """The one KV cache of this bundle, shared by the target and the drafter."""
         return self._kv_cache
 

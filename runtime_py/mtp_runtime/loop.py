@@ -9,19 +9,18 @@ is not among them and sits at position `filled_length`; `activations` are the ta
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mtp_runtime.acceptance import accept_greedy, greedy_choices, top_margin
-from mtp_runtime.backend import Backend, BoundSignature, FloatArray
+from mtp_runtime.backend import Backend, FloatArray, TargetPass
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import ContextFullError, UserError
-from mtp_runtime.masks import CausalMask
 from mtp_runtime.stats import GenerationStats
-from mtp_runtime.steps import DraftPasses, TargetPasses, TokenRows, plan_prefill
 from mtp_runtime.trace import FinishReason, Token
 
 
@@ -41,13 +40,10 @@ class GenerationLoop:
     """Runs requests one after another on one backend and its cache."""
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
-        """Prepare the passes of every signature kind."""
+        """Take an opened backend and the manifest of its bundle."""
         self._manifest = manifest
+        self._backend = backend
         self._cache = backend.kv_cache
-        mask = CausalMask(manifest.cache_length)
-        self._target = TargetPasses(backend, manifest, mask)
-        self._drafter = DraftPasses(backend, manifest, mask)
-        self._rows = TokenRows(backend, max(self._target.verify.num_tokens, *self._target.prefill))
         self._pending = 0
         self._activations: FloatArray = np.zeros(manifest.hidden_size, np.float32)
         self._runs = 0
@@ -126,18 +122,11 @@ class GenerationLoop:
     def _read_prompt(self, request: Request, stats: GenerationStats) -> list[Token]:
         """Process the prompt, its last token by a decode step, which yields the first committed token."""
         started = time.perf_counter()
-        embed_ms = stats.embed_ms
         stats.prompt_tokens = len(request.prompt_ids)
         self._cache.rewind(request.keep_length)
         last = len(request.prompt_ids) - 1
-        sizes = tuple(self._target.prefill)
-        for size, count in plan_prefill(request.keep_length, last, sizes, self._cache.length):
-            position = self._cache.filled_length
-            for row in range(count):
-                self._rows.set(row, request.prompt_ids[position + row], stats)
-            self._target.run(self._target.prefill.get(size, self._target.decode), self._rows, count, position)
-            self._cache.advance(count)
-        stats.prefill_ms += _ms_since(started) - (stats.embed_ms - embed_ms)
+        with self._timed(stats, "prefill_ms"):
+            self._backend.prefill(request.prompt_ids[request.keep_length : last])
         self._pending = request.prompt_ids[last]
         batch = self._decode(request, stats)
         stats.prompt_wall_ms = _ms_since(started)
@@ -145,42 +134,40 @@ class GenerationLoop:
 
     def _decode(self, request: Request, stats: GenerationStats) -> list[Token]:
         """Process the pending token alone."""
-        position = self._cache.filled_length
-        self._rows.set(0, self._pending, stats)
-        started = time.perf_counter()
-        bound = self._target.run(self._target.decode, self._rows, 1, position)
-        logits = bound.read("logits")[0]
-        self._cache.advance(1)
+        with self._timed(stats, "decode_ms"):
+            said = self._backend.verify((self._pending,))
+            self._cache.advance(1)
         stats.decode_steps += 1
-        stats.decode_ms += _ms_since(started)
-        return self._commit((), logits, bound, request, stats)
+        return self._commit((), said, request, stats)
 
     def _round(self, num_drafts: int, request: Request, stats: GenerationStats) -> list[Token]:
         """Draft, verify the pending token and the drafts in one pass, and keep what the target agrees with."""
         position = self._cache.filled_length
-        self._rows.set(0, self._pending, stats)
-        started = time.perf_counter()
-        embed_ms = stats.embed_ms
-        drafts = self._drafter.propose(num_drafts, self._rows, self._activations, position, stats)
-        drafted = time.perf_counter()
-        stats.draft_ms += 1000.0 * (drafted - started) - (stats.embed_ms - embed_ms)
-        bound = self._target.run(self._target.verify, self._rows, num_drafts + 1, position)
-        logits = bound.read("logits")[0, : num_drafts + 1]
-        self._cache.advance(num_drafts + 1)
-        stats.verify_ms += _ms_since(drafted)
-        batch = self._commit(drafts, logits, bound, request, stats)
+        with self._timed(stats, "draft_ms"):
+            drafts = self._propose(num_drafts)
+        with self._timed(stats, "verify_ms"):
+            said = self._backend.verify((self._pending, *drafts))
+            self._cache.advance(num_drafts + 1)
+        batch = self._commit(drafts, said, request, stats)
         stats.count_round(num_drafts, len(batch) - 1)
         self._cache.rewind(position + len(batch))
         return batch
 
-    def _commit(
-        self, drafts: Sequence[int], logits: FloatArray, bound: BoundSignature, request: Request, stats: GenerationStats
-    ) -> list[Token]:
-        """Turn the logits of a pass into committed tokens; the last becomes the pending one.
+    def _propose(self, count: int) -> list[int]:
+        """Propose `count` tokens after the pending one, each from the one before."""
+        drafts: list[int] = []
+        token, activations = self._pending, self._activations
+        for _ in range(count):
+            draft = self._backend.draft(token, activations)
+            token, activations = draft.best, draft.activations
+            drafts.append(token)
+        return drafts
 
-        Shapes: logits [len(drafts) + 1, V].
-        """
+    def _commit(self, drafts: Sequence[int], said: TargetPass, request: Request, stats: GenerationStats) -> list[Token]:
+        """Turn what the target said after the pending token and each draft into committed tokens; the last of them
+        becomes the pending one."""
         started = time.perf_counter()
+        logits = said.logits
         accepted, next_token, origin = accept_greedy(drafts, greedy_choices(logits))
         margins = (
             [top_margin(row) for row in logits[: accepted + 1]] if request.with_margins else [None] * (accepted + 1)
@@ -188,9 +175,18 @@ class GenerationLoop:
         batch = [Token(draft, "accepted", margin) for draft, margin in zip(drafts, margins[:accepted], strict=False)]
         batch.append(Token(next_token, origin, margins[accepted]))
         self._pending = next_token
-        self._activations = bound.read("activations")[0, accepted]
+        self._activations = said.activations[accepted]
         stats.accept_ms += _ms_since(started)
         return batch
+
+    @contextlib.contextmanager
+    def _timed(self, stats: GenerationStats, phase: str) -> Iterator[None]:
+        """Add the time of a block to a phase, but what it spent on embeddings to theirs."""
+        started, embed_ms = time.perf_counter(), self._backend.embed_ms
+        yield
+        embed_ms = self._backend.embed_ms - embed_ms
+        stats.embed_ms += embed_ms
+        setattr(stats, phase, getattr(stats, phase) + _ms_since(started) - embed_ms)
 
 
 def _ms_since(started: float) -> float:

@@ -83,15 +83,16 @@ class Session:
             BackendError: LiteRT refuses its graphs.
         """
         # Imported here so that reading manifests, traces and reports does not load the library.
-        from mtp_runtime.litert import LiteRTBackend
+        from mtp_runtime.litert import LiteRTGraphs
+        from mtp_runtime.static_backend import StaticBackend
 
         if threads < 1:
             raise UserError(f"threads is {threads}: give 1 or more")
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
-            backend = LiteRTBackend.open(bundle, threads=threads)
-            opened.callback(backend.close)
-            session = cls(bundle, backend)
+            graphs = LiteRTGraphs.open(bundle, threads=threads)
+            opened.callback(graphs.close)
+            session = cls(bundle, StaticBackend(graphs, bundle.manifest))
             opened.pop_all()
         return session
 

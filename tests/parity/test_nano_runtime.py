@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from mtp_runtime import Session
-from mtp_runtime.masks import CausalMask
+from mtp_runtime.backend import FloatArray
 from mtp_runtime.parity import compare_tokens
-from mtp_runtime.steps import TargetPasses, TokenRows
 from tests.conftest import Export
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'
@@ -51,13 +50,10 @@ def test_prefill_leaves_the_rows_that_decoding_would(session: Session) -> None:
     session.generate(ids, max_new_tokens=1).finish()
     prefilled = {name: cache.rows(name) for name in cache.names}
     assert session.backend.kv_cache.filled_length == len(ids)
-    mask = CausalMask(session.manifest.cache_length)
-    target = TargetPasses(session.backend, session.manifest, mask)
-    rows = TokenRows(session.backend, 1)
-    stats = session.generate(ids).stats
-    for position, token in enumerate(ids):
-        rows.set(0, token, stats)
-        target.run(target.decode, rows, 1, position)
+    cache.rewind(0)
+    for token in ids:
+        session.backend.verify((token,))
+        cache.advance(1)
     for name, expected in prefilled.items():
         found = cache.rows(name)
         # Dynamic int8 activations round per row and per kernel; a wrong row is off by its whole norm.
@@ -67,27 +63,24 @@ def test_prefill_leaves_the_rows_that_decoding_would(session: Session) -> None:
 
 def test_the_drafter_reads_the_rows_that_the_target_writes(session: Session) -> None:
     """The same draft pass before and after the rows of one cache change: it sees the change without being told."""
-    draft = session.backend.bound("drafter", "draft")
     cache = session.backend.kv_cache
-    shared = [tensor.name for tensor in draft.spec.inputs if tensor.is_cache]
-    assert len(shared) == 4
     session.generate(PROMPT, max_new_tokens=4).finish()
-    hidden_size = session.manifest.hidden_size
-    draft.write("activations", np.linspace(-1, 1, 2 * hidden_size, dtype=np.float32))
-    draft.write("input_pos", np.array([cache.filled_length - 1], np.int32))
-    draft.write("mask", CausalMask(cache.length).visible(cache.filled_length))
-    draft.run()
-    before = draft.read("projected_activations")
+    activations = np.linspace(-1, 1, session.manifest.hidden_size, dtype=np.float32)
+
+    def draft() -> FloatArray:
+        return session.backend.draft(7, activations).activations
+
+    before = draft()
+    rows = {name: cache.rows(name) for name in cache.names}
     random = np.random.default_rng(3)
-    for name in shared:
-        buffer = cache.buffer(name)
-        values = buffer.read()
-        changed = values.reshape(next(t.shape for t in draft.spec.inputs if t.name == name)).copy()
-        changed[:, :, : cache.filled_length] += random.standard_normal(changed.shape[-1], np.float32)
+    seen = set()
+    for name, values in rows.items():
+        changed = values + random.standard_normal(values.shape[-1], np.float32)
         changed[:, :, 0] *= 0.5
-        buffer.write(changed)
-        draft.run()
-        assert np.abs(draft.read("projected_activations") - before).max() > 1e-4, name
-        buffer.write(values)
-    draft.run()
-    np.testing.assert_array_equal(draft.read("projected_activations"), before)
+        cache.restore({**rows, name: changed})
+        if np.abs(draft() - before).max() > 1e-4:
+            seen.add(name)
+    drafter_reads = {3, 4}  # the last cache of each kind of layer
+    assert seen == {f"kv_cache_{part}_{i}" for part in "kv" for i in drafter_reads}
+    cache.restore(rows)
+    np.testing.assert_array_equal(draft(), before)

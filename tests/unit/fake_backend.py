@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mtp_runtime.backend import FloatArray, IntArray
 from mtp_runtime.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
-from mtp_runtime.kv_cache import KVCache
+from mtp_runtime.kv_cache import StaticKVCache
 
 VOCAB, HIDDEN, STOP = 50, 16, 1
 # Beyond any real token, to be seen at once if a stale row leaks.
@@ -76,12 +76,12 @@ class FakeSignature:
 
 
 class FakeBackend:
-    """Implements mtp_runtime.backend.Backend for the manifest of `fake_manifest`."""
+    """Implements StaticGraphs for the manifest of `fake_manifest`."""
 
     def __init__(self, manifest: Manifest, agree: Callable[[int], bool] = lambda position: True) -> None:
         cache = manifest.signature("target", "decode").inputs[-1]
         self.rows = _Memory(manifest.cache_length)
-        self._kv_cache = KVCache([cache], {cache.name: self.rows}, manifest.cache_length)
+        self._kv_cache = StaticKVCache([cache], {cache.name: self.rows}, manifest.cache_length)
         self.rows.values[:] = GARBAGE
         self._agree = agree
         compute = {"target": self._run_target, "drafter": self._run_drafter}
@@ -92,7 +92,7 @@ class FakeBackend:
         }
 
     @property
-    def kv_cache(self) -> KVCache:
+    def kv_cache(self) -> StaticKVCache:
         return self._kv_cache
 
     def bound(self, role: str, name: str) -> FakeSignature:

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from mtp_runtime import BackendError, BundleError, Session, UserError
-from mtp_runtime.litert import LiteRTBackend, LiteRTCacheBuffer
+from mtp_runtime.litert import LiteRTCacheBuffer
 from tests.unit import toy_pair
-from tests.unit.backend_tests import BackendTests
 from tests.unit.conftest import TOY_PROMPT
+from tests.unit.static_graph_tests import StaticGraphTests, graphs_of
 
 Build = Callable[[Sequence[int]], Path]
 
@@ -26,12 +26,11 @@ def session(toy_folder: Path) -> Iterator[Session]:
         yield opened
 
 
-class TestLiteRT(BackendTests):
-    """LiteRT passes what every backend passes."""
+class TestLiteRT(StaticGraphTests):
+    """LiteRT passes what all static graphs pass."""
 
     def test_every_signature_binds_the_same_buffer_object_for_a_cache(self, session: Session) -> None:
-        backend = session.backend
-        assert isinstance(backend, LiteRTBackend)
+        backend = graphs_of(session)
         bindings = 0
         for role in ("target", "drafter"):
             for spec in session.manifest.signatures[role]:
@@ -112,13 +111,13 @@ def test_a_closed_session_refuses_to_generate(toy_folder: Path) -> None:
     session = Session.open(toy_folder)
     running = session.generate(TOY_PROMPT)
     next(running)
-    decode = session.backend.bound("target", "decode")
+    decode = graphs_of(session).bound("target", "decode")
     session.close()
     session.close()
     with pytest.raises(BackendError, match="decode cannot run: its bundle is closed"):
         decode.run()
     with pytest.raises(BackendError, match="cannot bind verify: the bundle is closed"):
-        session.backend.bound("target", "verify")
+        graphs_of(session).bound("target", "verify")
     with pytest.raises(UserError, match="the session was closed"):
         list(running)
     with pytest.raises(UserError, match="the session is closed"):

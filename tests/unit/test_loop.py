@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mtp_runtime.errors import ContextFullError, UserError
 from mtp_runtime.loop import GenerationLoop, Request
+from mtp_runtime.static_backend import StaticBackend, plan_prefill
 from mtp_runtime.stats import GenerationStats
-from mtp_runtime.steps import plan_prefill
 from mtp_runtime.trace import Token
 from tests.unit.fake_backend import VOCAB, FakeBackend, continuation, fake_manifest
 
@@ -46,7 +46,7 @@ class Run:
     def __init__(self, agree: Agree = always, **manifest: int) -> None:
         self.manifest = fake_manifest(**manifest)  # type: ignore[arg-type]  # only integer options are used here
         self.backend = FakeBackend(self.manifest, agree)
-        self.loop = GenerationLoop(self.backend, self.manifest)
+        self.loop = GenerationLoop(StaticBackend(self.backend, self.manifest), self.manifest)
         self.stats = GenerationStats()
 
     def tokens(self, wanted: Request) -> list[Token]:

@@ -1,4 +1,4 @@
-"""What every backend must pass: subclass `BackendTests`, and give it a fixture `session` over the toy bundle.
+"""What static graphs must pass: subclass `StaticGraphTests`, and give it a fixture `session` over the toy bundle.
 
 The expectations are computed here in numpy from the definition, not by another backend.
 """
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from mtp_runtime import BackendError, BundleError, Session
-from mtp_runtime.backend import BoundSignature, FloatArray
+from mtp_runtime.backend import FloatArray
+from mtp_runtime.litert import LiteRTGraphs
 from mtp_runtime.masks import CausalMask
+from mtp_runtime.static_backend import BoundSignature, StaticBackend
 from tests.unit.conftest import TOY_PROMPT
 
 S, HIDDEN, HEAD = 64, 32, 16
@@ -19,11 +21,17 @@ S, HIDDEN, HEAD = 64, 32, 16
 TOLERANCE = 2e-4
 
 
+def graphs_of(session: Session) -> LiteRTGraphs:
+    assert isinstance(session.backend, StaticBackend)
+    assert isinstance(session.backend.graphs, LiteRTGraphs)
+    return session.backend.graphs
+
+
 def embed(session: Session, tokens: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
     """Return the embeddings and per-layer embeddings of `tokens`. Shapes: [1, T, H], [1, T, L, P]."""
     found = []
     for role in ("embedder", "per_layer_embedder"):
-        bound = session.backend.bound(role, "embed")
+        bound = graphs_of(session).bound(role, "embed")
         rows = []
         for token in tokens:
             bound.write("token_ids", np.array([[token]], np.int32))
@@ -35,7 +43,7 @@ def embed(session: Session, tokens: tuple[int, ...]) -> tuple[FloatArray, FloatA
 
 def run_target(session: Session, name: str, tokens: tuple[int, ...], position: int) -> BoundSignature:
     """Run the target's signature `name` over `tokens`, exactly as many as it takes."""
-    bound = session.backend.bound("target", name)
+    bound = graphs_of(session).bound("target", name)
     embeddings, per_layer = embed(session, tokens)
     bound.write("embeddings", embeddings)
     bound.write("per_layer_embeddings", per_layer)
@@ -47,7 +55,7 @@ def run_target(session: Session, name: str, tokens: tuple[int, ...], position: i
 
 def run_drafter(session: Session, visible: FloatArray) -> BoundSignature:
     """Run one draft pass that sees exactly the cache positions where `visible` is 0. Shapes: visible [S]."""
-    bound = session.backend.bound("drafter", "draft")
+    bound = graphs_of(session).bound("drafter", "draft")
     bound.write("activations", np.zeros((1, 1, 2 * HIDDEN), np.float32))
     bound.write("input_pos", np.zeros(1, np.int32))
     bound.write("mask", visible)
@@ -62,25 +70,28 @@ def only(position: int) -> FloatArray:
     return mask
 
 
-class BackendTests:
+class StaticGraphTests:
     """One cache, shared and in place; every pass equals its one-token equivalent."""
 
     def test_the_cache_starts_as_zeros(self, session: Session) -> None:
-        session.backend.kv_cache.clear()
-        for name in session.backend.kv_cache.names:
-            assert not session.backend.kv_cache.buffer(name).read().any()
+        graphs_of(session).kv_cache.clear()
+        for name in graphs_of(session).kv_cache.names:
+            assert not graphs_of(session).kv_cache.buffer(name).read().any()
 
     def test_a_row_that_the_target_writes_is_seen_by_the_drafter(self, session: Session) -> None:
-        session.backend.kv_cache.clear()
+        graphs_of(session).kv_cache.clear()
         run_target(session, "decode", (5,), 3)
-        rows = [session.backend.kv_cache.buffer(f"kv_cache_{kind}_1").read().reshape(S, HEAD)[3] for kind in ("k", "v")]
+        cache = graphs_of(session).kv_cache
+        rows = [cache.buffer(f"kv_cache_{kind}_1").read().reshape(S, HEAD)[3] for kind in ("k", "v")]
+            graphs_of(session).kv_cache.buffer(f"kv_cache_{kind}_1").read().reshape(S, HEAD)[3] for kind in ("k", "v")
+        ]
         assert np.abs(rows[0]).max() > 0.01
         seen = run_drafter(session, only(3)).read("projected_activations")[0, 0]
         # The toy drafter reports what it attends to, a counter in place of the first number.
         np.testing.assert_allclose(seen[1:], np.concatenate(rows)[1:], atol=1e-6)
 
     def test_a_row_written_into_the_cache_is_seen_by_drafter_and_target(self, session: Session) -> None:
-        cache = session.backend.kv_cache
+        cache = graphs_of(session).kv_cache
         cache.clear()
         before = run_target(session, "decode", (5,), 4).read("logits")
         row = np.zeros((S, HEAD), np.float32)
@@ -91,7 +102,7 @@ class BackendTests:
         assert np.abs(run_target(session, "decode", (5,), 4).read("logits") - before).max() > 1e-3
 
     def test_a_pass_writes_its_own_rows_and_no_other(self, session: Session) -> None:
-        cache = session.backend.kv_cache
+        cache = graphs_of(session).kv_cache
         cache.clear()
         marked = np.full((S, HEAD), 7.0, np.float32)
         for name in cache.names:
@@ -110,17 +121,17 @@ class BackendTests:
         for at, token in enumerate(tokens[5:], 5):
             bound = run_target(session, "decode", (token,), at)
             one_by_one.append((bound.read("logits")[0, 0], bound.read("activations")[0, 0]))
-        rows = {key: session.backend.kv_cache.buffer(key).read() for key in session.backend.kv_cache.names}
+        rows = {key: graphs_of(session).kv_cache.buffer(key).read() for key in graphs_of(session).kv_cache.names}
         bound = run_target(session, name, tokens[5:], 5)
         for row, (logits, activations) in enumerate(one_by_one):
             np.testing.assert_allclose(bound.read("logits")[0, row], logits, atol=TOLERANCE)
             np.testing.assert_allclose(bound.read("activations")[0, row], activations, atol=TOLERANCE)
         for key, values in rows.items():
-            np.testing.assert_allclose(session.backend.kv_cache.buffer(key).read(), values, atol=TOLERANCE)
+            np.testing.assert_allclose(graphs_of(session).kv_cache.buffer(key).read(), values, atol=TOLERANCE)
 
     def test_prefill_leaves_the_rows_that_decode_would(self, session: Session) -> None:
         tokens = TOY_PROMPT[:8]
-        cache = session.backend.kv_cache
+        cache = graphs_of(session).kv_cache
         cache.clear()
         for at, token in enumerate(tokens):
             run_target(session, "decode", (token,), at)
@@ -141,15 +152,15 @@ class BackendTests:
     def test_every_signature_runs_before_anything_is_written(self, session: Session) -> None:
         for role, specs in session.manifest.signatures.items():
             for spec in specs:
-                session.backend.bound(role, spec.name).run()
+                graphs_of(session).bound(role, spec.name).run()
 
     def test_a_signature_is_bound_once(self, session: Session) -> None:
-        assert session.backend.bound("target", "decode") is session.backend.bound("target", "decode")
+        assert graphs_of(session).bound("target", "decode") is graphs_of(session).bound("target", "decode")
 
     def test_an_unknown_signature_is_an_error(self, session: Session) -> None:
         with pytest.raises(BundleError, match="target has no signature 'prefill_99'"):
-            session.backend.bound("target", "prefill_99")
+            graphs_of(session).bound("target", "prefill_99")
 
     def test_an_input_of_the_wrong_size_is_an_error(self, session: Session) -> None:
         with pytest.raises(BackendError, match="decode: mask takes 64 values, got 63"):
-            session.backend.bound("target", "decode").write("mask", np.zeros(63, np.float32))
+            graphs_of(session).bound("target", "decode").write("mask", np.zeros(63, np.float32))
