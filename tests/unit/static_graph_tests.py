@@ -83,8 +83,6 @@ class StaticGraphTests:
         run_target(session, "decode", (5,), 3)
         cache = graphs_of(session).kv_cache
         rows = [cache.buffer(f"kv_cache_{kind}_1").read().reshape(S, HEAD)[3] for kind in ("k", "v")]
-            graphs_of(session).kv_cache.buffer(f"kv_cache_{kind}_1").read().reshape(S, HEAD)[3] for kind in ("k", "v")
-        ]
         assert np.abs(rows[0]).max() > 0.01
         seen = run_drafter(session, only(3)).read("projected_activations")[0, 0]
         # The toy drafter reports what it attends to, a counter in place of the first number.
