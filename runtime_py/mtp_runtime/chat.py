@@ -2,36 +2,100 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from datetime import datetime
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_runtime.errors import BundleError, UserError
 
-Message = Mapping[str, str]
+# `role` and `content`, and whatever else the template reads: tool_calls, tool_responses, a list of content parts.
+Message = Mapping[str, Any]
 
 
-def render_chat(template: str, messages: Sequence[Message], *, bos_token: str) -> str:
-    """Return the prompt that asks the model for its next turn after `messages` (each with `role` and `content`).
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_token: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """Return the prompt that asks the model for its next turn after `messages`.
 
-    The template is data from anywhere: it runs in jinja2's sandbox, with the names and options that transformers
-    gives it.
+    `tools` are JSON schemas of functions; `variables` are further names that the template reads, such as
+    enable_thinking. The template is data from anywhere: it runs in jinja2's sandbox, with the names, filters and
+    options that transformers gives it.
 
     Raises:
         BundleError: the template does not work.
         UserError: the template refuses the conversation.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
     try:
-        return environment.from_string(template).render(
-            messages=[dict(message) for message in messages], bos_token=bos_token, add_generation_prompt=True
+        return _compiled(template).render(
+            **variables,
+            messages=[dict(message) for message in messages],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            bos_token=bos_token,
+            add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+    except (
+        TemplateError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         # Jinja passes on what the template's own expressions raise.
         raise BundleError(f"the bundle's chat template does not work ({error}): run with a plain prompt") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(template: str) -> Template:
+    """Compile once what a conversation renders at every turn."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`, which marks the assistant's text for training: here its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it as an instance's
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike jinja2's own filter, leave `<`, `>` and `&` as they are: a prompt is not HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
 
 
 def _refuse(message: object) -> NoReturn:
