@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from mtp_export.lower.workers import results_in_order
 from mtp_export.trace import Segment, TracedGraph, TracedSignature
 from mtp_runtime.contract import TensorSpec
-from mtp_runtime.errors import BackendError
 
 _BATCH = 6  # segments converted at a time: enough to share the fixed cost, few enough to show progress
 _TYPES = {"float32": schema.TensorType.FLOAT32, "int32": schema.TensorType.INT32}
@@ -54,27 +48,10 @@ def lower(
     batches = [names[start::count] for start in range(count)]
     work = [[graphs[number].segments[key] for number, key in batch] for batch in batches]
     templates: dict[tuple[int, str], _Template] = {}
-    context = multiprocessing.get_context("spawn")  # forking a process with torch's threads can hang
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, count), mp_context=context, initializer=_start_worker)
-    try:
-        with _deaf_children():
-            futures = [pool.submit(_convert, segments) for segments in work]
-        for batch, future in zip(batches, futures, strict=True):
-            templates.update(zip(batch, _split(future.result(), len(batch)), strict=True))
+    with contextlib.closing(results_in_order(_convert, work, workers)) as converted:
+        for batch, content in zip(batches, converted, strict=True):
+            templates.update(zip(batch, _split(content, len(batch)), strict=True))
             on_segments(len(batch))
-    except BrokenProcessPool as error:
-        raise BackendError(
-            "a conversion process died, most likely for want of memory: close other programs, or set --workers 1"
-        ) from error
-    except BaseException:
-        # What is still being converted is of no use to anyone, and would be waited for. The futures are not cancelled:
-        # the pool's own thread would stumble over a cancelled one when it finds its workers gone.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown()
     return [
         _Chain(graph, {key: templates[number, key] for key in graph.segments}).lowered()
         for number, graph in enumerate(graphs)
@@ -85,32 +62,6 @@ def _convert(segments: Sequence[Segment]) -> bytes:
     from mtp_export.lower.segments import convert  # only workers load the converter
 
     return convert(segments)
-
-
-@contextlib.contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Start processes that never hear Ctrl-C, not even while they start: the parent hears it and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-    """Keep the libraries' chatter off the parent's terminal, and end with the parent, however it ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(os.devnull, "wb") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
