@@ -12,6 +12,7 @@ from mtp_runtime.backend import Backend, Draft, TargetPass
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest, read_manifest
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
+from mtp_runtime.sampling import Constraint, Sampling
 from mtp_runtime.session import Generation, Session
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.trace import FinishReason, GenerationTrace, Token
@@ -22,6 +23,7 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "Constraint",
     "ContextFullError",
     "Draft",
     "FinishReason",
@@ -31,6 +33,7 @@ __all__ = [
     "Manifest",
     "MtpError",
     "Origin",
+    "Sampling",
     "Session",
     "TargetPass",
     "Token",

@@ -6,7 +6,7 @@ row K has seen every draft. Whatever the drafter proposed, what is committed is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,13 +25,17 @@ class Acceptance(NamedTuple):
     origin: Origin
 
 
-def greedy_choices(logits: NDArray[np.float32]) -> list[int]:
-    """Return the token with the highest logit of each row; the lowest id among equals.
+def accept_each(drafts: Sequence[int], token_at: Callable[[int], int]) -> Acceptance:
+    """Keep the leading drafts that `token_at` confirms by returning them, in order.
 
-    Shapes: logits [T, V].
+    `token_at(i)` decides what comes at row i, and is asked only when every draft before that row is kept; the row
+    after the last draft is asked for the extra token.
     """
-    choices: list[int] = logits.argmax(axis=-1).tolist()
-    return choices
+    for row, draft in enumerate(drafts):
+        token = token_at(row)
+        if token != draft:
+            return Acceptance(row, token, "correction")
+    return Acceptance(len(drafts), token_at(len(drafts)), "bonus" if drafts else "plain")
 
 
 def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> Acceptance:
@@ -45,18 +49,15 @@ def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> Acceptance:
     """
     if len(choices) <= len(drafts):
         raise ValueError(f"{len(drafts)} drafts need {len(drafts) + 1} choices, got {len(choices)}")
-    accepted = 0
-    for draft, choice in zip(drafts, choices, strict=False):
-        if draft != choice:
-            return Acceptance(accepted, choice, "correction")
-        accepted += 1
-    return Acceptance(accepted, choices[accepted], "bonus" if drafts else "plain")
+    return accept_each(drafts, lambda row: choices[row])
 
 
 def top_margin(logits: NDArray[np.float32]) -> float:
     """Return the highest logit minus the second highest: how far a choice is from a tie.
 
+    Where only one token is allowed, the others -inf, it is the largest float32: JSON knows no infinity.
+
     Shapes: logits [V], V > 1.
     """
     first, second = np.partition(logits, -2)[-1:-3:-1]
-    return float(first - second)
+    return min(float(first - second), float(np.finfo(np.float32).max))

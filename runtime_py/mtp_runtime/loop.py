@@ -1,7 +1,7 @@
 """The generation loop: prefill → (draft → verify → accept → rewind)*, yielding each committed token.
 
-Lossless by construction: every committed token is the target's own greedy choice given the tokens before it. A draft
-only decides how many of those choices one pass of the target can make.
+Lossless by construction: every committed token is the target's own choice given the tokens before it, greedy or
+sampled (sampling.py). A draft only decides how many of those choices one pass of the target can make.
 
 State between rounds: `filled_length` positions of the cache are processed; the pending token, the last one committed,
 is not among them and sits at position `filled_length`; `activations` are the target's at the position before it.
@@ -16,17 +16,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtp_runtime.acceptance import accept_greedy, greedy_choices, top_margin
+from mtp_runtime.acceptance import top_margin
 from mtp_runtime.backend import Backend, FloatArray, TargetPass
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import ContextFullError, UserError
+from mtp_runtime.sampling import Chooser, Constraint, Sampling
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.trace import FinishReason, Token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to generate. `keep_length` leading prompt tokens are taken as already in the cache and not processed."""
+    """What to generate, greedily without `sampling`.
+
+    `keep_length` leading prompt tokens are taken as already in the cache and not processed.
+    """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int | None
@@ -34,6 +38,8 @@ class Request:
     stop_token_ids: frozenset[int]
     keep_length: int = 0
     with_margins: bool = False
+    sampling: Sampling | None = None
+    constraint: Constraint | None = None
 
 
 class GenerationLoop:
@@ -46,6 +52,7 @@ class GenerationLoop:
         self._cache = backend.kv_cache
         self._pending = 0
         self._activations: FloatArray = np.zeros(manifest.hidden_size, np.float32)
+        self._chooser = Chooser(None, None, ())
         self._runs = 0
         self.finish_reason: FinishReason = "abandoned"
 
@@ -62,6 +69,7 @@ class GenerationLoop:
         limit, limit_reason = self._check(request)
         self._runs += 1
         this_run = self._runs
+        self._chooser = Chooser(request.sampling, request.constraint, request.prompt_ids, request.stop_token_ids)
         self.finish_reason = "abandoned"
         committed = 0
         try:
@@ -107,6 +115,8 @@ class GenerationLoop:
             )
         if request.max_new_tokens is not None and request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}: give 1 or more")
+        if request.with_margins and request.sampling is not None and request.sampling.temperature > 0:
+            raise UserError("with_margins is for greedy choices: leave it out, or set temperature 0")
         if not 0 <= request.keep_length <= min(len(prompt_ids) - 1, self._cache.filled_length):
             raise UserError(f"keep_length is {request.keep_length}: the cache holds {self._cache.filled_length} tokens")
         room = manifest.context_length - len(prompt_ids)
@@ -158,8 +168,8 @@ class GenerationLoop:
         drafts: list[int] = []
         token, activations = self._pending, self._activations
         for _ in range(count):
-            draft = self._backend.draft(token, activations)
-            token, activations = draft.best, draft.activations
+            draft = self._backend.draft(token, activations, with_candidates=self._chooser.wants_candidates)
+            token, activations = self._chooser.propose(draft), draft.activations
             drafts.append(token)
         return drafts
 
@@ -167,11 +177,8 @@ class GenerationLoop:
         """Turn what the target said after the pending token and each draft into committed tokens; the last of them
         becomes the pending one."""
         started = time.perf_counter()
-        logits = said.logits
-        accepted, next_token, origin = accept_greedy(drafts, greedy_choices(logits))
-        margins = (
-            [top_margin(row) for row in logits[: accepted + 1]] if request.with_margins else [None] * (accepted + 1)
-        )
+        accepted, next_token, origin = self._chooser.choose(drafts, said.logits)
+        margins = [top_margin(row) if request.with_margins else None for row in self._chooser.scores]
         batch = [Token(draft, "accepted", margin) for draft, margin in zip(drafts, margins[:accepted], strict=False)]
         batch.append(Token(next_token, origin, margins[accepted]))
         self._pending = next_token

@@ -12,6 +12,7 @@ from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.loop import GenerationLoop, Request
+from mtp_runtime.sampling import Constraint, Sampling
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.tokenizer import TextStream, Tokenizer
 from mtp_runtime.trace import FinishReason, GenerationTrace, Token
@@ -156,13 +157,16 @@ class Session:
         stop_token_ids: Collection[int] | None = None,
         keep_length: int = 0,
         with_margins: bool = False,
+        sampling: Sampling | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
-        """Return the greedy continuation of `prompt` as an iterator of committed tokens.
+        """Return the continuation of `prompt` as an iterator of committed tokens, greedy without `sampling`.
 
         `num_draft_tokens` is 0 for plain decoding and the graph's own number by default; `stop_token_ids` are the
         manifest's by default. Without `max_new_tokens` it ends at a stop id or with the context. `keep_length` says
         that so many leading prompt tokens are in the cache from the generation before. `with_margins` records how far
-        each choice was from a tie.
+        each greedy choice was from a tie. `constraint` is called with the output's tokens before each committed one
+        and returns which tokens may follow, [V], or None for all.
 
         Raises (at the first token):
             UserError: the request contradicts the bundle or itself.
@@ -178,6 +182,8 @@ class Session:
             stop_token_ids=frozenset(manifest.stop_token_ids if stop_token_ids is None else stop_token_ids),
             keep_length=keep_length,
             with_margins=with_margins,
+            sampling=sampling,
+            constraint=constraint,
         )
         return Generation(self._loop, manifest, request)
 

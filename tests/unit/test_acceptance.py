@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.acceptance import accept_greedy, greedy_choices, top_margin
+from mtp_runtime.acceptance import accept_greedy, top_margin
 
 TOKENS = st.integers(0, 5)
 
@@ -53,11 +53,7 @@ def test_too_few_choices_are_refused() -> None:
         accept_greedy([1, 2], [1, 2])
 
 
-def test_greedy_choices_takes_the_lowest_id_among_equals() -> None:
-    logits = np.array([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0]], np.float32)
-    assert greedy_choices(logits) == [1, 0]
-
-
 def test_top_margin_is_first_minus_second() -> None:
     assert top_margin(np.array([1.0, 5.0, -2.0, 4.5], np.float32)) == 0.5
     assert top_margin(np.array([5.0, 5.0], np.float32)) == 0.0
+    assert top_margin(np.array([-np.inf, 5.0, -np.inf], np.float32)) == np.finfo(np.float32).max
