@@ -10,7 +10,7 @@ from mtp_calibration.recipes import RECIPES
 from mtp_export.arch.gemma4 import PAIRS
 from mtp_runtime.errors import UserError
 
-EXPORT_FORMATS = ("tflite",)
+EXPORT_FORMATS = ("tflite", "onnx")
 _MAX_DRAFT_TOKENS = 16
 MIN_CACHE_LENGTH = 32
 _MAX_CACHE_LENGTH = 1 << 20  # a checkpoint says how far positions really go
@@ -21,7 +21,7 @@ class ExportConfig:
     """The options of `mtp-export export`; None stands for the model's default.
 
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
-    convention, 0 for vLLM's; it changes acceptance only.
+    convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone.
     """
 
     model: str
@@ -33,6 +33,7 @@ class ExportConfig:
     cache_length: int | None
     num_draft_tokens: int
     drafter_position_offset: int
+    portable: bool
     output: Path
     force: bool
     workers: int
@@ -53,6 +54,8 @@ class ExportConfig:
         in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
         in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)
         in_range("--workers", self.workers, 1, 64)
+        if self.portable and self.export_format != "onnx":
+            raise UserError(f"--portable is for --target onnx, got --target {self.export_format}")
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

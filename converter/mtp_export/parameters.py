@@ -51,7 +51,7 @@ def _target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe)
 def drafter_parameters(
     checkpoint: Checkpoint, graph: TracedGraph, spec: DrafterSpec, recipe: Recipe
 ) -> dict[str, Parameter]:
-    """Parameters of the drafter; its embedding becomes the clustered table.
+    """Parameters of the drafter; its embedding becomes the clustered table, in the form that the graph has it in.
 
     Raises:
         CheckpointError: as for the target, or the token ordering is no permutation.
@@ -64,15 +64,19 @@ def drafter_parameters(
         name: _stored(checkpoint, name, shape, FLOAT32 if len(shape) == 1 or name == _CENTROIDS else recipe.linear)
         for name, shape in stored.items()
     }
-    return parameters | _clustered_table(checkpoint, spec, recipe)
+    table = _clustered_table(checkpoint, spec, recipe, row_scales=_ROW_SCALES in graph.weights)
+    return parameters | table
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat) -> Parameter:
     return Parameter(shape=shape, format=format, rows=lambda start, stop: checkpoint.rows(name, start, stop))
 
 
-def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) -> dict[str, Parameter]:
-    """The embedding in cluster order, one cluster to a row; quantised, its rows' scales apart from it."""
+def _clustered_table(
+    checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe, *, row_scales: bool
+) -> dict[str, Parameter]:
+    """The embedding in cluster order, one cluster to a row: float32; or, unless the recipe is float, int8 with its
+    rows' scales apart where the graph multiplies by them, else float16."""
     head = spec.head
     ordering = read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(head.num_centroids, -1)
 
@@ -87,7 +91,10 @@ def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) 
     def table_int8(start: int, stop: int) -> NDArray[np.int8]:
         return quantise(tokens(start, stop), INT8)[0].reshape(stop - start, -1)
 
-    def row_scales(start: int, stop: int) -> NDArray[np.float32]:
+    def table_half(start: int, stop: int) -> NDArray[np.float16]:
+        return table(start, stop).astype(np.float16)
+
+    def scales(start: int, stop: int) -> NDArray[np.float32]:
         # A row of scales stands for a whole cluster of embeddings, so a block of them is cut up further.
         pieces = [quantise(tokens(i, min(i + 64, stop)), INT8)[1].reshape(-1, size) for i in range(start, stop, 64)]
         return np.concatenate(pieces)
@@ -99,10 +106,12 @@ def _clustered_table(checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe) 
     parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}
     if recipe.head == FLOAT32:
         return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}
+    if not row_scales:
+        return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table_half)}
     # int8 whatever the recipe: the kernel that multiplies gathered rows as they are exists for int8 alone.
     return parameters | {
         _TABLE: Parameter(shape=shape, format=INT8, rows=table_int8, unit_scale=True),
-        _ROW_SCALES: Parameter(shape=(clusters, size), format=FLOAT32, rows=row_scales),
+        _ROW_SCALES: Parameter(shape=(clusters, size), format=FLOAT32, rows=scales),
     }
 
 

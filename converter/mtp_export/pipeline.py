@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import OutputError
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
+from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
 
@@ -71,12 +72,13 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         pair = _open_pair(config)
         shape = _graph_shape(config, pair)
         clock.lap("open")
-        graphs = _trace(config, pair, shape)
+        format = _FORMATS[config.export_format]
+        graphs = format.trace(config, pair, shape)
         values = _parameters(config, pair, graphs)
-        _check_disk(config.output, values)
+        _check_disk(config.output, values, copies=2 if format.container else 1)
         clock.lap("trace")
-        _write_graphs(config, graphs, values, folder, progress, clock)
-        manifest = _write_rest(config, pair, shape, graphs, folder, progress)
+        files = format.write(config, graphs, values, folder, progress, clock)
+        manifest = _write_rest(config, pair, shape, graphs, files, folder, progress)
         clock.lap("bundle")
     return ExportResult(
         output=config.output,
@@ -140,7 +142,29 @@ def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
     )
 
 
-def _trace(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
+def _drafter_recipe(config: ExportConfig) -> str:
+    return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
+
+
+def _parameters(config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
+    *of_target, drafter = graphs
+    recipe = RECIPES[_drafter_recipe(config)]
+    values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
+    return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
+
+
+def _check_disk(output: Path, values: Mapping[str, Mapping[str, Parameter]], *, copies: int) -> None:
+    """With a container, graphs lie in the folder twice: as plain files, and within it."""
+    needed = copies * sum(parameters.size_bytes(p) for p in values.values()) + _SPARE_BYTES
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output.absolute().parent} has {free / 1e9:.2f} GB free and the bundle needs {needed / 1e9:.2f} GB: "
+            "free some space, or choose another --output"
+        )
+
+
+def _trace_tflite(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
     return [
         trace_target(pair.target_spec, shape),
         trace_embedder(pair.target_spec, "embedder"),
@@ -155,45 +179,73 @@ def _trace(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedG
     ]
 
 
-def _drafter_recipe(config: ExportConfig) -> str:
-    return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
-
-
-def _parameters(config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
-    *of_target, drafter = graphs
-    recipe = RECIPES[_drafter_recipe(config)]
-    values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
-    return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
-
-
-def _check_disk(output: Path, values: Mapping[str, Mapping[str, Parameter]]) -> None:
-    """Graphs lie in the folder twice: as plain files, and within the one `.litertlm`."""
-    needed = 2 * sum(parameters.size_bytes(p) for p in values.values()) + _SPARE_BYTES
-    free = shutil.disk_usage(output.absolute().parent).free
-    if free < needed:
-        raise OutputError(
-            f"{output.absolute().parent} has {free / 1e9:.2f} GB free and the bundle needs {needed / 1e9:.2f} GB: "
-            "free some space, or choose another --output"
-        )
-
-
-def _write_graphs(
+def _write_tflite(
     config: ExportConfig,
     graphs: Sequence[TracedGraph],
     values: Mapping[str, Mapping[str, Parameter]],
     folder: Path,
     progress: Progress,
     clock: _Clock,
-) -> None:
+) -> dict[str, Path]:
     from mtp_export.lower import tflite
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
     clock.lap("lower")
     progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
+    files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
     for graph in lowered:
-        write_graph(graph, values[graph.role], folder / f"{graph.role}.tflite", lambda _, done: progress.advance(done))
+        write_graph(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
     clock.lap("weights")
+    return files
+
+
+def _trace_onnx(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
+    return trace_graphs(
+        pair.target_spec,
+        pair.drafter_spec,
+        position_offset=config.drafter_position_offset,
+        half_table=_drafter_recipe(config) != "f32",
+    )
+
+
+def _write_onnx(
+    config: ExportConfig,
+    graphs: Sequence[TracedGraph],
+    values: Mapping[str, Mapping[str, Parameter]],
+    folder: Path,
+    progress: Progress,
+    clock: _Clock,
+) -> dict[str, Path]:
+    from mtp_export.lower import onnx
+    from mtp_export.onnx_weights import write_onnx
+
+    progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
+    lowered = onnx.lower(graphs, portable=config.portable, on_segments=progress.advance)
+    clock.lap("lower")
+    progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
+    files = {}
+    for graph in lowered:
+        files[graph.role] = folder / f"{graph.role}.onnx"
+        files[f"{graph.role}_data"] = folder / f"{graph.role}.onnx.data"
+        write_onnx(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
+    clock.lap("weights")
+    return files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Format:
+    """What differs between export formats: how graphs are traced and written, and whether one file holds them all."""
+
+    trace: Callable[[ExportConfig, _Pair, GraphShape], list[TracedGraph]]
+    write: Callable[..., dict[str, Path]]
+    container: bool
+
+
+_FORMATS = {
+    "tflite": _Format(trace=_trace_tflite, write=_write_tflite, container=True),
+    "onnx": _Format(trace=_trace_onnx, write=_write_onnx, container=False),
+}
 
 
 def _write_rest(
@@ -201,12 +253,13 @@ def _write_rest(
     pair: _Pair,
     shape: GraphShape,
     graphs: Sequence[TracedGraph],
+    graph_files: Mapping[str, Path],
     folder: Path,
     progress: Progress,
 ) -> Manifest:
     inputs = [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
     progress.start("hashing and bundling", len(inputs) + len(graphs) + 1)
-    files = {graph.role: folder / f"{graph.role}.tflite" for graph in graphs} | texts.write_texts(pair.texts, folder)
+    files = {**graph_files, **texts.write_texts(pair.texts, folder)}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("mtp-export"),
@@ -229,9 +282,10 @@ def _write_rest(
         signatures={graph.role: tuple(t.signature for t in graph.signatures) for graph in graphs},
     )
     progress.advance(len(graphs))
-    container = folder / f"{config.model}.litertlm"
-    bundle.write_litertlm(folder, manifest, container)
-    manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
+    if _FORMATS[config.export_format].container:
+        container = folder / f"{config.model}.litertlm"
+        bundle.write_litertlm(folder, manifest, container)
+        manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
     bundle.write_manifest(folder, manifest)
     progress.advance(1)
     return manifest

@@ -44,12 +44,14 @@ class GraphShape:
 class Segment:
     """A module to trace: `module(**inputs) -> dict`, its parameters on the meta device.
 
-    inputs and outputs: tensors on the meta device, which carry shape and dtype.
+    inputs and outputs: tensors on the meta device, which carry shape and dtype. dynamic: axes of inputs whose size may
+    vary, by the name of the input.
     """
 
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    dynamic: Mapping[str, frozenset[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class GraphBuilder:
                 module = build().eval().requires_grad_(False)
                 arguments = {name: self._values[value] for name, value in inputs.items()}
                 results = module(**arguments)
-            self.segments[key] = Segment(module=module, inputs=arguments, outputs=results)
+            self.segments[key] = Segment(module=module, inputs=arguments, outputs=results, dynamic={})
         segment = self.segments[key]
         renamed = {name: (outputs or {}).get(name, name) for name in segment.outputs}
         weights = {}

@@ -205,11 +205,7 @@ def _stream(
     scales: list[NDArray[np.float32]] = []
 
     def blocks() -> Iterator[NDArray[Any]]:
-        count = parameter.shape[0]
-        row_bytes = 4 * math.prod(parameter.shape[1:])
-        step = max(1, _BLOCK_BYTES // row_bytes)
-        for start in range(0, count, step):
-            rows = parameter.rows(start, min(count, start + step))
+        for rows in row_blocks(parameter):
             if parameter.format.bits == 32 or parameter.unit_scale:
                 yield rows
             else:
@@ -225,6 +221,14 @@ def _stream(
     elif place.scales is not None:
         written += _write(file, place.scales, iter([np.concatenate(scales).astype(np.float16)]))
     return written
+
+
+def row_blocks(parameter: Parameter) -> Iterator[NDArray[Any]]:
+    """All rows of a parameter, so many at a time as memory is meant to hold."""
+    count = parameter.shape[0]
+    step = max(1, _BLOCK_BYTES // (4 * math.prod(parameter.shape[1:])))
+    for start in range(0, count, step):
+        yield parameter.rows(start, min(count, start + step))
 
 
 def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> int:

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from mtp_runtime.contract import MANIFEST_NAME, GraphSignature, Manifest, TensorSpec
 from mtp_runtime.errors import BundleError
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
+Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
 
+# How full a pool of caches is: slot of the last row of each sequence, and the largest number of rows.
+_FILL: tuple[tuple[str, tuple[str, ...]], ...] = (("last", ("batch",)), ("total", ()))
 _CACHE_NAME = re.compile(r"kv_cache_[kv]_\d{1,4}")
 # Kinds of signature that a graph must offer over the whole cache, whatever cheaper variants it has.
 _WHOLE = {"target": ("decode", "verify"), "drafter": ("draft",)}
@@ -31,6 +33,9 @@ def check_consistency(manifest: Manifest) -> None:
     Raises:
         BundleError: a signature is missing, superfluous or of other tensors than its kind has.
     """
+    if manifest.export_format == "onnx":
+        _check_dynamic(manifest)
+        return
     for role, kinds in _KINDS.items():
         specs = manifest.signatures[role]
         names = [spec.name for spec in specs]
@@ -42,8 +47,7 @@ def check_consistency(manifest: Manifest) -> None:
         for kind in _WHOLE.get(role, ()):
             if not any(spec.kind == kind and spec.attention_length == manifest.cache_length for spec in specs):
                 raise _error(f"{role} has no {kind} signature over the whole cache of {manifest.cache_length}")
-    if any(not 0 <= token < manifest.vocab_size for token in (manifest.bos_token_id, *manifest.stop_token_ids)):
-        raise _error(f"a special token is outside the vocabulary of {manifest.vocab_size}")
+    _check_special_tokens(manifest)
     caches = _caches(manifest)
     per_layer = _per_layer_shape(manifest)
     for spec in manifest.signatures["target"]:
@@ -54,6 +58,60 @@ def check_consistency(manifest: Manifest) -> None:
         for spec in manifest.signatures[role]:
             _compare(role, spec.name, "inputs", spec.inputs, {"token_ids": ("int32", (1, 1))})
             _compare(role, spec.name, "outputs", spec.outputs, {"embeddings": ("float32", (1, 1, *shape))})
+
+
+def _check_special_tokens(manifest: Manifest) -> None:
+    if any(not 0 <= token < manifest.vocab_size for token in (manifest.bos_token_id, *manifest.stop_token_ids)):
+        raise _error(f"a special token is outside the vocabulary of {manifest.vocab_size}")
+
+
+def _check_dynamic(manifest: Manifest) -> None:
+    """Check the signatures of a bundle whose graphs take any number of tokens: one a graph."""
+    _check_special_tokens(manifest)
+    kinds = {"target": "forward", "drafter": "draft", "embedder": "embed", "per_layer_embedder": "embed"}
+    for role, kind in kinds.items():
+        if [spec.kind for spec in manifest.signatures[role]] != [kind]:
+            raise _error(f"{role} has not one signature of kind {kind}")
+    target, drafter, embedder, per_layer = (manifest.signatures[role][0] for role in kinds)
+    caches: Tensors = {t.name: (t.dtype, t.shape) for t in target.inputs if t.is_cache}
+    for name, (dtype, shape) in caches.items():
+        pooled = len(shape) == 4 and shape[0] == "batch" and shape[2] in ("full_slots", "sliding_slots")
+        fixed = pooled and all(isinstance(shape[i], int) and int(shape[i]) > 0 for i in (1, 3))
+        if not fixed or dtype != "float32" or not _CACHE_NAME.fullmatch(name):
+            raise _error(f"{name} is {shape}, expected (batch, G, full_slots or sliding_slots, D)")
+    if not caches:
+        raise _error("the target has no KV caches")
+    rows = per_layer.outputs[0].shape[2:] if per_layer.outputs else ()
+    if len(rows) != 2:
+        raise _error("per_layer_embedder has no output of shape (batch, tokens, L, P)")
+    fill: Tensors = {f"{pool}_{name}": ("int32", shape) for pool in ("full", "sliding") for name, shape in _FILL}
+    hidden, tokens = manifest.hidden_size, ("batch", "tokens")
+    inputs: Tensors = {
+        "embeddings": ("float32", (*tokens, hidden)),
+        "per_layer_embeddings": ("float32", (*tokens, *rows)),
+        "positions": ("int32", tokens),
+        "logit_rows": ("int32", ("rows",)),
+    }
+    outputs: Tensors = {
+        "logits": ("float32", ("batch", "rows", manifest.vocab_size)),
+        "activations": ("float32", ("batch", "rows", hidden)),
+    }
+    _compare("target", target.name, "inputs", target.inputs, inputs | fill | caches)
+    _compare("target", target.name, "outputs", target.outputs, outputs | caches)
+    candidates = next((t.shape[-1] for t in drafter.outputs if t.name == "candidates" and t.shape), 0)
+    inputs = {"activations": ("float32", ("batch", 1, 2 * hidden)), "positions": ("int32", ("batch", 1))}
+    outputs = {
+        "candidates": ("int32", ("batch", candidates)),
+        "scores": ("float32", ("batch", candidates)),
+        "best": ("int32", ("batch", 1)),
+        "projected_activations": ("float32", ("batch", 1, hidden)),
+    }
+    shared = {t.name: caches[t.name] for t in drafter.inputs if t.is_cache and t.name in caches}
+    _compare("drafter", drafter.name, "inputs", drafter.inputs, inputs | fill | shared)
+    _compare("drafter", drafter.name, "outputs", drafter.outputs, outputs)
+    for role, spec, shape in (("embedder", embedder, (hidden,)), ("per_layer_embedder", per_layer, rows)):
+        _compare(role, spec.name, "inputs", spec.inputs, {"token_ids": ("int32", tokens)})
+        _compare(role, spec.name, "outputs", spec.outputs, {"embeddings": ("float32", (*tokens, *shape))})
 
 
 def _caches(manifest: Manifest) -> Tensors:

@@ -15,7 +15,6 @@ Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n coun
 
 from __future__ import annotations
 
-import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -30,7 +29,7 @@ MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
 
 Dtype = Literal["float32", "int32"]
-SignatureKind = Literal["prefill", "decode", "verify", "draft", "embed"]
+SignatureKind = Literal["prefill", "decode", "verify", "forward", "draft", "embed"]
 
 
 class _Version(msgspec.Struct):
@@ -42,16 +41,23 @@ GRAPH_ROLES = ("target", "drafter", "embedder", "per_layer_embedder")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Name, static shape and dtype of a graph's input or output."""
+    """Name, shape and dtype of a graph's input or output; a dimension that may vary is given by its name."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: Dtype
 
     @property
-    def size_bytes(self) -> int:
-        """Size of the tensor in bytes; both dtypes have four per element."""
-        return 4 * math.prod(self.shape)
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape of a tensor of which no dimension varies.
+
+        Raises:
+            BundleError: one does.
+        """
+        sizes = tuple(size for size in self.shape if isinstance(size, int))
+        if len(sizes) != len(self.shape):
+            raise BundleError(f"{self.name} has the shape {self.shape}, expected fixed sizes: export the bundle again")
+        return sizes
 
     @property
     def is_cache(self) -> bool:

@@ -19,7 +19,7 @@ from mtp_export.staging import check_output
 
 @click.command("export")
 @click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b.")
-@click.option("--target", "export_format", default="tflite", show_default=True, help="Export format: tflite.")
+@click.option("--target", "export_format", default="tflite", show_default=True, help="Export format: tflite or onnx.")
 @click.option("--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]")
 @click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]")
 @click.option("--recipe", default="int8", show_default=True, help="Quantisation of the target: f32, int8 or int4.")
@@ -33,6 +33,7 @@ from mtp_export.staging import check_output
     show_default=True,
     help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
 )
+@click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]")
@@ -48,13 +49,14 @@ def command(
     cache_length: int | None,
     num_draft_tokens: int,
     drafter_position_offset: int,
+    portable: bool,
     output: Path | None,
     force: bool,
     workers: int | None,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Write a bundle: target, drafter and embedders as TFLite files, and all of them in one .litertlm."""
+    """Write a bundle: target, drafter and embedders as TFLite files and in one .litertlm, or as ONNX files."""
     config = ExportConfig(
         model=model,
         export_format=export_format,
@@ -65,6 +67,7 @@ def command(
         cache_length=cache_length,
         num_draft_tokens=num_draft_tokens,
         drafter_position_offset=drafter_position_offset,
+        portable=portable,
         output=output or Path(f"{model}-{export_format}"),
         force=force,
         workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,

@@ -23,9 +23,10 @@ from litert_converter.mlir.dialects import stablehlo
 from litert_torch import progress
 from litert_torch.backend import lowerings
 from litert_torch.backend.lowerings import utils
+from litert_torch.fx_infra.decomp import add_pre_lower_decomp
 from torch import Tensor, nn
 
-from mtp_export.models import ops  # noqa: F401  registers the torch ops that are lowered below
+from mtp_export.models import ops
 from mtp_export.trace import Segment
 
 
@@ -69,6 +70,10 @@ def convert(segments: Sequence[Segment]) -> bytes:
     progress.console.quiet = True  # the pipeline reports progress itself
     converter = litert_torch.signature("segments", module, sample_kwargs={"x": samples})
     return bytes(converter.convert(strict_export=False).model_content())
+
+
+# TFLite has no such operator, and its parts are what XNNPACK fuses.
+add_pre_lower_decomp(torch.ops.mtp.rms_norm.default, ops.decomposed_rms_norm)
 
 
 def _tfl(lctx: Any, name: str, operands: Sequence[Any], results: Sequence[Any] | None = None, **attributes: int) -> Any:

@@ -49,7 +49,7 @@ class QueryProjection(nn.Module):
 
     def query(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Shapes: x [1,T,H], rope two of [1,T,1,D] -> [1,T,heads,D]"""
-        return rotate(self.q_norm(self.q_proj(x).reshape(1, x.shape[1], self.num_heads, self.head_dim)), rope)
+        return rotate(self.q_norm(self.q_proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)), rope)
 
 
 class KeyValueProjection(nn.Module):
@@ -64,11 +64,11 @@ class KeyValueProjection(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, spec.rms_norm_eps, scale=False)
 
     def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key and value rows of the tokens of this pass. Shapes: x [1,T,H] -> two of [1,G,T,D]"""
-        shape = (1, x.shape[1], self.num_kv_heads, self.head_dim)
+        """Key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
+        shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
         keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope)
         values = self.v_norm(self.v_proj(x).reshape(shape))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return keys, values
 
 
 class ReaderQuery(nn.Module):
@@ -98,8 +98,8 @@ class OwnerRows(nn.Module):
         """Shapes: x [1,T,H], cos and sin [1,T,1,D], input_pos [T] int32, caches [1,G,S,D] -> updated caches"""
         keys, values = self.self_attn.rows(self.input_layernorm(x), (cos, sin))
         return {
-            "key_cache": ops.update_cache(key_cache, keys, input_pos),
-            "value_cache": ops.update_cache(value_cache, values, input_pos),
+            "key_cache": ops.update_cache(key_cache, keys.transpose(1, 2), input_pos),
+            "value_cache": ops.update_cache(value_cache, values.transpose(1, 2), input_pos),
         }
 
 
@@ -171,6 +171,6 @@ class PositionTables:
         slots = sliding_slots(input_pos, self.window, mask.shape[3])
         out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
         for layer_type, frequencies in self.frequencies.items():
-            cos, sin = rope_tables(input_pos + self.position_offset, frequencies)
+            cos, sin = rope_tables((input_pos + self.position_offset)[None], frequencies)
             out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = cos, sin
         return out

@@ -41,6 +41,18 @@ class ClusteredHead(nn.Module):
             scores = scores * ops.gather(self.row_scales, clusters, 0).reshape(spec.num_candidates)
         return ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates), scores
 
+    def scored(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates of every sequence, and the winner among them.
+
+        Shapes: hidden [B,1,H] -> ids [B,top_k * cluster_size] int32, scores likewise, best [B,1] int32
+        """
+        spec, batch = self.spec, hidden.shape[0]
+        clusters = ops.top_k(self.centroids(hidden).squeeze(1), spec.top_k)
+        rows = ops.gather(self.table, clusters.reshape(-1), 0).reshape(batch, spec.num_candidates, self.hidden_size)
+        scores = ops.matmul_transposed(hidden, rows.to(hidden.dtype)).squeeze(1)
+        ids = ops.gather(self.token_ordering, clusters.reshape(-1), 0).reshape(batch, spec.num_candidates)
+        return ids, scores, ids.gather(1, scores.argmax(-1, keepdim=True))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """A row as long as the vocabulary, for runtimes whose sampler wants one: candidates keep their differences,
         the worst of them gets 1, every other token 0. transformers fills with min - 1, so this is the same row minus

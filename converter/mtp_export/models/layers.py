@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_export.arch.spec import DecoderSpec, RopeSpec
+from mtp_export.models import ops
 
 
 class RMSNorm(nn.Module):
@@ -19,8 +20,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., size] -> [..., size]"""
-        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
-        return x if self.weight is None else x * self.weight
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -75,13 +75,13 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
     return frequencies + [0.0] * (head_dim // 2 - rotated)
 
 
-def rope_tables(input_pos: Tensor, frequencies: list[float]) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, frequencies: list[float]) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine for positions: the sine of the first half is negated, so that a rotation is
     x * cos + swap_halves(x) * sin.
 
-    Shapes: input_pos [T] int32, frequencies [D/2] -> two of [1,T,1,D]
+    Shapes: positions [B,T] int32, frequencies [D/2] -> two of [B,T,1,D]
     """
-    angles = input_pos.to(torch.float32).reshape(1, -1, 1, 1) * torch.tensor(frequencies, dtype=torch.float32)
+    angles = positions.to(torch.float32)[..., None, None] * torch.tensor(frequencies, dtype=torch.float32)
     cos, sin = torch.cos(angles), torch.sin(angles)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 

@@ -71,3 +71,102 @@ def scatter(indices: Tensor, values: Tensor, size: int) -> Tensor:
 @scatter.register_fake
 def _(indices: Tensor, values: Tensor, size: int) -> Tensor:
     return values.new_empty(size)
+
+
+@torch.library.custom_op("mtp::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis. Shapes: x [...,N], weight [N] -> [...,N]"""
+    return decomposed_rms_norm(x, weight, eps)
+
+
+def decomposed_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The same in primitive operations, for formats that have none of its own."""
+    x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return x if weight is None else x * weight
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mtp::write_and_attend", mutates_args=())
+def write_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    last: Tensor,
+    total: Tensor,
+    num_heads: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write T rows behind those of a cache and attend to all of them, each token to those up to its own.
+
+    The rows end at slot `last[b]`; `total` is the largest last + 1. A window of 0 hides nothing; otherwise a token
+    sees so many rows, its own included.
+
+    Shapes: query [B,T,heads*D], key and value [B,T,G*D], caches [B,G,S,D], last [B] int32, total [] int32
+        -> [B,T,heads*D], caches
+    """
+    batch, num_tokens, _ = query.shape
+    groups, size = key_cache.shape[1], key_cache.shape[3]
+    caches = []
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        cache = cache.clone()
+        for b in range(batch):
+            stop = int(last[b]) + 1
+            cache[b, :, stop - num_tokens : stop] = rows[b].reshape(num_tokens, groups, size).transpose(0, 1)
+        caches.append(cache)
+    return attend_to_rows(query, caches[0], caches[1], last, num_heads, window), caches[0], caches[1]
+
+
+@write_and_attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    last: Tensor,
+    total: Tensor,
+    num_heads: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
+
+
+@torch.library.custom_op("mtp::attend", mutates_args=())
+def attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
+) -> Tensor:
+    """The attention of `write_and_attend` alone, over rows that were written by others.
+
+    Shapes: query [B,T,heads*D], caches [B,G,S,D], last [B] int32, total [] int32 -> [B,T,heads*D]
+    """
+    return attend_to_rows(query, key_cache, value_cache, last, num_heads, window)
+
+
+@attend.register_fake
+def _(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
+) -> Tensor:
+    return torch.empty_like(query)
+
+
+def attend_to_rows(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, num_heads: int, window: int
+) -> Tensor:
+    """softmax(query @ keys^T) @ values, in plain torch. Shapes: as `attend`."""
+    batch, num_tokens, width = query.shape
+    groups, length, size = key_cache.shape[1:]
+    slots = torch.arange(length)
+    at = last[:, None] - (num_tokens - 1) + torch.arange(num_tokens)  # slot of each token, [B,T]
+    seen = slots <= at[..., None]
+    if window:
+        seen &= slots > at[..., None] - window
+    heads = query.reshape(batch, num_tokens, groups, num_heads // groups, size)
+    scores = torch.einsum("btgqd,bgsd->bgqts", heads, key_cache)
+    weights = torch.softmax(scores.masked_fill(~seen[:, None, None], float("-inf")), -1)
+    return torch.einsum("bgqts,bgsd->btgqd", weights, value_cache).reshape(batch, num_tokens, width)

@@ -14,29 +14,41 @@ from mtp_export.models.attention import PositionTables
 from mtp_export.models.layers import FeedForward, RMSNorm
 
 
-class TargetPrologue(nn.Module):
-    """Position tables and the per-layer inputs of every layer."""
+class PerLayerInputs(nn.Module):
+    """The per-layer inputs of the first `num_layers` layers."""
 
     def __init__(self, spec: TargetSpec, num_layers: int) -> None:
         super().__init__()
         self.spec, self.num_layers = spec, num_layers
-        self.tables = PositionTables(spec, spec.sliding_window)
         width = spec.num_layers * spec.per_layer_size
         self.per_layer_model_projection = nn.Linear(spec.hidden_size, width, bias=False)
         self.per_layer_projection_norm = RMSNorm(spec.per_layer_size, spec.rms_norm_eps)
 
-    def forward(
-        self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
-    ) -> dict[str, Tensor]:
+    def mix(self, embeddings: Tensor, per_layer_embeddings: Tensor) -> dict[str, Tensor]:
         """Mix each token's own per-layer embeddings with a projection of its embedding.
 
-        Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P], input_pos [T] int32, mask [1,1,T,S]
-            -> position tables, `per_layer_input_{i}` [1,T,P]
+        Shapes: embeddings [B,T,H], per_layer_embeddings [B,T,L,P] -> `per_layer_input_{i}` [B,T,P]
         """
         projected = self.per_layer_model_projection(embeddings) * self.spec.hidden_size**-0.5
         projected = self.per_layer_projection_norm(projected.reshape(per_layer_embeddings.shape))
         mixed = (projected + per_layer_embeddings) * 2.0**-0.5
-        return self.tables(input_pos, mask) | {f"per_layer_input_{i}": mixed[:, :, i] for i in range(self.num_layers)}
+        return {f"per_layer_input_{i}": mixed[:, :, i] for i in range(self.num_layers)}
+
+
+class TargetPrologue(PerLayerInputs):
+    """Position tables and the per-layer inputs."""
+
+    def __init__(self, spec: TargetSpec, num_layers: int) -> None:
+        super().__init__(spec, num_layers)
+        self.tables = PositionTables(spec, spec.sliding_window)
+
+    def forward(
+        self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P], input_pos [T] int32, mask [1,1,T,S]
+        -> position tables, `per_layer_input_{i}` [1,T,P]
+        """
+        return self.tables(input_pos, mask) | self.mix(embeddings, per_layer_embeddings)
 
 
 class TargetFeedForward(FeedForward):

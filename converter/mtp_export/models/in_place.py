@@ -1,0 +1,179 @@
+"""Segments for a runtime that writes rows and attends in one operation: any number of sequences and tokens.
+
+The counterparts of attention.py's, without masks and slots: a cache holds the rows of a sequence one after another,
+and what a token sees follows from how many there are. Sliding layers have a pool of their own, in which only the last
+rows are kept (mtp_runtime/pooled_cache.py), so their slots are not positions.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_export.arch.spec import SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.models import ops
+from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
+from mtp_export.models.clustered_head import ClusteredHead
+from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables
+from mtp_export.models.target import PerLayerInputs
+
+
+class RopeTables:
+    """Cosine and sine of every layer type."""
+
+    def __init__(self, spec: DecoderSpec, position_offset: int = 0) -> None:
+        self.position_offset = position_offset
+        self.frequencies = {
+            layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
+            for layer_type in sorted(set(spec.layer_types))
+        }
+
+    def __call__(self, positions: Tensor) -> dict[str, Tensor]:
+        """Shapes: positions [B,T] int32 -> `cos_…` and `sin_…` [B,T,1,D]"""
+        out = {}
+        for layer_type, frequencies in self.frequencies.items():
+            out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = rope_tables(
+                positions + self.position_offset, frequencies
+            )
+        return out
+
+
+class Prologue(PerLayerInputs):
+    """Rotary tables and the per-layer inputs of every layer of the target."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__(spec, spec.num_layers)
+        self.rope = RopeTables(spec)
+
+    def forward(self, embeddings: Tensor, per_layer_embeddings: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Shapes: embeddings [B,T,H], per_layer_embeddings [B,T,L,P], positions [B,T] int32
+        -> rotary tables, `per_layer_input_{i}` [B,T,P]"""
+        return self.rope(positions) | self.mix(embeddings, per_layer_embeddings)
+
+
+class DrafterPrologue(nn.Module):
+    """Projection of the input, and rotary tables; see drafter.py for `position_offset`."""
+
+    def __init__(self, spec: DrafterSpec, position_offset: int) -> None:
+        super().__init__()
+        self.rope = RopeTables(spec, position_offset)
+        self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
+
+    def forward(self, activations: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Shapes: activations [B,1,2*backbone], positions [B,1] int32 -> x [B,1,H], rotary tables"""
+        return self.rope(positions) | {"x": self.pre_projection(activations)}
+
+
+class _Projections(nn.Module):
+    """The projections of a layer under one name, as the checkpoint has them."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType, *, owner: bool) -> None:
+        super().__init__()
+        query, key_value = QueryProjection(spec, layer_type), KeyValueProjection(spec, layer_type)
+        parts = (query, OutputProjection(spec, layer_type), *((key_value,) if owner else ()))
+        for part in parts:
+            for name, child in part.named_children():
+                self.add_module(name, child)
+        self.query, self.rows = query.query, key_value.rows
+
+
+class OwnerAttention(nn.Module):
+    """The attention of a layer that writes a cache."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        self.window = spec.sliding_window if layer_type == SLIDING else 0
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = _Projections(spec, layer_type, owner=True)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes: x [B,T,H], cos and sin [B,T,1,D], caches [B,G,S,D], last [B] int32, total [] int32
+        -> attended [B,T,H], updated caches"""
+        x = self.input_layernorm(x)
+        query = self.self_attn.query(x, (cos, sin)).flatten(2)
+        keys, values = self.self_attn.rows(x, (cos, sin))
+        out, key_cache, value_cache = ops.write_and_attend(
+            query, keys.flatten(2), values.flatten(2), key_cache, value_cache, last, total, self.num_heads, self.window
+        )
+        return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
+
+
+class ReaderAttention(nn.Module):
+    """The attention of a layer that reads what another layer wrote. The drafter's window is one row wider than the
+    target's: transformers' bidirectional mask is inclusive."""
+
+    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        wider = 1 if isinstance(spec, DrafterSpec) else 0
+        self.window = spec.sliding_window + wider if layer_type == SLIDING else 0
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = _Projections(spec, layer_type, owner=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes: as OwnerAttention -> attended [B,T,H]"""
+        query = self.self_attn.query(self.input_layernorm(x), (cos, sin)).flatten(2)
+        out = ops.attend(query, key_cache, value_cache, last, total, self.num_heads, self.window)
+        return {"attended": self.self_attn.o_proj(out)}
+
+
+class TargetHead(nn.Module):
+    """Final norm and soft-capped head, for the tokens whose logits are wanted."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__()
+        self.cap = spec.final_logit_softcapping
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+
+    def forward(self, x: Tensor, logit_rows: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [B,T,H], logit_rows [N] int32 -> activations [B,N,H], logits [B,N,V]"""
+        hidden = self.norm(ops.gather(x, logit_rows, 1))
+        logits = F.linear(hidden, self.embed_tokens.weight) * (1.0 / self.cap)
+        return {"activations": hidden, "logits": logits.tanh() * self.cap}
+
+
+class CandidateHead(nn.Module):
+    """Final norm, clustered head and the projection back; the row as long as the vocabulary is never made."""
+
+    def __init__(self, spec: DrafterSpec, *, half: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.masked_embedding = ClusteredHead(spec.head, spec.hidden_size, row_scales=False)
+        if half:
+            self.masked_embedding.table = nn.Parameter(self.masked_embedding.table.half(), requires_grad=False)
+        self.post_projection = nn.Linear(spec.hidden_size, spec.backbone_hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [B,1,H] -> candidates [B,N] int32, scores [B,N], best [B,1] int32, projected_activations
+        [B,1,backbone]"""
+        hidden = self.norm(x)
+        candidates, scores, best = self.masked_embedding.scored(hidden)
+        return {
+            "candidates": candidates,
+            "scores": scores,
+            "best": best,
+            "projected_activations": self.post_projection(hidden),
+        }
+
+
+class Embedder(nn.Module):
+    """Rows of a table by token id, scaled and unpacked."""
+
+    def __init__(self, rows: int, shape: tuple[int, ...], scale: float, leaf: str) -> None:
+        super().__init__()
+        self.shape, self.scale, self.leaf = shape, scale, leaf
+        width = 1
+        for size in shape:
+            width *= size
+        self.add_module(leaf, nn.Embedding(rows, width))
+
+    def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Shapes: [B,T] int32 -> embeddings [B,T,*shape]"""
+        rows = self.get_submodule(self.leaf)(token_ids) * self.scale
+        return {"embeddings": rows.reshape(*token_ids.shape, *self.shape) if len(self.shape) > 1 else rows}

@@ -1,0 +1,157 @@
+"""Weights of an ONNX graph: quantised operations in place of float ones, and the data in a file beside the graph.
+
+The data lies in `<role>.onnx.data`, each tensor at an aligned offset, written once as it is quantised; the graph names
+file, offset and length (ONNX external data), so that neither is bound by protobuf's 2 GiB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper
+
+from mtp_calibration.recipes import WeightFormat
+from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
+from mtp_export.weights import Parameter, pack, quantise, row_blocks
+
+_ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
+# Scales of one for every so many columns, where a recipe asks for none: what MatMulNBits is fast with.
+_BLOCK_SIZES = (128, 64, 32, 16)
+_ACCURACY_LEVEL = 4  # activations in int8 too, which is what makes the operation fast
+_NUMPY_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+
+
+def write_onnx(
+    lowered: LoweredGraph,
+    parameters: Mapping[str, Parameter],
+    path: Path,
+    on_parameter: Callable[[str, int], None] = lambda name, size_bytes: None,
+) -> None:
+    """Write the graph at `path` and its data at `path` + `.data`. `lowered` is consumed.
+
+    `on_parameter` is told the name and the bytes written of each parameter.
+    """
+    model = lowered.model
+    missing = sorted(set(lowered.weights) - set(parameters))
+    if missing:
+        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
+    data = path.with_name(path.name + ".data")
+    with data.open("wb") as file:
+        for name in lowered.weights:
+            written = _write_parameter(model.graph, name, parameters[name], file, data.name)
+            on_parameter(name, written)
+    needed = sorted({node.domain for node in model.graph.node})
+    for domain in needed:
+        if domain not in {opset.domain for opset in model.opset_import}:
+            model.opset_import.append(helper.make_opsetid(domain, 1))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def block_size(columns: int, format: WeightFormat) -> int:
+    """Columns that share a scale."""
+    if format.block_size:
+        return format.block_size
+    return next(size for size in _BLOCK_SIZES if columns % size == 0)
+
+
+def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, file: BinaryIO, location: str) -> int:
+    format = parameter.format
+    if format.bits == 32:
+        start = _align(file)
+        for rows in row_blocks(parameter):
+            file.write(np.ascontiguousarray(rows).data)
+            dtype = rows.dtype
+        kind = TensorProto.FLOAT16 if dtype == np.float16 else _NUMPY_TYPES[dtype]
+        return _declare(graph, name, kind, parameter.shape, file, start, location)
+    rows, columns = parameter.shape
+    size = block_size(columns, format)
+    blockwise = WeightFormat(bits=format.bits, block_size=size)
+    scales: list[NDArray[np.float32]] = []
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for block in row_blocks(parameter):
+            values, found = quantise(block, blockwise)
+            scales.append(found)
+            # Both operations take unsigned values whose zero is in the middle.
+            yield pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits)
+
+    start = _align(file)
+    for packed in blocks():
+        file.write(np.ascontiguousarray(packed).data)
+    uses = _replace(graph, name, rows, columns, size, format.bits)
+    shape: tuple[int, ...] = (rows, columns * format.bits // 8)
+    if uses == "MatMulNBits":
+        shape = (rows, columns // size, size * format.bits // 8)
+    written = _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, file, start, location)
+    start = _align(file)
+    file.write(np.concatenate(scales).data)
+    return written + _declare(
+        graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location
+    )
+
+
+def _replace(graph: onnx.GraphProto, name: str, rows: int, columns: int, size: int, bits: int) -> str:
+    """Let the operations that read a parameter read its quantised form; returns the operation that they became."""
+    attributes: dict[str, Any] = {"bits": bits, "block_size": size}
+    transposed = {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] == name}
+    kinds = set()
+    kept: list[NodeProto] = []
+    for node in graph.node:
+        if transposed & set(node.output):
+            continue
+        if node.op_type == "MatMul" and node.input[1] in transposed:
+            node.op_type, node.domain = "MatMulNBits", MICROSOFT_DOMAIN
+            node.input[:] = [node.input[0], f"{name}.quantised", f"{name}.scales"]
+            extra = {"N": rows, "K": columns, "accuracy_level": _ACCURACY_LEVEL}
+            node.attribute.extend(helper.make_attribute(key, value) for key, value in (attributes | extra).items())
+            kinds.add(node.op_type)
+        elif node.op_type == "Gather" and node.input[0] == name:
+            node.op_type, node.domain = "GatherBlockQuantized", MICROSOFT_DOMAIN
+            node.input[:] = [f"{name}.quantised", node.input[1], f"{name}.scales"]
+            extra = {"gather_axis": 0, "quantize_axis": 1}
+            del node.attribute[:]
+            node.attribute.extend(helper.make_attribute(key, value) for key, value in (attributes | extra).items())
+            kinds.add(node.op_type)
+        elif name in node.input:
+            raise AssertionError(f"{node.name} ({node.op_type}) reads {name}, which is quantised")
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    (kind,) = kinds
+    return kind
+
+
+def _declare(
+    graph: onnx.GraphProto,
+    name: str,
+    kind: int,
+    shape: tuple[int, ...],
+    file: BinaryIO,
+    start: int,
+    location: str,
+) -> int:
+    """Add an initializer whose data is what was written since `start`; returns its bytes."""
+    tensor = TensorProto()
+    tensor.name, tensor.data_type, tensor.data_location = name, kind, TensorProto.EXTERNAL
+    tensor.dims.extend(shape)
+    written = file.tell() - start
+    itemsize = helper.tensor_dtype_to_np_dtype(kind).itemsize
+    if written != math.prod(shape) * itemsize:
+        raise AssertionError(f"{name}: {written} bytes were written for {shape}")
+    for key, value in (("location", location), ("offset", str(start)), ("length", str(written))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    graph.initializer.append(tensor)
+    return written
+
+
+def _align(file: BinaryIO) -> int:
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    return file.tell()

@@ -1,0 +1,221 @@
+"""TargetSpec/DrafterSpec → TracedGraph for formats whose attention writes its own rows: one signature a graph, for any
+number of sequences, tokens and cache slots.
+
+Every graph is evaluated at two sets of sizes; a dimension that follows one of them is dynamic and named after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.models import in_place
+from mtp_export.models.layers import FeedForward
+from mtp_export.models.target import TargetFeedForward
+from mtp_export.trace import GraphBuilder, TracedGraph
+from mtp_runtime.contract import GraphSignature, TensorSpec
+
+_POOLS: dict[LayerType, str] = {FULL: "full", SLIDING: "sliding"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """One value for each dynamic dimension, different from every other and from any size of a model."""
+
+    batch: int
+    tokens: int
+    rows: int
+    full_slots: int
+    sliding_slots: int
+
+
+_SIZES = (_Sizes(11, 13, 7, 1009, 1013), _Sizes(17, 19, 5, 1019, 1021))
+
+
+def trace_graphs(
+    target: TargetSpec, drafter: DrafterSpec, *, position_offset: int, half_table: bool
+) -> list[TracedGraph]:
+    """The four graphs of a bundle: target, embedder, per_layer_embedder, drafter."""
+    return [
+        _at_two_sizes(lambda sizes: _target(target, sizes)),
+        _at_two_sizes(lambda sizes: _embedder(target, "embedder", sizes)),
+        _at_two_sizes(lambda sizes: _embedder(target, "per_layer_embedder", sizes)),
+        _at_two_sizes(lambda sizes: _drafter(drafter, target, sizes, position_offset, half_table)),
+    ]
+
+
+def _at_two_sizes(trace: Callable[[_Sizes], TracedGraph]) -> TracedGraph:
+    first, second = (trace(sizes) for sizes in _SIZES)
+    segments = {}
+    for key, segment in first.segments.items():
+        changed = second.segments[key].inputs
+        dynamic = {name: frozenset(_names(t.shape, changed[name].shape)) for name, t in segment.inputs.items()}
+        segments[key] = dataclasses.replace(segment, dynamic=dynamic)
+    (traced,), (other,) = first.signatures, second.signatures
+    traced = dataclasses.replace(traced, signature=_named(traced.signature, other.signature))
+    return dataclasses.replace(first, segments=segments, signatures=(traced,))
+
+
+def _names(shape: tuple[int, ...], other: tuple[int, ...]) -> dict[int, str]:
+    """Axis → name of each dimension that differs between the two evaluations."""
+    first, second = (dataclasses.asdict(sizes) for sizes in _SIZES)
+    pairs = {(first[name], second[name]): name for name in first}
+    sizes = enumerate(zip(shape, other, strict=True))
+    return {axis: pairs[pair] for axis, pair in sizes if pair[0] != pair[1]}
+
+
+def _named(signature: GraphSignature, other: GraphSignature) -> GraphSignature:
+    def name(spec: TensorSpec, changed: TensorSpec) -> TensorSpec:
+        names = _names(spec.fixed_shape, changed.fixed_shape)
+        shape = tuple(names.get(axis, size) for axis, size in enumerate(spec.shape))
+        return TensorSpec(name=spec.name, shape=shape, dtype=spec.dtype)
+
+    return msgspec.structs.replace(
+        signature,
+        inputs=tuple(map(name, signature.inputs, other.inputs)),
+        outputs=tuple(map(name, signature.outputs, other.outputs)),
+    )
+
+
+def _caches(target: TargetSpec, indices: list[int], sizes: _Sizes) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    slots = {FULL: sizes.full_slots, SLIDING: sizes.sliding_slots}
+    return {
+        f"kv_cache_{part}_{i}": (
+            (sizes.batch, *target.cache_shape(i, slots[target.layer_types[i]])[1:]),
+            torch.float32,
+        )
+        for i in indices
+        for part in "kv"
+    }
+
+
+def _fills(sizes: _Sizes) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """How full the pools are: slot of the last row of each sequence, and the largest number of rows."""
+    return {
+        f"{pool}_{what}": (shape, torch.int32)
+        for pool in _POOLS.values()
+        for what, shape in (("last", (sizes.batch,)), ("total", ()))
+    }
+
+
+def _attention_inputs(layer_type: LayerType, x: str, key_cache: str, value_cache: str) -> dict[str, str]:
+    pool = _POOLS[layer_type]
+    return {
+        "x": x,
+        "cos": f"cos_{layer_type}",
+        "sin": f"sin_{layer_type}",
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "last": f"{pool}_last",
+        "total": f"{pool}_total",
+    }
+
+
+def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
+    builder = GraphBuilder("target")
+    batch, tokens = sizes.batch, sizes.tokens
+    caches = _caches(spec, list(range(spec.num_caches)), sizes)
+    builder.start(
+        {
+            "embeddings": ((batch, tokens, spec.hidden_size), torch.float32),
+            "per_layer_embeddings": ((batch, tokens, spec.num_layers, spec.per_layer_size), torch.float32),
+            "positions": ((batch, tokens), torch.int32),
+            "logit_rows": ((sizes.rows,), torch.int32),
+            **_fills(sizes),
+            **caches,
+        }
+    )
+    given = ("embeddings", "per_layer_embeddings", "positions")
+    builder.call("prologue", lambda: in_place.Prologue(spec), {n: n for n in given})
+    x = "embeddings"
+    for i in range(spec.num_layers):
+        kind, cache, width, prefix = (
+            spec.layer_types[i],
+            spec.cache_index(i),
+            spec.intermediate_sizes[i],
+            f"layers.{i}.",
+        )
+        if i == cache:
+            names = {"key_cache": f"kv_cache_k_{i}", "value_cache": f"kv_cache_v_{i}"}
+            outputs = {"attended": f"attended_{i}", **{n: f"{v}_next" for n, v in names.items()}}
+            inputs = _attention_inputs(kind, x, *names.values())
+            builder.call(f"owner_{kind}", _build(in_place.OwnerAttention, spec, kind), inputs, outputs, prefix=prefix)
+        else:
+            # What the owner wrote in this pass, not what it was given: this orders the operations.
+            written = (f"kv_cache_k_{cache}_next", f"kv_cache_v_{cache}_next")
+            _reader(builder, spec, i, x, written)
+        inputs = {"x": x, "attended": f"attended_{i}", "per_layer_input": f"per_layer_input_{i}"}
+        builder.call(
+            f"feed_forward_{width}", _build(TargetFeedForward, spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix
+        )
+        x = f"x_{i}"
+    builder.call("head", lambda: in_place.TargetHead(spec), {"x": x, "logit_rows": "logit_rows"})
+    outputs = {name: f"{name}_next" for name in caches} | {"logits": "logits", "activations": "activations"}
+    builder.finish("forward", "forward", outputs, num_tokens=0, attention_length=0)
+    return builder.graph()
+
+
+def _build(module: Callable[..., torch.nn.Module], *arguments: object) -> Callable[[], torch.nn.Module]:
+    return lambda: module(*arguments)
+
+
+def _reader(builder: GraphBuilder, spec: DecoderSpec, i: int, x: str, caches: tuple[str, str], path: str = "") -> None:
+    kind = spec.layer_types[i]
+    builder.call(
+        f"reader_{kind}",
+        _build(in_place.ReaderAttention, spec, kind),
+        _attention_inputs(kind, x, *caches),
+        {"attended": f"attended_{i}"},
+        prefix=f"{path}layers.{i}.",
+    )
+
+
+def _drafter(
+    spec: DrafterSpec, target: TargetSpec, sizes: _Sizes, position_offset: int, half_table: bool
+) -> TracedGraph:
+    builder = GraphBuilder("drafter")
+    owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
+    builder.start(
+        {
+            "activations": ((sizes.batch, 1, 2 * spec.backbone_hidden_size), torch.float32),
+            "positions": ((sizes.batch, 1), torch.int32),
+            **_fills(sizes),
+            **_caches(target, sorted(owners.values()), sizes),
+        }
+    )
+    inputs = {"activations": "activations", "positions": "positions"}
+    builder.call("prologue", lambda: in_place.DrafterPrologue(spec, position_offset), inputs)
+    x = "x"
+    for i, (kind, width) in enumerate(zip(spec.layer_types, spec.intermediate_sizes, strict=True)):
+        _reader(builder, spec, i, x, (f"kv_cache_k_{owners[kind]}", f"kv_cache_v_{owners[kind]}"), "model.")
+        builder.call(
+            f"feed_forward_{width}",
+            _build(FeedForward, spec, width),
+            {"x": x, "attended": f"attended_{i}"},
+            {"x": f"x_{i}"},
+            prefix=f"model.layers.{i}.",
+        )
+        x = f"x_{i}"
+    builder.call("head", lambda: in_place.CandidateHead(spec, half=half_table), {"x": x}, prefix={"norm": "model."})
+    outputs = {n: n for n in ("candidates", "scores", "best", "projected_activations")}
+    builder.finish("draft", "draft", outputs, num_tokens=1, attention_length=0)
+    return builder.graph()
+
+
+def _embedder(spec: TargetSpec, role: str, sizes: _Sizes) -> TracedGraph:
+    builder = GraphBuilder(role)
+    rows, shape, leaf = (
+        (spec.vocab_size, (spec.hidden_size,), "embed_tokens")
+        if role == "embedder"
+        else (spec.vocab_size_per_layer_input, (spec.num_layers, spec.per_layer_size), "embed_tokens_per_layer")
+    )
+    builder.start({"token_ids": ((sizes.batch, sizes.tokens), torch.int32)})
+    module = _build(in_place.Embedder, rows, shape, math.sqrt(shape[-1]), leaf)
+    builder.call("embed", module, {"token_ids": "token_ids"})
+    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=0, attention_length=0)
+    return builder.graph()
