@@ -120,7 +120,7 @@ def _workspace(output: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -157,7 +157,7 @@ def _remove_leftovers(output: Path) -> None:
 
 def _replace(workspace: Path, output: Path, *, force: bool) -> None:
     """Put the finished folder in place; with `force` the one before it moves aside first."""
-    with _uninterrupted():
+    with uninterrupted():
         aside = force and os.path.lexists(output)
         if aside:
             output.rename(workspace / "old")
@@ -170,7 +170,7 @@ def _replace(workspace: Path, output: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Let signals wait until the block is done, so that a second Ctrl-C does not leave it half done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are handled in the main thread alone

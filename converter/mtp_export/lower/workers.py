@@ -15,10 +15,12 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, cast
 
+from mtp_export.staging import uninterrupted
 from mtp_runtime.errors import BackendError
 
 
@@ -38,13 +40,14 @@ def results_in_order(function: Callable[[Any], Any], jobs: Sequence[Any], count:
     """
     workers: list[_Worker] = []
     try:
-        with _ctrl_c_held_back():  # inherited: workers never hear it, not even while they start
+        resource_tracker.ensure_running()  # `start` would, and it ends the deafness
+        with uninterrupted(), _deaf_children():  # a worker that is not told what to run ends with a traceback
             for _ in range(min(count, len(jobs))):
                 workers.append(_start(function))
         yield from _exchange([worker.pipe for worker in workers], jobs)
     finally:
         # Killed whatever they do: the idle have nothing to lose, and what the others still compute nobody wants.
-        with _ctrl_c_held_back():
+        with uninterrupted():
             for worker in workers:
                 worker.process.kill()
             for worker in workers:
@@ -107,7 +110,8 @@ def _death() -> BackendError:
 
 
 @contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
+def _deaf_children() -> Iterator[None]:
+    """Start processes that never hear Ctrl-C, not even while they start: the parent hears it and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
