@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtp_runtime.acceptance import top_margin
+from mtp_runtime.adaptive import AdaptiveDepth
 from mtp_runtime.backend import Backend, FloatArray, TargetPass
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import ContextFullError, UserError
@@ -29,13 +30,15 @@ from mtp_runtime.trace import FinishReason, Token
 class Request:
     """What to generate, greedily without `sampling`.
 
-    `keep_length` leading prompt tokens are taken as already in the cache and not processed.
+    `keep_length` leading prompt tokens are taken as already in the cache and not processed. With `adaptive`,
+    `num_draft_tokens` is the most that a round drafts, and each round as many as have paid so far (adaptive.py).
     """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int | None
     num_draft_tokens: int
     stop_token_ids: frozenset[int]
+    adaptive: bool = False
     keep_length: int = 0
     with_margins: bool = False
     sampling: Sampling | None = None
@@ -53,6 +56,7 @@ class GenerationLoop:
         self._pending = 0
         self._activations: FloatArray = np.zeros(manifest.hidden_size, np.float32)
         self._chooser = Chooser(None, None, ())
+        self._adaptive = AdaptiveDepth(manifest.num_draft_tokens)
         self._runs = 0
         self.finish_reason: FinishReason = "abandoned"
 
@@ -89,9 +93,16 @@ class GenerationLoop:
                         "the session was closed, or another generation started on it, before this one ended"
                     )
                 started = time.perf_counter()
+                drafted_ms = stats.draft_ms
                 num_drafts = min(request.num_draft_tokens, limit - committed - 1)
+                if request.adaptive:
+                    num_drafts = self._adaptive.choose(num_drafts)
                 batch = self._round(num_drafts, request, stats) if num_drafts else self._decode(request, stats)
-                stats.generate_wall_ms += _ms_since(started)
+                round_ms = _ms_since(started)
+                stats.generate_wall_ms += round_ms
+                if request.adaptive:
+                    drafted_ms = stats.draft_ms - drafted_ms
+                    self._adaptive.observe(num_drafts, len(batch) - 1, draft_ms=drafted_ms, total_ms=round_ms)
         finally:
             if committed and self._runs == this_run:
                 # Of the committed tokens, all but the last are processed.

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from mtp_runtime.backend import Backend
 from mtp_runtime.bundle import Bundle
@@ -153,7 +154,7 @@ class Session:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int | None = None,
-        num_draft_tokens: int | None = None,
+        num_draft_tokens: int | Literal["auto"] | None = None,
         stop_token_ids: Collection[int] | None = None,
         keep_length: int = 0,
         with_margins: bool = False,
@@ -162,8 +163,8 @@ class Session:
     ) -> Generation:
         """Return the continuation of `prompt` as an iterator of committed tokens, greedy without `sampling`.
 
-        `num_draft_tokens` is 0 for plain decoding and the graph's own number by default; `stop_token_ids` are the
-        manifest's by default. Without `max_new_tokens` it ends at a stop id or with the context. `keep_length` says
+        `num_draft_tokens` is 0 for plain decoding, "auto" for as many in each round as have paid so far, and the graph's
+        own number by default; `stop_token_ids` are the manifest's by default. Without `max_new_tokens` it ends at a stop id or with the context. `keep_length` says
         that so many leading prompt tokens are in the cache from the generation before. `with_margins` records how far
         each greedy choice was from a tie. `constraint` is called with the output's tokens before each committed one
         and returns which tokens may follow, [V], or None for all.
@@ -175,10 +176,14 @@ class Session:
         if self._closed:
             raise UserError("the session is closed: open the bundle again")
         manifest = self.manifest
+        most_drafts = (
+            manifest.num_draft_tokens if num_draft_tokens is None or num_draft_tokens == "auto" else num_draft_tokens
+        )
         request = Request(
             prompt_ids=tuple(self.tokenize(prompt) if isinstance(prompt, str) else prompt),
             max_new_tokens=max_new_tokens,
-            num_draft_tokens=manifest.num_draft_tokens if num_draft_tokens is None else num_draft_tokens,
+            num_draft_tokens=most_drafts,
+            adaptive=num_draft_tokens == "auto",
             stop_token_ids=frozenset(manifest.stop_token_ids if stop_token_ids is None else stop_token_ids),
             keep_length=keep_length,
             with_margins=with_margins,

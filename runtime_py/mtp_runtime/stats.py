@@ -41,6 +41,13 @@ class GenerationStats(msgspec.Struct, kw_only=True):
         return sum(self.accepted_at)
 
     @property
+    def rounds_by_num_drafts(self) -> list[int]:
+        """How often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
+        at_least = [*self.drafted_at, 0]
+        exactly = [more - fewer for more, fewer in zip(at_least, at_least[1:], strict=False)]
+        return [self.decode_steps, *exactly]
+
+    @property
     def acceptance_rate(self) -> float:
         """Kept drafts per proposed draft; 0 without drafts."""
         return self.accepted / self.drafted if self.drafted else 0.0

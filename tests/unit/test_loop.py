@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -60,6 +61,40 @@ class Run:
         return self.backend.signatures[role, name].runs
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+    most=st.integers(0, 4),
+    count=st.integers(1, 50),
+    pattern=st.lists(st.booleans(), min_size=1, max_size=12),
+)
+def test_a_k_that_adapts_changes_no_token(prompt: list[int], most: int, count: int, pattern: list[bool]) -> None:
+    run = Run(lambda position: pattern[position % len(pattern)])
+    wanted = dataclasses.replace(request(prompt, count=count, drafts=most), adaptive=True)
+    for _ in range(3):  # what it learnt stays from one generation to the next
+        room = run.manifest.context_length - len(prompt)
+        assert run.ids(wanted) == continuation(prompt, min(count, room))
+        assert len(run.stats.drafted_at) <= most
+        assert sum(run.stats.rounds_by_num_drafts) == run.stats.rounds + run.stats.decode_steps
+
+
+def test_a_k_that_adapts_learns_whether_drafts_are_right() -> None:
+    for agree, deepest in ((always, True), (never, False)):
+        run = Run(agree)
+        # Costs that a real machine might have, whatever this one does meanwhile.
+        observe = run.loop._adaptive.observe
+
+        def told(k: int, accepted: int, observe: Callable[..., None] = observe, **_: float) -> None:
+            observe(k, accepted, draft_ms=0.1 * k, total_ms=0.1 * k + (1.5 if k else 1.0))
+
+        run.loop._adaptive.observe = told  # type: ignore[assignment]
+        for _ in range(8):
+            run.tokens(dataclasses.replace(request(count=45), adaptive=True))
+        rounds = run.stats.rounds_by_num_drafts
+        assert len(rounds) == 5 if deepest else len(rounds) <= 5
+        assert rounds[-1] >= 8 if deepest else rounds[0] > 40, rounds
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
@@ -103,6 +138,8 @@ def test_each_position_of_a_round_is_counted() -> None:
     assert run.stats.accepted_at[0] >= run.stats.accepted_at[1] >= run.stats.accepted_at[2] == 0
     assert run.stats.drafted_at[0] == run.stats.rounds
     assert run.stats.committed_tokens == 13
+    assert run.stats.rounds_by_num_drafts[0] == run.stats.decode_steps
+    assert sum(run.stats.rounds_by_num_drafts[1:]) == run.stats.rounds
     assert run.stats.round_tokens + run.stats.decode_steps == 13
 
 
