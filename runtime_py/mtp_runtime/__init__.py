@@ -11,6 +11,7 @@ from mtp_runtime.acceptance import Acceptance, Origin, accept_greedy
 from mtp_runtime.backend import Backend, Draft, TargetPass
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest, read_manifest
+from mtp_runtime.conversation import Conversation, Reply, Turn
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
 from mtp_runtime.sampling import Constraint, Sampling
 from mtp_runtime.session import Generation, Session
@@ -25,6 +26,7 @@ __all__ = [
     "BundleError",
     "Constraint",
     "ContextFullError",
+    "Conversation",
     "Draft",
     "FinishReason",
     "Generation",
@@ -33,10 +35,12 @@ __all__ = [
     "Manifest",
     "MtpError",
     "Origin",
+    "Reply",
     "Sampling",
     "Session",
     "TargetPass",
     "Token",
+    "Turn",
     "UserError",
     "accept_greedy",
     "read_manifest",

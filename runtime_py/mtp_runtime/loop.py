@@ -58,7 +58,30 @@ class GenerationLoop:
         self._chooser = Chooser(None, None, ())
         self._adaptive = AdaptiveDepth(manifest.num_draft_tokens)
         self._runs = 0
+        self._token_ids: list[int] = []
         self.finish_reason: FinishReason = "abandoned"
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The prompt and the committed tokens of the generation that ran last."""
+        return tuple(self._token_ids)
+
+    @property
+    def processed_ids(self) -> tuple[int, ...]:
+        """The tokens whose rows are in the cache and stay there: of those committed, the last one has none yet."""
+        return tuple(self._token_ids[: self._cache.filled_length])
+
+    def restore(self, token_ids: Sequence[int], rows: dict[str, FloatArray]) -> None:
+        """Continue where a loop with these `token_ids` and these rows of their cache was.
+
+        Shapes: rows [1, G, filled, D] each, of at most as many positions as there are tokens.
+
+        Raises:
+            MtpError: the rows do not fit the cache.
+        """
+        self._cache.restore(rows)
+        self.abandon()
+        self._token_ids = list(token_ids)
 
     def generate(self, request: Request, stats: GenerationStats) -> Generator[Token, None, None]:
         """Yield the committed tokens of `request`, a stop id included, filling in `stats`.
@@ -81,6 +104,7 @@ class GenerationLoop:
             while True:
                 for token in batch:
                     committed += 1
+                    self._token_ids.append(token.id)
                     stats.committed_tokens = committed
                     stopped = token.id in request.stop_token_ids
                     if stopped or committed == limit:
@@ -144,7 +168,9 @@ class GenerationLoop:
         """Process the prompt, its last token by a decode step, which yields the first committed token."""
         started = time.perf_counter()
         stats.prompt_tokens = len(request.prompt_ids)
+        stats.reused_tokens = request.keep_length
         self._cache.rewind(request.keep_length)
+        self._token_ids = list(request.prompt_ids)
         last = len(request.prompt_ids) - 1
         with self._timed(stats, "prefill_ms"):
             self._backend.prefill(request.prompt_ids[request.keep_length : last])

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from mtp_runtime.backend import Backend
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest
-from mtp_runtime.errors import BundleError, UserError
+from mtp_runtime.errors import BundleError, MtpError, UserError
 from mtp_runtime.loop import GenerationLoop, Request
 from mtp_runtime.sampling import Constraint, Sampling
+from mtp_runtime.saved_session import SavedSession, read_session, write_session
 from mtp_runtime.stats import GenerationStats
+from mtp_runtime.stop_strings import StoppingText, check_stop_strings
 from mtp_runtime.tokenizer import TextStream, Tokenizer
 from mtp_runtime.trace import FinishReason, GenerationTrace, Token
 
 
 class Generation(Iterator[Token]):
-    """The committed tokens of one request, as they come; `stats` and `finish_reason` grow with them."""
+    """The committed tokens of one request, as they come; `stats` and `finish_reason` grow with them.
 
-    def __init__(self, loop: GenerationLoop, manifest: Manifest, request: Request) -> None:
-        """Start nothing yet: the first `next` processes the prompt."""
+    A stop sequence ends it as a stop id does: the token that completes it is the last one, and tokens of the same
+    round after it are dropped, from the cache too. `tokens` has those that spell the sequence, `text` excludes it.
+    """
+
+    def __init__(
+        self,
+        loop: GenerationLoop,
+        manifest: Manifest,
+        request: Request,
+        open_text: Callable[[], StoppingText],
+        *,
+        stops: bool,
+    ) -> None:
+        """Start nothing yet: the first `next` processes the prompt. With `stops`, text is read as tokens come."""
         self.request = request
         self.stats = GenerationStats()
         self.tokens: list[Token] = []
@@ -31,12 +45,54 @@ class Generation(Iterator[Token]):
         self._loop = loop
         self._manifest = manifest
         self._source = loop.generate(request, self.stats)
+        self._open_text = open_text
+        # A tokenizer is needed, and time spent, only where someone wants text.
+        self._text = open_text() if stops else None
+        self.piece = ""
 
     def __next__(self) -> Token:
         token = next(self._source)
         self.tokens.append(token)
         self.finish_reason = self._loop.finish_reason
+        if self._text is not None:
+            self._read(self._text)
         return token
+
+    @property
+    def text(self) -> str:
+        """The text so far, without special tokens, a stop id or a stop sequence."""
+        return self.read_text().text
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop sequence that ended the text, if one did."""
+        return None if self._text is None else self._text.found
+
+    def with_text(self) -> Iterator[tuple[Token, str]]:
+        """Yield each token with the text that is certain since the one before; joined it is `text` at the end."""
+        self.read_text()
+        for token in self:
+            yield token, self.piece
+
+    def read_text(self) -> StoppingText:
+        """Return the text so far, and read what comes: `piece` is what the last token made certain."""
+        if self._text is None:
+            self._text = self._open_text()
+            for token in self.tokens[:-1]:
+                self._text.push(token.id)
+            if self.tokens:
+                self._read(self._text)
+        return self._text
+
+    def _read(self, text: StoppingText) -> None:
+        """Add the last token to the text, and end here if that completes a stop sequence."""
+        last = self.tokens[-1].id
+        self.piece = "" if last in self.request.stop_token_ids else text.push(last)
+        if self.finish_reason != "abandoned":
+            self.piece += text.finish()
+        if text.found is not None:
+            self._source.close()
+            self.finish_reason = "stop"
 
     def close(self) -> None:
         """Stop here; the cache stays as if generation had ended with the last token."""
@@ -76,25 +132,21 @@ class Session:
 
     @classmethod
     def open(cls, path: Path | str, *, threads: int = 2, verify: bool = True) -> Session:
-        """Open the bundle at `path`, a folder or a `.litertlm`, on LiteRT with `threads` CPU threads.
+        """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
         `verify` compares every file with its SHA-256.
 
         Raises:
             BundleError: the bundle is missing, damaged, of another kind or of a newer version.
-            BackendError: LiteRT refuses its graphs.
+            BackendError: the inference library refuses its graphs.
         """
-        # Imported here so that reading manifests, traces and reports does not load the library.
-        from mtp_runtime.litert import LiteRTGraphs
-        from mtp_runtime.static_backend import StaticBackend
-
         if threads < 1:
             raise UserError(f"threads is {threads}: give 1 or more")
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
-            graphs = LiteRTGraphs.open(bundle, threads=threads)
-            opened.callback(graphs.close)
-            session = cls(bundle, StaticBackend(graphs, bundle.manifest))
+            backend = _open_backend(bundle, threads)
+            opened.callback(backend.close)
+            session = cls(bundle, backend)
             opened.pop_all()
         return session
 
@@ -118,8 +170,10 @@ class Session:
         """Return the text of token ids, special tokens left out."""
         return self.tokenizer.decode(ids)
 
-    def chat_prompt(self, messages: str | Sequence[Mapping[str, str]]) -> str:
+    def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt that the bundle's chat template makes of a user's text or of a whole conversation.
+
+        `options` are `tools`, `add_generation_prompt` and whatever else the template reads, such as enable_thinking.
 
         Raises:
             BundleError: the bundle has no chat template, or it does not work.
@@ -135,7 +189,7 @@ class Session:
             raise BundleError(f"cannot read the chat template {path}: {error}") from error
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return render_chat(template, messages, bos_token=self.tokenizer.bos_token)
+        return render_chat(template, messages, bos_token=self.tokenizer.bos_token, **options)
 
     def text_pieces(self, ids: Iterable[int]) -> list[str]:
         """Return what each token adds to the text, one piece per token; joined they are the text of all."""
@@ -155,6 +209,7 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         num_draft_tokens: int | Literal["auto"] | None = None,
+        stop: str | Sequence[str] = (),
         stop_token_ids: Collection[int] | None = None,
         keep_length: int = 0,
         with_margins: bool = False,
@@ -163,18 +218,18 @@ class Session:
     ) -> Generation:
         """Return the continuation of `prompt` as an iterator of committed tokens, greedy without `sampling`.
 
-        `num_draft_tokens` is 0 for plain decoding, "auto" for as many in each round as have paid so far, and the graph's
-        own number by default; `stop_token_ids` are the manifest's by default. Without `max_new_tokens` it ends at a stop id or with the context. `keep_length` says
-        that so many leading prompt tokens are in the cache from the generation before. `with_margins` records how far
-        each greedy choice was from a tie. `constraint` is called with the output's tokens before each committed one
-        and returns which tokens may follow, [V], or None for all.
+        `num_draft_tokens` is 0 for plain decoding, "auto" for as many in each round as have paid so far, and the
+        graph's own number by default; `stop_token_ids` are the manifest's by default. Without `max_new_tokens` it
+        ends at a stop id or with the context. `stop` gives texts at which to end, as `Generation` says. `keep_length`
+        says that so many leading prompt tokens are in the cache from the generation before. `with_margins` records
+        how far each greedy choice was from a tie. `constraint` is called with the output's tokens before each
+        committed one and returns which tokens may follow, [V], or None for all.
 
         Raises (at the first token):
             UserError: the request contradicts the bundle or itself.
             ContextFullError: the prompt leaves no room for a token.
         """
-        if self._closed:
-            raise UserError("the session is closed: open the bundle again")
+        self._check_open()
         manifest = self.manifest
         most_drafts = (
             manifest.num_draft_tokens if num_draft_tokens is None or num_draft_tokens == "auto" else num_draft_tokens
@@ -190,7 +245,59 @@ class Session:
             sampling=sampling,
             constraint=constraint,
         )
-        return Generation(self._loop, manifest, request)
+        stops = check_stop_strings(stop)
+        return Generation(
+            self._loop,
+            manifest,
+            request,
+            lambda: StoppingText(self.tokenizer.stream(), stops),
+            stops=bool(stops),
+        )
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The prompt and the committed tokens of the generation that ran last; the last one is not processed yet."""
+        return self._loop.token_ids
+
+    @property
+    def processed_ids(self) -> tuple[int, ...]:
+        """The tokens whose rows are in the cache: a prompt that begins with n of them may have keep_length n."""
+        return self._loop.processed_ids
+
+    def save(self, path: Path | str, *, note: Any = None) -> None:
+        """Write the filled rows of the cache, `token_ids` and a `note` (JSON) to one file, for `restore`.
+
+        A generation under way is saved as it would be if it ended here, and goes on.
+
+        Raises:
+            UserError: the session is closed, the file cannot be written, or the note is not JSON.
+        """
+        self._check_open()
+        cache, filled = self.backend.kv_cache, len(self.processed_ids)
+        rows = {name: cache.rows(name)[:, :, :filled] for name in cache.names}
+        write_session(Path(path), self.manifest, SavedSession(self.token_ids, rows, note))
+
+    def restore(self, path: Path | str) -> Any:
+        """Continue where the session was that `save` wrote to `path`, and return its note.
+
+        Everything is checked first: on an error this session is as it was. `token_ids` are the saved ones, and
+        `generate(token_ids, keep_length=len(token_ids) - 1)` continues bit by bit as the saved session would.
+
+        Raises:
+            UserError: this session is closed, or the file cannot be read or is no saved session.
+            BundleError: it was saved with another bundle.
+        """
+        self._check_open()
+        saved = read_session(Path(path), self.manifest)
+        try:
+            self._loop.restore(saved.token_ids, saved.rows)
+        except MtpError as error:
+            raise BundleError(f"{path} does not fit this bundle: {error}") from error
+        return saved.note
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("the session is closed: open the bundle again")
 
     def close(self) -> None:
         """Release the graphs and remove what was unpacked; closing twice is harmless."""
@@ -204,3 +311,15 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _open_backend(bundle: Bundle, threads: int) -> Backend:
+    """The libraries are imported here, so that reading manifests, traces and reports loads none."""
+    if bundle.manifest.export_format == "onnx":
+        from mtp_runtime.onnx import OnnxBackend
+
+        return OnnxBackend.open(bundle, threads=threads)
+    from mtp_runtime.litert import LiteRTGraphs
+    from mtp_runtime.static_backend import StaticBackend
+
+    return StaticBackend(LiteRTGraphs.open(bundle, threads=threads), bundle.manifest)

@@ -9,12 +9,14 @@ class GenerationStats(msgspec.Struct, kw_only=True):
     """Counters and times of one generation; the loop fills them in as it goes.
 
     A round is one draft-and-verify cycle; a pass over one token without drafts is a decode step and no round.
+    `reused_tokens` of the prompt were in the cache already, and were not processed.
     `drafted_at[i]` and `accepted_at[i]` count the rounds that proposed, and kept, the draft at position i.
     The phases do not overlap: `embed_ms` is what looking up embeddings took, wherever it was needed. The time that the
     caller spends between two tokens is in none of them.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     committed_tokens: int = 0
     decode_steps: int = 0
     rounds: int = 0

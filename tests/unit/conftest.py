@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtp_runtime import Session
+from tests.unit import talking
 
 # Any drafter will do for what is not about drafts: this one is nearly always wrong.
 WRONG_TABLE = tuple((7 * position + 3) % 64 for position in range(80))
@@ -50,6 +51,30 @@ def toy_with_drafter(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def toy_talking(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy bundle with a tokenizer and a chat template that talk. Do not change it."""
+    return talking.talking_copy(toy_folder, tmp_path_factory.mktemp("toy-talking"))
+
+
+# Who can chat: a backend without graphs, with a drafter that is right, wrong or either; and LiteRT on the toy pair.
+@pytest.fixture(params=["fake-right", "fake-wrong", "fake-mixed", "toy"])
+def open_session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[talking.OpenSession]:
+    """Open a fresh session on the same bundle at each call; all are closed after the test."""
+    if request.param == "toy":
+        folder: Path = request.getfixturevalue("toy_talking")
+        opener: talking.OpenSession = lambda: Session.open(folder, threads=1, verify=False)  # noqa: E731
+    else:
+        agree = {
+            "fake-right": lambda position: True,
+            "fake-wrong": lambda position: False,
+            "fake-mixed": lambda position: position % 3 != 0,
+        }[request.param]
+        opener = talking.fake_opener(tmp_path, agree)
+    with talking.closing_all(opener) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
