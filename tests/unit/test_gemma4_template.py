@@ -104,7 +104,7 @@ def test_transformers_renders_the_same(template: str, name: str, prompt: bool) -
     messages, options, _ = CONVERSATIONS[name]
     tools = options.get("tools")
     others = {key: value for key, value in options.items() if key != "tools"}
-    rendered, _ = render_jinja_template(
+    rendered: Any = render_jinja_template(
         [[dict(message) for message in messages]],
         tools=tools,
         chat_template=template,
@@ -113,4 +113,4 @@ def test_transformers_renders_the_same(template: str, name: str, prompt: bool) -
         **others,
     )
     found = render_chat(template, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **others)
-    assert found == rendered[0]
+    assert found == rendered[0][0]

@@ -1,0 +1,38 @@
+"""The examples run on the real pair as they are given."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Export
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+# What each says at the end, as a pattern; an example without one only has to succeed and to say something.
+SAYS = {
+    "stream.py": r"\[[^\]]+\][\s\S]*\n\d+ tokens, [1-9]\d* of \d+ drafts accepted\n",
+    "chat.py": r"\(0 of \d+ prompt tokens [\s\S]*\([1-9]\d* of \d+ prompt tokens reused\)[\s\S]*: the same reply\n",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(export_nano: Export, name: str) -> None:
+    command = [sys.executable, str(EXAMPLES / name), str(export_nano("int8"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(SAYS.get(name, r"\S"), done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(SAYS))
+def test_an_example_without_a_bundle_says_what_it_takes(name: str, tmp_path: Path) -> None:
+    for arguments, expected in (([], "BUNDLE"), ([str(tmp_path / "nothing")], "error: no bundle at ")):
+        command = [sys.executable, str(EXAMPLES / name), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
