@@ -9,7 +9,6 @@ per millisecond is taken; K = 0 is plain decoding. The output is the same whatev
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
 # What was seen n rounds ago counts MEMORY**n: the last 40 rounds or so decide.
 MEMORY = 0.975
@@ -18,9 +17,10 @@ UNREACHED_MEMORY = 0.995
 # A rate without evidence is that of the position before it, as firmly as so many rounds would say.
 PRIOR_ROUNDS = 2.0
 PRIOR_RATE = 0.8
-# A cost is the median of so many measurements, is not believed before it has the fewest, and is measured afresh when
-# so many rounds have passed without one.
-MOST_MEASUREMENTS = 15
+# A cost is the lower quartile of so many measurements: other programs make a pass slower, never faster, and do so in
+# bursts, in which a median would compare what runs now with what was measured in a quieter time. It is not believed
+# before it has the fewest, and is measured afresh when so many rounds have passed without one.
+MOST_MEASUREMENTS = 24
 FEWEST_MEASUREMENTS = 3
 STALE_ROUNDS = 1024
 # Part of the time of plain decoding that may be lost on rounds that only look whether drafts would pay again.
@@ -41,7 +41,7 @@ class _Cost:
         self.measured_in_round = number
         self._measured.append(measured_ms)
         enough = len(self._measured) >= FEWEST_MEASUREMENTS
-        self.usual_ms = median(self._measured) if enough else None
+        self.usual_ms = sorted(self._measured)[len(self._measured) // 4] if enough else None
 
     def known_ms(self, number: int) -> float | None:
         return self.usual_ms if number - self.measured_in_round <= STALE_ROUNDS else None

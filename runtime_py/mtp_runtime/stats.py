@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 
 
@@ -46,7 +48,7 @@ class GenerationStats(msgspec.Struct, kw_only=True):
     def rounds_by_num_drafts(self) -> list[int]:
         """How often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
         at_least = [*self.drafted_at, 0]
-        exactly = [more - fewer for more, fewer in zip(at_least, at_least[1:], strict=False)]
+        exactly = [more - fewer for more, fewer in itertools.pairwise(at_least)]
         return [self.decode_steps, *exactly]
 
     @property

@@ -81,6 +81,7 @@ class TestMistakes:
             ("--modle nano", "No such option '--modle'. Did you mean '--model'?"),
             ("export --outptu x", "No such option '--outptu'. Did you mean '--output'?"),
             ("parity --limt 3 x", "No such option '--limt'. Did you mean '--limit'?"),
+            ("run x --num-draft-tokens all", "Invalid value for '--num-draft-tokens': 'all' is not a valid integer."),
             ("run", "Missing argument 'BUNDLE'. See 'mtp-export run --help'."),
             ("export nano", "Got unexpected extra argument (nano) See 'mtp-export export --help'."),
             ("--cache-length long", "Invalid value for '--cache-length': 'long' is not a valid integer."),
@@ -345,6 +346,12 @@ class TestOutput:
         done = run_cli("run", str(export_nano("int8")), "def", "--max-new-tokens", "4", "--json")
         assert len(json.loads(done.stdout)["tokens"]) == 4
         assert done.stderr == ""
+
+    def test_a_run_with_a_k_that_adapts_says_the_same(self, export_nano: Export) -> None:
+        command = ("run", str(export_nano("int8")), "def", "--max-new-tokens", "40", "--json", "--num-draft-tokens")
+        fixed, adapted = (json.loads(run_cli(*command, k).stdout) for k in ("4", "auto"))
+        assert adapted["tokens"] == fixed["tokens"]
+        assert adapted["stats"]["decode_steps"] > fixed["stats"]["decode_steps"], "it compares with plain decoding"
 
     @pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "def", "--max-new-tokens", "40"]])
     def test_a_reader_that_leaves_is_no_error(self, arguments: list[str], export_nano: Export) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from mtp_runtime.errors import UserError
+
+
+def _depth(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    return value if value in (None, "auto") else click.INT.convert(value, parameter, context)
 
 
 @click.command("run")
@@ -15,7 +19,12 @@ from mtp_runtime.errors import UserError
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the bundle's chat template as a user's turn.")
 @click.option("--no-mtp", is_flag=True, help="Decode plainly, one token a pass.")
-@click.option("--num-draft-tokens", type=int, help="Tokens drafted in a round, up to the bundle's K.  [K]")
+@click.option(
+    "--num-draft-tokens",
+    callback=_depth,
+    metavar="INTEGER|auto",
+    help="Tokens drafted in a round, up to the bundle's K; auto: as many as pay, none where none do.  [K]",
+)
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON: tokens, origins, statistics.")
@@ -25,7 +34,7 @@ def command(
     prompt: str | None,
     chat: bool,
     no_mtp: bool,
-    num_draft_tokens: int | None,
+    num_draft_tokens: int | Literal["auto"] | None,
     max_new_tokens: int,
     threads: int,
     as_json: bool,
