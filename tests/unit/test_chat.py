@@ -102,9 +102,7 @@ MESSAGES: list[Message] = [
         ([{"z": 1, "f": {"name": "<n>", "list": [1, "x"]}}], False, {"enable_thinking": True}),
     ],
 )
-def test_transformers_renders_the_same(
-    tools: list[Any] | None, prompt: bool, variables: dict[str, Any]
-) -> None:
+def test_transformers_renders_the_same(tools: list[Any] | None, prompt: bool, variables: dict[str, Any]) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages: list[Message] = [*MESSAGES[:3], {**MESSAGES[3], "content": "ok"}, MESSAGES[4]]
