@@ -87,23 +87,23 @@ def probabilities(scores: FloatArray, sampling: Sampling) -> Probabilities:
 
     Shapes: scores [N].
     """
+    # Only what is left of a large vocabulary goes through the arithmetic.
+    ids = np.arange(len(scores))
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
     with np.errstate(over="ignore"):  # a tiny temperature makes -inf, which is meant
-        scaled = (scores.astype(np.float64) - scores.max()) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(scaled):
-        kept_from = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        scaled[scaled < kept_from] = -np.inf
-    found: Probabilities = np.exp(scaled)
-    found /= found.sum()
+        weights = np.exp((scores[ids].astype(np.float64) - scores.max()) / sampling.temperature)
+    weights /= weights.sum()
     if sampling.top_p < 1.0:
-        # Tokens this improbable fall outside together, so only the others need sorting: a few of a large vocabulary.
-        ids = np.flatnonzero(found > (1.0 - sampling.top_p) / len(found))
-        ids = ids[np.argsort(-found[ids], kind="stable")]
-        before = np.cumsum(found[ids]) - found[ids]
-        kept = ids[before < sampling.top_p]
-        cut = np.zeros_like(found)
-        cut[kept] = found[kept] / found[kept].sum()
-        found = cut
-    return found
+        # Tokens this improbable fall outside together, so only the others need sorting.
+        likely = np.flatnonzero(weights > (1.0 - sampling.top_p) / len(weights))
+        likely = likely[np.argsort(-weights[likely], kind="stable")]
+        before = np.cumsum(weights[likely]) - weights[likely]
+        likely = likely[before < sampling.top_p]
+        ids, weights = ids[likely], weights[likely] / weights[likely].sum()
+    p = np.zeros(len(scores))
+    p[ids] = weights
+    return p
 
 
 def residual(p: Probabilities, ids: IntArray, q: Probabilities) -> Probabilities:
