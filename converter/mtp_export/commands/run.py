@@ -11,7 +11,7 @@ from mtp_runtime.errors import UserError
 
 
 def _depth(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-    return value if value in (None, "auto") else click.INT.convert(value, parameter, context)
+    return value if value in (None, "auto") else click.INT(value, parameter, context)
 
 
 @click.command("run")
