@@ -112,7 +112,7 @@ def copying_step(session: Session, kind: str, filled: int, threads: int) -> Step
         outputs = [model.create_output_buffer_by_name(spec.name, name) for name in order["outputs"]]
         for name, buffer in zip(order["inputs"], inputs, strict=True):
             tensor = next(tensor for tensor in spec.inputs if tensor.name == name)
-            buffer.write(np.zeros(tensor.shape, np.dtype(tensor.dtype)))
+            buffer.write(np.zeros(tensor.fixed_shape, np.dtype(tensor.dtype)))
     return lambda: model.run_by_index(index, inputs, outputs)
 
 

@@ -31,14 +31,16 @@ def printed() -> dict[Path, subprocess.CompletedProcess[str]]:
 def export_nano(
     tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
 ) -> Export:
-    """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere."""
+    """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere. `export_format` is `tflite`,
+    `onnx`, or `onnx-portable` for ONNX in standard operations."""
     folder = tmp_path_factory.mktemp("bundles")
 
-    def export(recipe: str, *, fresh: bool = False) -> Path:
-        output = folder / (f"{recipe}-again" if fresh else recipe)
+    def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
+        output = folder / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
         if not output.exists():
-            arguments = ("--model", "nano", "--target", "tflite", "--recipe", recipe, "--output", str(output))
-            printed[output] = run_cli(*arguments, "--json")
+            name, _, portable = export_format.partition("-")
+            arguments = ("--model", "nano", "--target", name, "--recipe", recipe, "--output", str(output))
+            printed[output] = run_cli(*arguments, "--json", *(["--portable"] if portable else []))
         return output
 
     return export

@@ -21,8 +21,9 @@ from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
 from mtp_export.weights import Parameter, pack, quantise, row_blocks
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
-# Scales of one for every so many columns, where a recipe asks for none: what MatMulNBits is fast with.
-_BLOCK_SIZES = (128, 64, 32, 16)
+# Columns that share a scale where a recipe does not say. With 32, MatMulNBits gives a row the same bits however many rows
+# it is computed with; with 128, one and several tokens differ in the last bit, and drafts would change the output.
+_BLOCK_SIZES = (32, 16)
 _ACCURACY_LEVEL = 4  # activations in int8 too, which is what makes the operation fast
 _NUMPY_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
 
@@ -65,9 +66,9 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
     format = parameter.format
     if format.bits == 32:
         start = _align(file)
-        for rows in row_blocks(parameter):
-            file.write(np.ascontiguousarray(rows).data)
-            dtype = rows.dtype
+        for piece in row_blocks(parameter):
+            file.write(np.ascontiguousarray(piece).data)
+            dtype = piece.dtype
         kind = TensorProto.FLOAT16 if dtype == np.float16 else _NUMPY_TYPES[dtype]
         return _declare(graph, name, kind, parameter.shape, file, start, location)
     rows, columns = parameter.shape
@@ -101,7 +102,7 @@ def _replace(graph: onnx.GraphProto, name: str, rows: int, columns: int, size: i
     """Let the operations that read a parameter read its quantised form; returns the operation that they became."""
     attributes: dict[str, Any] = {"bits": bits, "block_size": size}
     transposed = {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] == name}
-    kinds = set()
+    kinds: set[str] = set()
     kept: list[NodeProto] = []
     for node in graph.node:
         if transposed & set(node.output):

@@ -221,7 +221,7 @@ def _write_onnx(
     from mtp_export.onnx_weights import write_onnx
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
-    lowered = onnx.lower(graphs, portable=config.portable, on_segments=progress.advance)
+    lowered = onnx.lower(graphs, config.workers, portable=config.portable, on_segments=progress.advance)
     clock.lap("lower")
     progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
     files = {}

@@ -59,6 +59,8 @@ def prove(
 
         results = [_ours(traces, k, compare([trace.tokens for trace in traces])) for k, traces in enumerate(runs)]
         left_out = [] if stock else ["stock LiteRT-LM: --no-stock was given"]
+        if stock and not session.bundle.has("litertlm") and path.is_dir():
+            stock, left_out = False, [f"stock LiteRT-LM: it runs .litertlm files, and this is {manifest.export_format}"]
         if manifest.recipe != "f32":
             left_out.append(f"transformers: it runs float weights, and this bundle is {manifest.recipe}")
         elif checkpoint is None:

@@ -132,7 +132,7 @@ def _per_layer_shape(manifest: Manifest) -> tuple[int, ...]:
     outputs = [tensor for spec in manifest.signatures["per_layer_embedder"] for tensor in spec.outputs]
     if not outputs or len(outputs[0].shape) != 4:
         raise _error("per_layer_embedder has no output of shape (1, 1, L, P)")
-    return outputs[0].shape[2:]
+    return outputs[0].fixed_shape[2:]
 
 
 def _check_target(spec: GraphSignature, manifest: Manifest, caches: Tensors, per_layer: tuple[int, ...]) -> None:

@@ -86,7 +86,7 @@ class StaticKVCache:
     def clear(self) -> None:
         """Zero every row. Only hygiene: no result depends on rows beyond the filled ones."""
         for name, spec in self._specs.items():
-            self._buffers[name].write(np.zeros(math.prod(spec.shape), np.float32))
+            self._buffers[name].write(np.zeros(math.prod(spec.fixed_shape), np.float32))
         self._filled = 0
 
     def release(self) -> None:
@@ -97,13 +97,13 @@ class StaticKVCache:
     def rows(self, name: str) -> NDArray[np.float32]:
         """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
         spec = self._specs[name]
-        return self._buffers[name].read().reshape(spec.shape)[:, :, : self._filled]
+        return self._buffers[name].read().reshape(spec.fixed_shape)[:, :, : self._filled]
 
     def restore(self, rows: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
         filled = check_rows(rows, self._specs, self._length)
         for name, spec in self._specs.items():
-            whole = np.zeros(spec.shape, np.float32)
+            whole = np.zeros(spec.fixed_shape, np.float32)
             whole[:, :, :filled] = rows[name]
             self._buffers[name].write(whole)
         self._filled = filled

@@ -61,13 +61,13 @@ class LiteRTSignature:
         order = model.get_signature_by_index(self._index)
         self._input_list = [self._inputs[name] for name in order["inputs"]]
         self._output_list = [self._outputs[name] for name in order["outputs"]]
-        self._input_sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.inputs}
+        self._input_sizes = {tensor.name: math.prod(tensor.fixed_shape) for tensor in spec.inputs}
         for tensor in spec.inputs:
             if tensor.name not in caches:
                 # New memory holds anything, and a graph run on a wild position reads outside its tensors.
-                self._inputs[tensor.name].write(np.zeros(tensor.shape, np.dtype(tensor.dtype)))
-        self._output_shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
-        self._output_sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.outputs}
+                self._inputs[tensor.name].write(np.zeros(tensor.fixed_shape, np.dtype(tensor.dtype)))
+        self._output_shapes = {tensor.name: tensor.fixed_shape for tensor in spec.outputs}
+        self._output_sizes = {tensor.name: math.prod(tensor.fixed_shape) for tensor in spec.outputs}
 
     def release(self) -> None:
         """Let go of the model and the buffers; nothing can be run afterwards."""
@@ -114,7 +114,7 @@ class LiteRTGraphs:
         self._caches = {
             spec.name: models["target"].create_input_buffer_by_name(decode.name, spec.name) for spec in specs
         }
-        buffers = {spec.name: LiteRTCacheBuffer(self._caches[spec.name], math.prod(spec.shape)) for spec in specs}
+        buffers = {spec.name: LiteRTCacheBuffer(self._caches[spec.name], math.prod(spec.fixed_shape)) for spec in specs}
         self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length)
 
     @classmethod
@@ -192,7 +192,7 @@ def _check_graph(model: CompiledModel, role: str, spec: GraphSignature) -> None:
         (spec.inputs, model.get_input_tensor_details(spec.name)),
         (spec.outputs, model.get_output_tensor_details(spec.name)),
     ):
-        expected = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in stated}
+        expected = {tensor.name: (tensor.dtype, list(tensor.fixed_shape)) for tensor in stated}
         found = {name: (tensor["dtype"], list(tensor["shape"])) for name, tensor in details.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):

@@ -46,6 +46,7 @@ class OnnxBackend:
         self._per_layer_shape = next(t.shape[2:] for t in target.inputs if t.name == "per_layer_embeddings")
         self._passes: dict[tuple[int, int], _TargetRun] = {}
         self._draft = _DraftRun(self, drafter)
+        self._fewest_tokens = 1 if manifest.recipe == "f32" else 2
         self.embed_ms = 0.0
 
     @classmethod
@@ -84,9 +85,11 @@ class OnnxBackend:
             self._cache.advance(len(piece))
 
     def verify(self, token_ids: Sequence[int]) -> TargetPass:
-        """Process tokens in one pass."""
-        run = self._run(token_ids, logit_rows=len(token_ids))
-        return TargetPass(run.outputs["logits"][0].copy(), run.outputs["activations"][0].copy())
+        """Process tokens in one pass, of two where a quantised target is given one (docs/decisions/0005)."""
+        count = len(token_ids)
+        padding = (0,) * (self._fewest_tokens - count)
+        run = self._run((*token_ids, *padding), logit_rows=count + len(padding))
+        return TargetPass(run.outputs["logits"][0, :count].copy(), run.outputs["activations"][0, :count].copy())
 
     def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
         """Run the drafter once over the filled positions."""
@@ -131,7 +134,8 @@ class OnnxBackend:
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         self._values[name] = _new(shape, np.float32)
-        return _view(self._values[name])
+        buffer: FloatArray = _view(self._values[name])
+        return buffer
 
     def _run(self, token_ids: Sequence[int], *, logit_rows: int) -> _TargetRun:
         count = len(token_ids)
@@ -216,9 +220,14 @@ class _DraftRun(_BoundRun):
         self.embedding_view = _view(self.embedding)
 
 
+_pools: list[int] = []  # the one that was made, if any: it cannot be made twice, nor change its size
+
+
 def _share_threads(threads: int) -> None:
-    """Size the process-wide pool. Its size cannot change once a session uses it, so a later size is ignored."""
-    ort.set_global_thread_pool_sizes(threads, 1)
+    """Make the process-wide pool, unless it is there."""
+    if not _pools:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _pools.append(threads)
 
 
 def _new(shape: tuple[int, ...], dtype: type[np.generic]) -> ort.OrtValue:

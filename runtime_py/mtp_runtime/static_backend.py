@@ -83,7 +83,7 @@ class TokenRows:
     def __init__(self, graphs: StaticGraphs, num_tokens: int) -> None:
         """Prepare rows for passes of up to `num_tokens` tokens. `embed_ms` is the time that looking them up took."""
         self._lookups = (graphs.bound("embedder", "embed"), graphs.bound("per_layer_embedder", "embed"))
-        shapes = [lookup.spec.outputs[0].shape for lookup in self._lookups]
+        shapes = [lookup.spec.outputs[0].fixed_shape for lookup in self._lookups]
         self.embeddings = np.zeros((1, num_tokens, *shapes[0][2:]), np.float32)
         self.per_layer_embeddings = np.zeros((1, num_tokens, *shapes[1][2:]), np.float32)
         self.embed_ms = 0.0

@@ -64,7 +64,7 @@ class FakeSignature:
         self._compute = compute
 
     def write(self, name: str, values: FloatArray | IntArray) -> None:
-        shape = next(tensor.shape for tensor in self.spec.inputs if tensor.name == name)
+        shape = next(tensor.fixed_shape for tensor in self.spec.inputs if tensor.name == name)
         self.inputs[name] = np.array(values).reshape(shape)
 
     def run(self) -> None:
@@ -110,7 +110,7 @@ class FakeBackend:
         return [int(self.rows.values[position]) for position in seen]
 
     def _run_embedder(self, signature: FakeSignature) -> None:
-        shape = signature.spec.outputs[0].shape
+        shape = signature.spec.outputs[0].fixed_shape
         signature.outputs["embeddings"] = np.full(shape, signature.inputs["token_ids"][0, 0], np.float32)
 
     def _run_target(self, signature: FakeSignature) -> None:

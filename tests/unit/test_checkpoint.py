@@ -56,6 +56,7 @@ def config_of(folder: Path, **changes: Any) -> ExportConfig:
         cache_length=None,
         num_draft_tokens=4,
         drafter_position_offset=1,
+        portable=False,
         output=folder.parent / "output" / "out",
         force=False,
         workers=1,

@@ -107,8 +107,10 @@ def test_a_manifest_of_absurd_size_is_not_read(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_the_size_of_a_tensor_is_in_bytes() -> None:
-    assert TensorSpec(name="mask", shape=(1, 1, 5, 64), dtype="float32").size_bytes == 1280
+def test_a_shape_is_fixed_or_said_not_to_be() -> None:
+    assert TensorSpec(name="mask", shape=(1, 1, 5, 64), dtype="float32").fixed_shape == (1, 1, 5, 64)
+    with pytest.raises(BundleError, match="expected fixed sizes"):
+        _ = TensorSpec(name="mask", shape=(1, "tokens"), dtype="float32").fixed_shape
     assert TensorSpec(name="kv_cache_k_0", shape=(1,), dtype="float32").is_cache
 
 

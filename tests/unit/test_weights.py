@@ -162,9 +162,9 @@ def test_run_in_torch_equals_the_graph(
         weights = {n: torch.from_numpy(p.rows(0, p.shape[0])) for n, p in parameters.items()}
         generator = np.random.default_rng(1)
         inputs = {
-            s.name: generator.integers(0, 100, s.shape).astype(np.int32)
+            s.name: generator.integers(0, 100, s.fixed_shape).astype(np.int32)
             if s.dtype == "int32"
-            else generator.standard_normal(s.shape).astype(np.float32)
+            else generator.standard_normal(s.fixed_shape).astype(np.float32)
             for s in traced.signature.inputs
         }
         expected = run_signature(graph, traced, weights, {n: torch.from_numpy(v) for n, v in inputs.items()})

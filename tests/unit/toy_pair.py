@@ -197,7 +197,7 @@ def _lower(path: Path, modules: Sequence[tuple[GraphSignature, torch.nn.Module]]
     dtypes = {"float32": torch.float32, "int32": torch.int32}
     converter = litert_torch.Converter()
     for spec, module in modules:
-        sample = {tensor.name: torch.zeros(tensor.shape, dtype=dtypes[tensor.dtype]) for tensor in spec.inputs}
+        sample = {tensor.name: torch.zeros(tensor.fixed_shape, dtype=dtypes[tensor.dtype]) for tensor in spec.inputs}
         converter.add_signature(spec.name, module.eval(), sample_kwargs=sample)
     converter.convert(strict_export=False).export(str(path))
 

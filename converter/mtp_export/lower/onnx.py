@@ -16,10 +16,11 @@ from typing import Any
 import onnx
 import torch
 from onnx import TensorProto, helper
-from onnxscript import opset23 as op
+from onnxscript import opset23
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
+from mtp_export.lower.workers import results_in_order
 from mtp_export.models import ops  # noqa: F401  registers the torch ops that are translated below
 from mtp_export.trace import Call, Segment, TracedGraph
 from mtp_runtime.contract import TensorSpec
@@ -55,6 +56,7 @@ def _group_query_attention() -> Op:
 
 
 _attention_in_place = _group_query_attention()
+op: Any = opset23  # its types know Python values as arguments only where they are lists of tensors
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
 
@@ -68,20 +70,27 @@ class LoweredGraph:
 
 
 def lower(
-    graphs: Sequence[TracedGraph], *, portable: bool, on_segments: Callable[[int], None] = lambda count: None
+    graphs: Sequence[TracedGraph],
+    workers: int,
+    *,
+    portable: bool,
+    on_segments: Callable[[int], None] = lambda count: None,
 ) -> list[LoweredGraph]:
     """Export graphs; `portable` keeps to standard operations, whose attention costs as much as the cache is long.
 
     `on_segments` is told how many segments are done.
     """
-    lowered = []
-    for graph in graphs:
-        segments = {}
-        for key, segment in graph.segments.items():
-            segments[key] = _convert(segment, portable)
+    names = [(number, key) for number, graph in enumerate(graphs) for key in graph.segments]
+    jobs = [(graphs[number].segments[key], portable) for number, key in names]
+    templates: dict[tuple[int, str], _Template] = {}
+    with contextlib.closing(results_in_order(_convert, jobs, workers)) as results:
+        for name, template in zip(names, results, strict=True):
+            templates[name] = template
             on_segments(1)
-        lowered.append(_Chain(graph, segments).lowered())
-    return lowered
+    return [
+        _Chain(graph, {key: templates[number, key] for key in graph.segments}).lowered()
+        for number, graph in enumerate(graphs)
+    ]
 
 
 class _WithInputs(nn.Module):
@@ -108,7 +117,8 @@ class _Template:
     outputs: Mapping[str, str]
 
 
-def _convert(segment: Segment, portable: bool) -> _Template:
+def _convert(job: tuple[Segment, bool]) -> _Template:
+    segment, portable = job
     sample = {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in segment.inputs.items()}
     leaves = dict(segment.module.named_parameters())
     sample |= {f"w.{leaf}": torch.zeros((), dtype=p.dtype).expand(p.shape) for leaf, p in leaves.items()}
@@ -195,13 +205,14 @@ def _attributes(keys: Any, num_heads: int, window: int) -> dict[str, Any]:
 def _portable_write_and_attend(
     query: Any, key: Any, value: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int
 ) -> Any:
-    slots = _slots(query, last)
+    slots, shape = _slots(query, last), (keys.shape[1], keys.shape[3])
     keys, values = (_scatter(cache, rows, slots) for cache, rows in ((keys, key), (values, value)))
-    return _attention(query, keys, values, slots, num_heads, window), keys, values
+    return _attention(query, keys, values, shape, slots, num_heads, window), keys, values
 
 
 def _portable_attend(query: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int) -> Any:
-    return _attention(query, keys, values, _slots(query, last), num_heads, window)
+    shape = (keys.shape[1], keys.shape[3])
+    return _attention(query, keys, values, shape, _slots(query, last), num_heads, window)
 
 
 def _slots(query: Any, last: Any) -> Any:
@@ -219,9 +230,11 @@ def _scatter(cache: Any, rows: Any, slots: Any) -> Any:
     return op.ScatterElements(cache, index, rows, axis=2)
 
 
-def _attention(query: Any, keys: Any, values: Any, slots: Any, num_heads: int, window: int) -> Any:
-    """softmax(query @ keys^T) @ values over the whole cache, what is not seen hidden."""
-    groups, size = keys.shape[1], keys.shape[3]
+def _attention(
+    query: Any, keys: Any, values: Any, shape: tuple[int, int], slots: Any, num_heads: int, window: int
+) -> Any:
+    """softmax(query @ keys^T) @ values over the whole cache, what is not seen hidden; `shape` is (G, D)."""
+    groups, size = shape
     folded = op.Transpose(op.Reshape(query, [0, 0, groups, num_heads // groups, size]), perm=[0, 2, 3, 1, 4])
     scores = op.MatMul(folded, op.Transpose(op.Unsqueeze(keys, [2]), perm=[0, 1, 2, 4, 3]))
     length = op.Squeeze(op.Shape(keys, start=2, end=3))

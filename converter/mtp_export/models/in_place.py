@@ -7,6 +7,8 @@ rows are kept (mtp_runtime/pooled_cache.py), so their slots are not positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,8 +66,14 @@ class DrafterPrologue(nn.Module):
         return self.rope(positions) | {"x": self.pre_projection(activations)}
 
 
+_Query = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+_Rows = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+
+
 class _Projections(nn.Module):
     """The projections of a layer under one name, as the checkpoint has them."""
+
+    o_proj: nn.Linear
 
     def __init__(self, spec: DecoderSpec, layer_type: LayerType, *, owner: bool) -> None:
         super().__init__()
@@ -74,7 +82,16 @@ class _Projections(nn.Module):
         for part in parts:
             for name, child in part.named_children():
                 self.add_module(name, child)
-        self.query, self.rows = query.query, key_value.rows
+        self._query: _Query = query.query
+        self._rows: _Rows = key_value.rows
+
+    def query(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Shapes: x [B,T,H], rope two of [B,T,1,D] -> [B,T,heads,D]"""
+        return self._query(x, rope)
+
+    def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Shapes: x [B,T,H], rope two of [B,T,1,D] -> two of [B,T,G,D]"""
+        return self._rows(x, rope)
 
 
 class OwnerAttention(nn.Module):

@@ -20,7 +20,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., size] -> [..., size]"""
-        return ops.rms_norm(x, self.weight, self.eps)
+        out: Tensor = ops.rms_norm(x, self.weight, self.eps)
+        return out
 
 
 class GatedMLP(nn.Module):

@@ -1,0 +1,90 @@
+"""Both backends on nano at f32: the one conformance class."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import pytest
+
+from mtp_export.lower.onnx import IR_VERSION, OPSET
+from mtp_runtime import Session
+from tests.conftest import Export
+from tests.parity.backend_tests import (
+    TOLERANCE,
+    BackendTests,
+    ClosingTests,
+    all_rows,
+    assert_same_rows,
+    start,
+    tokens_of,
+)
+
+FORMATS = ("tflite", "onnx")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def session(request: pytest.FixtureRequest, export_nano: Export) -> Iterator[Session]:
+    with Session.open(export_nano("f32", export_format=request.param)) as opened:
+        yield opened
+
+
+@pytest.fixture(params=FORMATS)
+def fresh_session(request: pytest.FixtureRequest, export_nano: Export) -> Iterator[Session]:
+    with Session.open(export_nano("f32", export_format=request.param)) as opened:
+        yield opened
+
+
+class TestBackends(BackendTests):
+    """LiteRT and ONNX Runtime."""
+
+
+class TestClosing(ClosingTests):
+    """Likewise."""
+
+
+def test_standard_operations_say_the_same(export_nano: Export) -> None:
+    """The portable variant against the one with ONNX Runtime's own attention: logits, drafts and rows."""
+    with (
+        Session.open(export_nano("f32", export_format="onnx")) as contrib,
+        Session.open(export_nano("f32", export_format="onnx-portable")) as portable,
+    ):
+        tokens = tokens_of(contrib, 305)
+        said = []
+        for session in (contrib, portable):
+            start(session, tokens[:300])
+            passed = session.backend.verify(tokens[300:])
+            draft = session.backend.draft(7, passed.activations[-1], with_candidates=True)
+            said.append((passed, draft, all_rows(session)))
+        (first, first_draft, rows), (second, second_draft, _) = said
+        np.testing.assert_allclose(second.logits, first.logits, atol=TOLERANCE)
+        np.testing.assert_allclose(second.activations, first.activations, atol=TOLERANCE)
+        np.testing.assert_allclose(second_draft.activations, first_draft.activations, atol=TOLERANCE)
+        assert second_draft.best == first_draft.best
+        assert_same_rows(portable, rows)
+
+
+def test_onnx_graphs_are_what_they_say(export_nano: Export) -> None:
+    """Standard operations alone in the portable graphs, names that say where a node belongs, stated versions."""
+    for variant, domains in (("onnx", {"", "com.microsoft"}), ("onnx-portable", {""})):
+        for path in export_nano("f32", export_format=variant).glob("*.onnx"):
+            onnx.checker.check_model(str(path), full_check=True)
+            model = onnx.load(str(path), load_external_data=False)
+            assert {node.domain for node in model.graph.node} <= domains
+            assert (model.ir_version, model.opset_import[0].version) == (IR_VERSION, OPSET)
+            names = [node.name for node in model.graph.node]
+            assert len(set(names)) == len(names)
+            if path.stem == "target" and variant == "onnx":
+                assert "target/layers.3/attn/GroupQueryAttention" in names
+
+
+def test_onnx_runtime_has_nothing_to_warn_of(export_nano: Export) -> None:
+    """Loaded in a process of its own at the level of warnings."""
+    script = "import sys, onnxruntime as o\nfor p in sys.argv[1:]: o.InferenceSession(p)\nprint('loaded')"
+    paths = [str(path) for path in sorted(export_nano("int8", export_format="onnx").glob("*.onnx"))]
+    assert len(paths) == 4
+    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("loaded\n", "")
