@@ -1,4 +1,5 @@
-# make demo   creates the environment, exports nano, runs it with MTP on and off in two runtimes, shows that both agree
+# make demo   creates the environment, exports nano in both formats, runs it with MTP on and off in every runtime, shows
+#             that all agree, and the speed
 # make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint
 # make check  test, lint and strict types
 
@@ -13,6 +14,8 @@ RECIPE ?= int8
 demo: $(STAMP)
 	$(BIN)/mtp-export --model nano --target tflite --recipe $(RECIPE) --output build/demo --force
 	$(BIN)/mtp-export parity build/demo --limit 16 --threads 1
+	$(BIN)/mtp-export --model nano --target onnx --recipe $(RECIPE) --output build/demo-onnx --force
+	$(BIN)/mtp-export parity build/demo-onnx --limit 16 --threads 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -9,11 +9,11 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 
 
-def exported(cache_length: int, recipe: str) -> Path:
+def exported(cache_length: int, recipe: str, export_format: str = "tflite") -> Path:
     """Return build/'s nano bundle of this cache length, exporting it if it is not there."""
-    path = ROOT / "build" / f"nano-{recipe}-{cache_length}"
+    path = ROOT / "build" / f"nano-{export_format}-{recipe}-{cache_length}"
     if not path.exists():
-        command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--target", "tflite"]
+        command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--target", export_format]
         command += ["--recipe", recipe, "--cache-length", str(cache_length), "--output", str(path)]
         subprocess.run(command, check=True)
     return path

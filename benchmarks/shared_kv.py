@@ -5,8 +5,10 @@ draft passes are timed, alternating between the two in one run. For contrast, th
 with separate output buffers for the caches, as a runtime that does not bind in place would run it.
 
     python -m benchmarks.shared_kv [SHORT_BUNDLE LONG_BUNDLE]
+    python -m benchmarks.shared_kv --onnx
 
-Without bundles, nano is exported into build/. Goal: each ratio at most 1.3.
+Without bundles, nano is exported into build/. Goal: each ratio at most 1.3. An ONNX graph takes a cache of any length,
+so with --onnx one bundle is opened with 1024 and with 16384 positions; there the goal is 1.15.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnxruntime as ort
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_runtime import Session
+from mtp_runtime import Bundle, Manifest, Session
+from mtp_runtime.onnx import BoundRun, OnnxBackend
 from mtp_runtime.quiet import native_log_held_back
 
 GOAL = 1.3
@@ -40,7 +45,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--filled", type=int, nargs="+", default=[500, 900], help="tokens in the cache")
     parser.add_argument("--recipe", default="int8", help="of the bundles exported where none are given")
+    parser.add_argument("--onnx", action="store_true", help="the ONNX pair, with 1024 and 16384 positions")
     options = parser.parse_args()
+    if options.onnx:
+        return measure_onnx(options)
     paths = options.bundles or [exported(length, options.recipe) for length in (1024, 4096)]
     if len(paths) != 2:
         parser.error("give two bundles, or none")
@@ -114,6 +122,62 @@ def copying_step(session: Session, kind: str, filled: int, threads: int) -> Step
             tensor = next(tensor for tensor in spec.inputs if tensor.name == name)
             buffer.write(np.zeros(tensor.fixed_shape, np.dtype(tensor.dtype)))
     return lambda: model.run_by_index(index, inputs, outputs)
+
+
+def measure_onnx(options: argparse.Namespace) -> int:
+    """The same for the ONNX pair: one bundle, two lengths of cache."""
+    lengths = (1024, 16384)
+    with Bundle.open(exported(1024, options.recipe, "onnx")) as bundle, contextlib.ExitStack() as opened:
+        backends = []
+        for length in lengths:
+            manifest = msgspec.structs.replace(bundle.manifest, cache_length=length)
+            longer = Bundle(manifest, bundle.path("target").parent, None)
+            backends.append(OnnxBackend.open(longer, threads=options.threads))
+            opened.callback(backends[-1].close)
+        rows = []
+        for filled in options.filled:
+            steps = [onnx_steps(backend, bundle.manifest, filled) for backend in backends]
+            for name in steps[0]:
+                found = measure(name, [kinds[name] for kinds in steps], options.repeats)
+                rows.append({"filled": filled, "in_place": "copied" not in name, **found})
+        model = f"{bundle.manifest.model}, {bundle.manifest.recipe}, onnx"
+    print(f"{model}, {options.threads} threads; cache lengths {lengths}; medians in µs")
+    for row in rows:
+        print(
+            f"{row['filled']:5} filled  {row['step']:26} {row['median_us'][0]:8.0f} {row['median_us'][1]:8.0f}   x {row['ratio']:.2f}"
+        )
+    figures = {"model": model, "threads": options.threads, "cache_lengths": lengths, "goal_ratio": 1.15, "steps": rows}
+    print(f"written to {write_result('shared_kv_onnx', figures)}")
+    return int(any(row["ratio"] > 1.15 for row in rows if row["in_place"]))
+
+
+def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[str, Step]:
+    """One step of each kind at `filled`, and a decode whose caches go to buffers of their own."""
+    backend.kv_cache.rewind(0)
+    backend.prefill([2] + [3 + at % 50 for at in range(filled - 1)])
+    tokens = range(5, 6 + manifest.num_draft_tokens)
+    activations = np.zeros(manifest.hidden_size, np.float32)
+    copying = copying_run(backend, manifest)
+
+    def copy() -> None:
+        backend.prepare(1)
+        copying.run()
+
+    return {
+        "decode": lambda: void(backend.verify(tokens[:1])),
+        "verify": lambda: void(backend.verify(tokens)),
+        "draft": lambda: void(backend.draft(5, activations)),
+        "decode, caches copied out": copy,
+    }
+
+
+def copying_run(backend: OnnxBackend, manifest: Manifest) -> BoundRun:
+    """A decode that returns the caches apart from those it was given."""
+    run = BoundRun(backend, "target", manifest.signatures["target"][0], {"batch": 1, "tokens": 1, "rows": 1})
+    for name, value in backend.cache_values().items():
+        apart = ort.OrtValue.ortvalue_from_numpy(np.zeros(value.shape(), np.float32), "cpu")
+        run.binding.bind_ortvalue_output(f"{name}_next", apart)
+    return run
 
 
 def measure(name: str, pair: Sequence[Step], repeats: int) -> dict[str, Any]:

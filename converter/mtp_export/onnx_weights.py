@@ -21,8 +21,8 @@ from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
 from mtp_export.weights import Parameter, pack, quantise, row_blocks
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
-# Columns that share a scale where a recipe does not say. With 32, MatMulNBits gives a row the same bits however many rows
-# it is computed with; with 128, one and several tokens differ in the last bit, and drafts would change the output.
+# Columns that share a scale where a recipe does not say. With 32, MatMulNBits gives a row the same bits however many
+# rows it is computed with; with 128, the last bit differs, and drafts would change the output (docs/decisions/0005).
 _BLOCK_SIZES = (32, 16)
 _ACCURACY_LEVEL = 4  # activations in int8 too, which is what makes the operation fast
 _NUMPY_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}

@@ -133,6 +133,7 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
     given = ("embeddings", "per_layer_embeddings", "positions")
     builder.call("prologue", lambda: in_place.Prologue(spec), {n: n for n in given})
     x = "embeddings"
+    read: dict[str, str] = {}
     for i in range(spec.num_layers):
         kind, cache, width, prefix = (
             spec.layer_types[i],
@@ -148,14 +149,14 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
         else:
             # What the owner wrote in this pass, not what it was given: this orders the operations.
             written = (f"kv_cache_k_{cache}_next", f"kv_cache_v_{cache}_next")
-            _reader(builder, spec, i, x, written)
+            read |= _reader(builder, spec, i, x, cache, written)
         inputs = {"x": x, "attended": f"attended_{i}", "per_layer_input": f"per_layer_input_{i}"}
         builder.call(
             f"feed_forward_{width}", _build(TargetFeedForward, spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix
         )
         x = f"x_{i}"
     builder.call("head", lambda: in_place.TargetHead(spec), {"x": x, "logit_rows": "logit_rows"})
-    outputs = {name: f"{name}_next" for name in caches} | {"logits": "logits", "activations": "activations"}
+    outputs = {name: f"{name}_next" for name in caches} | read | {"logits": "logits", "activations": "activations"}
     builder.finish("forward", "forward", outputs, num_tokens=0, attention_length=0)
     return builder.graph()
 
@@ -164,15 +165,20 @@ def _build(module: Callable[..., torch.nn.Module], *arguments: object) -> Callab
     return lambda: module(*arguments)
 
 
-def _reader(builder: GraphBuilder, spec: DecoderSpec, i: int, x: str, caches: tuple[str, str], path: str = "") -> None:
+def _reader(
+    builder: GraphBuilder, spec: DecoderSpec, i: int, x: str, cache: int, caches: tuple[str, str], path: str = ""
+) -> dict[str, str]:
+    """Append the attention of layer i, which reads `caches`, those of layer `cache`; returns the outputs that its
+    caches go out by, `kv_cache_k_4.9` for the keys of layer 4 as layer 9 leaves them."""
     kind = spec.layer_types[i]
     builder.call(
         f"reader_{kind}",
         _build(in_place.ReaderAttention, spec, kind),
         _attention_inputs(kind, x, *caches),
-        {"attended": f"attended_{i}"},
+        {"attended": f"attended_{i}", "key_cache": f"k_read_{i}", "value_cache": f"v_read_{i}"},
         prefix=f"{path}layers.{i}.",
     )
+    return {f"kv_cache_{part}_{cache}.{i}": f"{part}_read_{i}" for part in "kv"}
 
 
 def _drafter(
@@ -191,8 +197,10 @@ def _drafter(
     inputs = {"activations": "activations", "positions": "positions"}
     builder.call("prologue", lambda: in_place.DrafterPrologue(spec, position_offset), inputs)
     x = "x"
+    read: dict[str, str] = {}
     for i, (kind, width) in enumerate(zip(spec.layer_types, spec.intermediate_sizes, strict=True)):
-        _reader(builder, spec, i, x, (f"kv_cache_k_{owners[kind]}", f"kv_cache_v_{owners[kind]}"), "model.")
+        owner = owners[kind]
+        read |= _reader(builder, spec, i, x, owner, (f"kv_cache_k_{owner}", f"kv_cache_v_{owner}"), "model.")
         builder.call(
             f"feed_forward_{width}",
             _build(FeedForward, spec, width),
@@ -202,7 +210,7 @@ def _drafter(
         )
         x = f"x_{i}"
     builder.call("head", lambda: in_place.CandidateHead(spec, half=half_table), {"x": x}, prefix={"norm": "model."})
-    outputs = {n: n for n in ("candidates", "scores", "best", "projected_activations")}
+    outputs = read | {n: n for n in ("candidates", "scores", "best", "projected_activations")}
     builder.finish("draft", "draft", outputs, num_tokens=1, attention_length=0)
     return builder.graph()
 

@@ -97,7 +97,7 @@ def _check_dynamic(manifest: Manifest) -> None:
         "activations": ("float32", ("batch", "rows", hidden)),
     }
     _compare("target", target.name, "inputs", target.inputs, inputs | fill | caches)
-    _compare("target", target.name, "outputs", target.outputs, outputs | caches)
+    _compare("target", target.name, "outputs", target.outputs, outputs | caches | _as_read(target, caches))
     candidates = next((t.shape[-1] for t in drafter.outputs if t.name == "candidates" and t.shape), 0)
     inputs = {"activations": ("float32", ("batch", 1, 2 * hidden)), "positions": ("int32", ("batch", 1))}
     outputs = {
@@ -107,11 +107,18 @@ def _check_dynamic(manifest: Manifest) -> None:
         "projected_activations": ("float32", ("batch", 1, hidden)),
     }
     shared = {t.name: caches[t.name] for t in drafter.inputs if t.is_cache and t.name in caches}
+    outputs |= _as_read(drafter, shared)
     _compare("drafter", drafter.name, "inputs", drafter.inputs, inputs | fill | shared)
     _compare("drafter", drafter.name, "outputs", drafter.outputs, outputs)
     for role, spec, shape in (("embedder", embedder, (hidden,)), ("per_layer_embedder", per_layer, rows)):
         _compare(role, spec.name, "inputs", spec.inputs, {"token_ids": ("int32", tokens)})
         _compare(role, spec.name, "outputs", spec.outputs, {"embeddings": ("float32", (*tokens, *shape))})
+
+
+def _as_read(spec: GraphSignature, caches: Tensors) -> Tensors:
+    """The outputs by which layers that only read a cache give it back: `kv_cache_k_4.9` for layer 9."""
+    read = [t.name for t in spec.outputs if re.fullmatch(r"kv_cache_[kv]_\d{1,4}\.\d{1,4}", t.name)]
+    return {name: caches[base] for name in read if (base := name.partition(".")[0]) in caches}
 
 
 def _caches(manifest: Manifest) -> Tensors:

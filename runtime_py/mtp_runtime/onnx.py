@@ -93,8 +93,7 @@ class OnnxBackend:
 
     def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
         """Run the drafter once over the filled positions."""
-        self._cache.settle()
-        self._set_fill(0)
+        self.prepare(0)
         run = self._draft
         self._look_up("embedder", run.token, run.embedding, (token_id,))
         size = activations.shape[-1]
@@ -139,8 +138,7 @@ class OnnxBackend:
 
     def _run(self, token_ids: Sequence[int], *, logit_rows: int) -> _TargetRun:
         count = len(token_ids)
-        self._cache.settle(count)
-        self._set_fill(count)
+        self.prepare(count)
         run = self._passes.get((count, logit_rows))
         if run is None:
             run = _TargetRun(self, self._manifest.signatures["target"][0], count, logit_rows)
@@ -161,47 +159,50 @@ class OnnxBackend:
         _run_bound(self.session(role), binding, role)
         self.embed_ms += 1000.0 * (time.perf_counter() - started)
 
-    def _set_fill(self, count: int) -> None:
+    def prepare(self, count: int) -> None:
+        """Make room for a pass over `count` tokens, and tell every graph how full the pools will be."""
+        self._cache.settle(count)
         total = self._cache.filled_length + count
         for pool, rows in (("full", total), ("sliding", total - self._cache.first_position)):
             _view(self._fill[f"{pool}_last"])[0] = rows - 1
             _view(self._fill[f"{pool}_total"])[...] = rows
 
 
-class _BoundRun:
+class BoundRun:
     """A graph with its buffers bound, at fixed sizes."""
 
     def __init__(self, backend: OnnxBackend, role: str, spec: GraphSignature, sizes: Mapping[str, int]) -> None:
         self._session: ort.InferenceSession | None = backend.session(role)
         self._role = role
-        self._binding = self._session.io_binding()
+        self.binding = self._session.io_binding()
         self.values: dict[str, ort.OrtValue] = {}
         shared = {**backend.cache_values(), **backend.fill_values()}
         for tensor in spec.inputs:
             value = shared.get(tensor.name) or _new(_sized(tensor.shape, sizes), np.dtype(tensor.dtype).type)
             self.values[tensor.name] = value
-            self._binding.bind_ortvalue_input(tensor.name, value)
+            self.binding.bind_ortvalue_input(tensor.name, value)
         self.outputs: dict[str, Any] = {}
         for tensor in spec.outputs:
             if tensor.is_cache:
-                self._binding.bind_ortvalue_output(f"{tensor.name}_next", shared[tensor.name])
+                # In place, for the layers that only read a cache too: a present apart from the past is a copy.
+                self.binding.bind_ortvalue_output(f"{tensor.name}_next", shared[tensor.name.partition(".")[0]])
             else:
                 value = _new(_sized(tensor.shape, sizes), np.dtype(tensor.dtype).type)
-                self._binding.bind_ortvalue_output(tensor.name, value)
+                self.binding.bind_ortvalue_output(tensor.name, value)
                 self.outputs[tensor.name] = _view(value)
         self.inputs = {name: _view(value) for name, value in self.values.items() if name not in shared}
 
     def run(self) -> None:
         if self._session is None:
             raise BackendError(f"{self._role} cannot run: its bundle is closed")
-        _run_bound(self._session, self._binding, self._role)
+        _run_bound(self._session, self.binding, self._role)
 
     def release(self) -> None:
         """Let go of the session."""
         self._session = None
 
 
-class _TargetRun(_BoundRun):
+class _TargetRun(BoundRun):
     """The target over `count` tokens, with logits of the last `logit_rows` of them."""
 
     def __init__(self, backend: OnnxBackend, spec: GraphSignature, count: int, logit_rows: int) -> None:
@@ -210,7 +211,7 @@ class _TargetRun(_BoundRun):
         self.inputs["logit_rows"][:] = np.arange(count - logit_rows, count)
 
 
-class _DraftRun(_BoundRun):
+class _DraftRun(BoundRun):
     """One step of the drafter."""
 
     def __init__(self, backend: OnnxBackend, spec: GraphSignature) -> None:

@@ -36,8 +36,25 @@ def test_every_runtime_says_the_same(export_nano: Export, recipe: str, tmp_path:
             assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
 
 
-def test_two_exports_are_identical(export_nano: Export) -> None:
-    first, second = export_nano("int8"), export_nano("int8", fresh=True)
+@pytest.mark.parametrize(("recipe", "prompts"), [("f32", 32), ("int8", 8), ("int4", 8)])
+def test_onnx_says_the_same_with_every_k(export_nano: Export, recipe: str, prompts: int, tmp_path: Path) -> None:
+    """To the token, near-ties not excepted: a row has the same bits in every pass (docs/decisions/0005)."""
+    arguments = ("--limit", str(prompts), "--threads", "1", "--output", str(tmp_path), "--json")
+    done = run_cli("parity", str(export_nano(recipe, export_format="onnx")), *arguments, check=False)
+    report = json.loads(done.stdout)
+    assert (report["passed"], done.returncode) == (True, 0), (tmp_path / "parity.md").read_text()
+    runners = [(r["runner"], r["num_draft_tokens"]) for r in report["results"]]
+    assert runners == [("mtp_runtime", k) for k in range(5)] + ([("transformers", 0)] if recipe == "f32" else [])
+    for result in report["results"]:
+        verdicts = [c["verdict"] for c in result["comparisons"]]
+        assert verdicts == ["equal"] * prompts, (tmp_path / "parity.md").read_text()
+        if result["num_draft_tokens"]:
+            assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
+
+
+@pytest.mark.parametrize("export_format", ["tflite", "onnx"])
+def test_two_exports_are_identical(export_nano: Export, export_format: str) -> None:
+    first, second = (export_nano("int8", export_format=export_format, fresh=fresh) for fresh in (False, True))
     names = sorted(p.name for p in first.iterdir() if not p.name.startswith("parity"))
     assert names == sorted(p.name for p in second.iterdir() if not p.name.startswith("parity"))
     for name in names:

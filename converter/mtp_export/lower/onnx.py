@@ -187,10 +187,10 @@ def _write_and_attend(
 
 
 def _attend(query: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int) -> Any:
-    # No rows of its own: the operation then only reads the caches, and may leave out that it would return them.
+    # No rows of its own: the operation then only reads the caches.
     groups, size = keys.shape[1], keys.shape[3]
     none = op.Slice(query, [0, 0], [0, groups * size], [1, 2])
-    return _attention_in_place(query, none, none, keys, values, last, total, **_attributes(keys, num_heads, window))[0]
+    return _attention_in_place(query, none, none, keys, values, last, total, **_attributes(keys, num_heads, window))
 
 
 def _attributes(keys: Any, num_heads: int, window: int) -> dict[str, Any]:
@@ -212,7 +212,8 @@ def _portable_write_and_attend(
 
 def _portable_attend(query: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int) -> Any:
     shape = (keys.shape[1], keys.shape[3])
-    return _attention(query, keys, values, shape, _slots(query, last), num_heads, window)
+    out = _attention(query, keys, values, shape, _slots(query, last), num_heads, window)
+    return out, op.Identity(keys), op.Identity(values)
 
 
 def _slots(query: Any, last: Any) -> Any:

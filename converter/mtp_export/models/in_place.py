@@ -133,10 +133,12 @@ class ReaderAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor
     ) -> dict[str, Tensor]:
-        """Shapes: as OwnerAttention -> attended [B,T,H]"""
+        """Shapes: as OwnerAttention -> attended [B,T,H], caches as they were"""
         query = self.self_attn.query(self.input_layernorm(x), (cos, sin)).flatten(2)
-        out = ops.attend(query, key_cache, value_cache, last, total, self.num_heads, self.window)
-        return {"attended": self.self_attn.o_proj(out)}
+        out, key_cache, value_cache = ops.attend(
+            query, key_cache, value_cache, last, total, self.num_heads, self.window
+        )
+        return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 
 class TargetHead(nn.Module):

@@ -140,19 +140,26 @@ def _(
 @torch.library.custom_op("mtp::attend", mutates_args=())
 def attend(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The attention of `write_and_attend` alone, over rows that were written by others.
 
-    Shapes: query [B,T,heads*D], caches [B,G,S,D], last [B] int32, total [] int32 -> [B,T,heads*D]
+    The caches are returned as they are: where the exported operation is not given a place to return them to, it makes
+    one, and copies them.
+
+    Shapes: query [B,T,heads*D], caches [B,G,S,D], last [B] int32, total [] int32 -> [B,T,heads*D], caches
     """
-    return attend_to_rows(query, key_cache, value_cache, last, num_heads, window)
+    return (
+        attend_to_rows(query, key_cache, value_cache, last, num_heads, window),
+        key_cache.clone(),
+        value_cache.clone(),
+    )
 
 
 @attend.register_fake
 def _(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
-) -> Tensor:
-    return torch.empty_like(query)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 
 def attend_to_rows(
