@@ -64,11 +64,15 @@ def main() -> int:
         "steps": rows,
     }
     print(f"{figures['model']}, {options.threads} threads; cache lengths {figures['cache_lengths']}; medians in µs")
+    print_rows(rows)
+    print(f"written to {write_result('shared_kv', figures)}")
+    return int(any(row["ratio"] > GOAL for row in rows if row["in_place"]))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         short_us, long_us = row["median_us"]
         print(f"{row['filled']:5} filled  {row['step']:26} {short_us:8.0f} {long_us:8.0f}   x {row['ratio']:.2f}")
-    print(f"written to {write_result('shared_kv', figures)}")
-    return int(any(row["ratio"] > GOAL for row in rows if row["in_place"]))
 
 
 def measure_filled(pair: Sequence[Session], filled: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -142,10 +146,7 @@ def measure_onnx(options: argparse.Namespace) -> int:
                 rows.append({"filled": filled, "in_place": "copied" not in name, **found})
         model = f"{bundle.manifest.model}, {bundle.manifest.recipe}, onnx"
     print(f"{model}, {options.threads} threads; cache lengths {lengths}; medians in µs")
-    for row in rows:
-        print(
-            f"{row['filled']:5} filled  {row['step']:26} {row['median_us'][0]:8.0f} {row['median_us'][1]:8.0f}   x {row['ratio']:.2f}"
-        )
+    print_rows(rows)
     figures = {"model": model, "threads": options.threads, "cache_lengths": lengths, "goal_ratio": 1.15, "steps": rows}
     print(f"written to {write_result('shared_kv_onnx', figures)}")
     return int(any(row["ratio"] > 1.15 for row in rows if row["in_place"]))

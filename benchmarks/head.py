@@ -1,0 +1,199 @@
+"""What does the clustered head save? Dense heads against ours at the size of E2B's drafter, in both backends, one run.
+
+V = 262144 tokens of D = 256, 2048 clusters of 128, the 32 best: the exported form of each backend (int8 recipe), beside
+dense heads: float32, int8 and int4 in ONNX Runtime, float32 and int8 in LiteRT. Random weights: time does not depend
+on them. Runs alternate; medians in µs.
+
+    python -m benchmarks.head
+
+Goal: ONNX Runtime's clustered head takes at most a sixth of its dense int4 head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
+from torch import Tensor, nn
+
+from benchmarks.machine import write_result
+from mtp_calibration.recipes import FLOAT32, INT8, WeightFormat
+from mtp_export.arch.gemma4 import PAIRS
+from mtp_export.lower import onnx as lower_onnx
+from mtp_export.lower import tflite as lower_tflite
+from mtp_export.models.clustered_head import ClusteredHead
+from mtp_export.onnx_weights import write_onnx
+from mtp_export.trace import GraphBuilder, TracedGraph
+from mtp_export.weights import Parameter, write_graph
+from mtp_runtime.quiet import native_log_held_back
+
+SPEC = PAIRS["e2b"].drafter
+GOAL = 1 / 6
+INT4_BLOCKS = WeightFormat(bits=4, block_size=32)
+INT8_BLOCKS = WeightFormat(bits=8, block_size=32)
+Step = Callable[[], object]
+
+
+class DenseHead(nn.Module):
+    """Scores of every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(SPEC.hidden_size, SPEC.vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": F.linear(x, self.table.weight)}
+
+
+class OurHead(nn.Module):
+    """The clustered head of an export format: a row of logits, or the candidates."""
+
+    def __init__(self, *, candidates: bool) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.head = ClusteredHead(SPEC.head, SPEC.hidden_size, row_scales=not candidates)
+        if candidates:
+            self.head.table = nn.Parameter(self.head.table.half(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if not self.candidates:
+            return {"logits": self.head(x)}
+        candidates, scores, best = self.head.scored(x)
+        return {"candidates": candidates, "scores": scores, "best": best}
+
+
+def main() -> int:
+    """Measure, print and write the result; return 1 if the goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = build(Path(folder), options.threads)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for repeat in range(options.repeats + 10):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if repeat >= 10:
+                    times[name].append(1e6 * (time.perf_counter() - started))
+    rows = {
+        name: {"median_us": round(statistics.median(t), 1), "min_us": round(min(t), 1)} for name, t in times.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:24} {row['median_us']:9.0f} {row['min_us']:9.0f}")
+    ratio = rows["onnx clustered"]["median_us"] / rows["onnx dense int4"]["median_us"]
+    print(f"onnx: clustered / dense int4 = {ratio:.3f}, goal {GOAL:.3f}")
+    figures = {"threads": options.threads, "vocab_size": SPEC.vocab_size, "hidden_size": SPEC.hidden_size}
+    print(f"written: {write_result('head', {**figures, 'onnx_ratio': round(ratio, 4), 'heads': rows})}")
+    return int(ratio > GOAL)
+
+
+def build(folder: Path, threads: int) -> dict[str, Step]:
+    """Write and load every head; returns one call of each."""
+    ours = {format: trace(partial(OurHead, candidates=format == "onnx")) for format in ("onnx", "tflite")}
+    dense = trace(DenseHead)
+    onnx_heads = {
+        "onnx dense f32": (dense, FLOAT32),
+        "onnx dense int8": (dense, INT8_BLOCKS),
+        "onnx dense int4": (dense, INT4_BLOCKS),
+        "onnx clustered": (ours["onnx"], FLOAT32),
+    }
+    tflite_heads = {
+        "litert dense f32": (dense, FLOAT32),
+        "litert dense int8": (dense, INT8),
+        "litert clustered": (ours["tflite"], FLOAT32),
+    }
+    x = np.random.default_rng(0).standard_normal((1, 1, SPEC.hidden_size), np.float32)
+    ort.set_global_thread_pool_sizes(threads, 1)
+    steps: dict[str, Step] = {}
+    for name, (graph, format) in onnx_heads.items():
+        (lowered,) = lower_onnx.lower([graph], 1, portable=False)
+        path = folder / f"{name.replace(' ', '-')}.onnx"
+        write_onnx(lowered, parameters(graph, format), path)
+        session_options = ort.SessionOptions()
+        session_options.use_per_session_threads = False
+        session = ort.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        binding.bind_cpu_input("x", x)
+        for output in session.get_outputs():
+            shape = tuple(output.shape)
+            dtype = np.float32 if output.type == "tensor(float)" else np.int32
+            binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cpu"))
+        steps[name] = partial(session.run_with_iobinding, binding)
+    for name, (graph, format) in tflite_heads.items():
+        (lowered_tflite,) = lower_tflite.lower([graph], 1)
+        path = folder / f"{name.replace(' ', '-')}.tflite"
+        write_graph(lowered_tflite, parameters(graph, format), path)
+        steps[name] = litert_step(path, threads, x)
+    return steps
+
+
+def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
+    """A graph of a head alone."""
+    builder = GraphBuilder("head")
+    builder.start({"x": ((1, 1, SPEC.hidden_size), torch.float32)})
+    builder.call("head", build_head, {"x": "x"})
+    outputs = {name: name for name in builder.segments["head"].outputs}
+    builder.finish("head", "draft", outputs, num_tokens=1, attention_length=0)
+    return builder.graph()
+
+
+def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]:
+    """Random weights; those of a clustered head in the form that its graph takes."""
+    head = graph.segments["head"].module
+    leaves: Mapping[str, Any] = dict(head.named_parameters())
+    int8_rows = "head.row_scales" in leaves
+    random = np.random.default_rng(1)
+    ordering = random.permutation(SPEC.vocab_size).astype(np.int32).reshape(SPEC.head.num_centroids, -1)
+
+    def rows_of(name: str, shape: tuple[int, ...]) -> Callable[[int, int], Any]:
+        def rows(start: int, stop: int) -> Any:
+            size = (stop - start, *shape[1:])
+            if name == "head.token_ordering":
+                return ordering[start:stop]
+            if name == "head.table" and int8_rows:
+                return random.integers(-127, 128, size).astype(np.int8)
+            values = random.standard_normal(size, np.float32)
+            return values.astype(np.float16) if leaves[name].dtype == torch.float16 else values
+
+        return rows
+
+    return {
+        name: Parameter(
+            shape=shape,
+            format=INT8 if name == "head.table" and int8_rows else format if name == "table.weight" else FLOAT32,
+            rows=rows_of(name, shape),
+            unit_scale=name == "head.table" and int8_rows,
+        )
+        for name, shape in graph.weights.items()
+    }
+
+
+def litert_step(path: Path, threads: int, x: Any) -> Step:
+    """One run of a model with its buffers bound."""
+    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+    with native_log_held_back():
+        model = CompiledModel.from_file(str(path), options=options)
+        index = model.get_signature_index("head")
+        order = model.get_signature_by_index(index)
+        inputs = [model.create_input_buffer_by_name("head", name) for name in order["inputs"]]
+        outputs = [model.create_output_buffer_by_name("head", name) for name in order["outputs"]]
+        inputs[0].write(x)
+    return lambda: model.run_by_index(index, inputs, outputs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
