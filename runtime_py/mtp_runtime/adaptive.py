@@ -17,9 +17,9 @@ UNREACHED_MEMORY = 0.995
 # A rate without evidence is that of the position before it, as firmly as so many rounds would say.
 PRIOR_ROUNDS = 2.0
 PRIOR_RATE = 0.8
-# A cost is the lower quartile of so many measurements: other programs make a pass slower, never faster, and do so in
-# bursts, in which a median would compare what runs now with what was measured in a quieter time. It is not believed
-# before it has the fewest, and is measured afresh when so many rounds have passed without one.
+# A cost is the lower quartile of so many measurements: other programs make a pass slower, never faster. A cost that was
+# measured in a quieter time still looks cheap. It is not believed before it has the fewest, and is measured afresh when
+# so many rounds have passed without one.
 MOST_MEASUREMENTS = 24
 FEWEST_MEASUREMENTS = 3
 STALE_ROUNDS = 1024

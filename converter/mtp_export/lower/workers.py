@@ -40,7 +40,7 @@ def results_in_order(function: Callable[[Any], Any], jobs: Sequence[Any], count:
     """
     workers: list[_Worker] = []
     try:
-        resource_tracker.ensure_running()  # `start` would, and it ends the deafness
+        _start_resource_tracker()
         with uninterrupted(), _deaf_children():  # a worker that is not told what to run ends with a traceback
             for _ in range(min(count, len(jobs))):
                 workers.append(_start(function))
@@ -53,6 +53,20 @@ def results_in_order(function: Callable[[Any], Any], jobs: Sequence[Any], count:
             for worker in workers:
                 worker.process.join()
                 worker.pipe.close()
+
+
+def _start_resource_tracker() -> None:
+    """Before the workers, which would start it: that ends their deafness. It cleans up what killed workers leave, and
+    need not tell the user of it."""
+    warnings_before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if warnings_before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = warnings_before
 
 
 def _start(function: Callable[[Any], Any]) -> _Worker:
