@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("ai-edge-litert", "litert-lm-api", "litert-torch", "numpy", "torch", "transformers")
+_PACKAGES = ("ai-edge-litert", "litert-lm-api", "litert-torch", "numpy", "onnxruntime", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
