@@ -29,23 +29,17 @@ class CacheBuffer(Protocol):
         ...
 
 
-class StaticKVCache:
-    """The buffers of every cache tensor and how many leading positions hold processed tokens.
+class CachePositions:
+    """How many positions a cache has room for, and how many leading ones hold the rows of processed tokens."""
 
-    Shapes: each buffer is [1, G, S, D].
-    """
-
-    def __init__(self, specs: Iterable[TensorSpec], buffers: Mapping[str, CacheBuffer], length: int) -> None:
-        """Take the `buffers` of the tensors `specs`, all of `length` positions, and zero them."""
-        self._specs = {spec.name: spec for spec in specs}
-        self._buffers = dict(buffers)
+    def __init__(self, length: int) -> None:
+        """Count the positions of a cache of `length` positions, none of them filled."""
         self._length = length
         self._filled = 0
-        self.clear()
 
     @property
     def length(self) -> int:
-        """S, the number of positions allocated."""
+        """S, how many positions there is room for."""
         return self._length
 
     @property
@@ -53,14 +47,15 @@ class StaticKVCache:
         """How many leading positions hold the rows of processed tokens."""
         return self._filled
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the cache tensors."""
-        return tuple(self._specs)
+    def check_room(self, count: int) -> None:
+        """Refuse what does not fit.
 
-    def buffer(self, name: str) -> CacheBuffer:
-        """Return the one buffer of the tensor `name`."""
-        return self._buffers[name]
+        Raises:
+            ContextFullError: `count` more tokens do not fit.
+        """
+        needed = self._filled + count
+        if count < 0 or needed > self._length:
+            raise ContextFullError(f"the cache has {self._length} positions, and {needed} are needed: shorten the text")
 
     def advance(self, count: int) -> None:
         """Say that the next `count` positions now hold processed tokens.
@@ -68,10 +63,8 @@ class StaticKVCache:
         Raises:
             ContextFullError: there are not that many left.
         """
-        filled = self._filled + count
-        if count < 0 or filled > self._length:
-            raise ContextFullError(f"the cache has {self._length} positions, and {filled} are needed: shorten the text")
-        self._filled = filled
+        self.check_room(count)
+        self._filled += count
 
     def rewind(self, filled_length: int) -> None:
         """Drop the rows at and beyond `filled_length`; nothing is copied or cleared.
@@ -82,6 +75,29 @@ class StaticKVCache:
         if not 0 <= filled_length <= self._filled:
             raise MtpError(f"cannot rewind to {filled_length}: {self._filled} positions are filled")
         self._filled = filled_length
+
+
+class StaticKVCache(CachePositions):
+    """The buffers of every cache tensor and how many leading positions hold processed tokens.
+
+    Shapes: each buffer is [1, G, S, D].
+    """
+
+    def __init__(self, specs: Iterable[TensorSpec], buffers: Mapping[str, CacheBuffer], length: int) -> None:
+        """Take the `buffers` of the tensors `specs`, all of `length` positions, and zero them."""
+        super().__init__(length)
+        self._specs = {spec.name: spec for spec in specs}
+        self._buffers = dict(buffers)
+        self.clear()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the cache tensors."""
+        return tuple(self._specs)
+
+    def buffer(self, name: str) -> CacheBuffer:
+        """Return the one buffer of the tensor `name`."""
+        return self._buffers[name]
 
     def clear(self) -> None:
         """Zero every row. Only hygiene: no result depends on rows beyond the filled ones."""

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_runtime.contract import TensorSpec
-from mtp_runtime.errors import ContextFullError, MtpError
-from mtp_runtime.kv_cache import check_rows
+from mtp_runtime.errors import MtpError
+from mtp_runtime.kv_cache import CachePositions, check_rows
 
 FloatArray = NDArray[np.float32]
 
 SLIDING_SLOTS = "sliding_slots"
 
 
-class PooledKVCache:
+class PooledKVCache(CachePositions):
     """Rows of every cache tensor, of one sequence. Shapes: each buffer is [1, G, slots, D]."""
 
     def __init__(
@@ -38,7 +38,8 @@ class PooledKVCache:
         `window` rows of a sliding layer, and one more, are always at hand: the drafter sees one more than the target.
         `allocate` makes the zeroed memory of a tensor, by its name.
         """
-        self._length, self._longest_pass = length, longest_pass
+        super().__init__(length)
+        self._longest_pass = longest_pass
         self._kept, self._stride = window + 1, window
         sliding_length = min(length, self._kept + self._stride + longest_pass)
         self._sliding = {spec.name for spec in specs if spec.shape[2] == SLIDING_SLOTS}
@@ -52,27 +53,11 @@ class PooledKVCache:
         self._short = sliding_length < length
         self._put_aside: dict[str, list[FloatArray]] = {name: [] for name in self._sliding}
         self._first = 0
-        self._filled = 0
-
-    @property
-    def length(self) -> int:
-        """How many positions there are room for."""
-        return self._length
-
-    @property
-    def filled_length(self) -> int:
-        """How many leading positions hold the rows of processed tokens."""
-        return self._filled
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the cache tensors."""
         return tuple(self._specs)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the buffers, without what is put aside."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     @property
     def first_position(self) -> int:
@@ -87,8 +72,8 @@ class PooledKVCache:
         """
         if count > self._longest_pass:
             raise MtpError(f"a pass has {count} tokens, at most {self._longest_pass} fit")
-        self._check_room(count)
-        first = max(0, (self._filled - self._kept) // self._stride * self._stride) if self._short else 0
+        self.check_room(count)
+        first = self._first_row_at(self._filled)
         if first == self._first:
             return
         for name in self._sliding:
@@ -106,24 +91,13 @@ class PooledKVCache:
             buffer[:, :, : rows.shape[2]] = rows
         self._first = first
 
-    def advance(self, count: int) -> None:
-        """Say that the next `count` positions now hold processed tokens.
-
-        Raises:
-            ContextFullError: there are not that many left.
-        """
-        self._check_room(count)
-        self._filled += count
-
     def rewind(self, filled_length: int) -> None:
-        """Drop the rows at and beyond `filled_length`.
+        """Drop the rows at and beyond `filled_length`, and settle.
 
         Raises:
             MtpError: fewer positions than that are filled.
         """
-        if not 0 <= filled_length <= self._filled:
-            raise MtpError(f"cannot rewind to {filled_length}: {self._filled} positions are filled")
-        self._filled = filled_length
+        super().rewind(filled_length)
         self.settle()
 
     def rows(self, name: str) -> FloatArray:
@@ -135,7 +109,7 @@ class PooledKVCache:
     def restore(self, rows: Mapping[str, FloatArray]) -> None:
         """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
         filled = check_rows(rows, self._specs, self._length)
-        first = max(0, (filled - self._kept) // self._stride * self._stride) if self._short else 0
+        first = self._first_row_at(filled)
         for name, values in rows.items():
             start = first if name in self._sliding else 0
             self._buffers[name][:, :, : filled - start] = values[:, :, start:]
@@ -145,7 +119,6 @@ class PooledKVCache:
                 ]
         self._filled, self._first = filled, first
 
-    def _check_room(self, count: int) -> None:
-        needed = self._filled + count
-        if count < 0 or needed > self._length:
-            raise ContextFullError(f"the cache has {self._length} positions, and {needed} are needed: shorten the text")
+    def _first_row_at(self, filled: int) -> int:
+        """Return where the buffers of sliding layers begin once `filled` positions are filled."""
+        return max(0, (filled - self._kept) // self._stride * self._stride) if self._short else 0
