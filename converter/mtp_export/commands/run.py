@@ -6,6 +6,7 @@ import sys
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from mtp_runtime.errors import UserError
 
@@ -26,43 +27,87 @@ def _depth(context: click.Context, parameter: click.Parameter, value: str | None
     help="Tokens drafted in a round, up to the bundle's K; auto: as many as pay, none where none do.  [K]",
 )
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; above, tokens are drawn.")
+@click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens, up to this probability.  [1]")
+@click.option("--seed", type=int, default=0, help="The same seed draws the same tokens.  [0]")
+@click.option(
+    "--sampling-method",
+    type=click.Choice(("match", "speculative")),
+    default="match",
+    help="What accepts a draft: that the target draws it too, or the ratio of probabilities.  [match]",
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 against repetition.  [1]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where TEXT begins; may be given several times.")
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON: tokens, origins, statistics.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
 def command(
+    context: click.Context,
     bundle: str,
     prompt: str | None,
     chat: bool,
     no_mtp: bool,
     num_draft_tokens: int | Literal["auto"] | None,
     max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    sampling_method: Literal["match", "speculative"],
+    repetition_penalty: float,
+    stop: tuple[str, ...],
     threads: int,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Continue PROMPT (or standard input) greedily with the reference runtime."""
-    from mtp_runtime import Session
+    """Continue PROMPT (or standard input) with the reference runtime, greedily unless there is a --temperature."""
+    from mtp_runtime import Sampling, Session
+    from mtp_runtime.stop_strings import check_stop_strings
 
+    # Mistakes are told before standard input is read and the bundle is opened, which may take long.
+    if no_mtp and num_draft_tokens:
+        raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        method=sampling_method,
+    )
+    if temperature == 0.0:
+        _check_nothing_is_for_drawing(context)
+    check_stop_strings(stop)
     if prompt is None:
         if sys.stdin.isatty():
             raise UserError("no prompt: give it as an argument or on standard input")
         prompt = sys.stdin.read()
-    if no_mtp and num_draft_tokens:
-        raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
     with Session.open(bundle, threads=threads) as session:
         text = session.chat_prompt(prompt) if chat else prompt
         generation = session.generate(
-            text, max_new_tokens=max_new_tokens, num_draft_tokens=0 if no_mtp else num_draft_tokens
+            text,
+            max_new_tokens=max_new_tokens,
+            num_draft_tokens=0 if no_mtp else num_draft_tokens,
+            stop=stop,
+            sampling=sampling,
         )
         if as_json:
             trace = generation.finish()
             click.echo(trace.to_json(), nl=False)
             return
-        stream = session.text_stream()
-        for token in generation:
-            click.echo(stream.push(token.id), nl=False)
-        click.echo(stream.finish())
+        for _, piece in generation.with_text():
+            click.echo(piece, nl=False)
+        click.echo()
         click.echo(_summary(generation.stats), err=True)
+
+
+def _check_nothing_is_for_drawing(context: click.Context) -> None:
+    for name in ("top_k", "top_p", "seed", "sampling_method"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for tokens that are drawn: give a --temperature above 0 too")
 
 
 def _summary(stats: Any) -> str:
