@@ -1,0 +1,137 @@
+"""Which tensors a published pair stores: names, shapes, and how large their values are.
+
+The text model alone: the exported parts are all here, and the layout of the vision and audio towers is in no fact that
+we have; the converter ignores them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerType, TargetSpec
+
+TARGET_PREFIX = "model.language_model."
+TOKEN_ORDERING = "masked_embedding.token_ordering"
+
+# Middle of the final norm's weights: rows of the head have about unit length, so this is the spread of the logits.
+_LOGIT_SPREAD = 3.0
+# Share of a token's own embedding in the last hidden state, as 1/x. With a tied head, a larger share repeats the token.
+_MIXING = 16.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a checkpoint; `spread` is the standard deviation of a matrix, or the middle of a vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    spread: float
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors calls it."""
+        return "I64" if self.name == TOKEN_ORDERING else "BF16"
+
+    @property
+    def size_bytes(self) -> int:
+        count = 8 if self.dtype == "I64" else 2
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def at_depth(spec: TargetSpec, depth: Fraction) -> TargetSpec:
+    """The target with a fraction of its layers, every width as it was: the last layers of those that own a cache, at
+    least one of each type, and the last ones of those that share."""
+    own = max(2, round(spec.num_caches * depth))
+    shared = max(1, round(spec.num_kv_shared_layers * depth))
+    kept = [*range(spec.num_caches - own, spec.num_caches), *range(spec.num_layers - shared, spec.num_layers)]
+    return dataclasses.replace(
+        spec,
+        layer_types=tuple(spec.layer_types[i] for i in kept),
+        intermediate_sizes=tuple(spec.intermediate_sizes[i] for i in kept),
+        num_kv_shared_layers=shared,
+    )
+
+
+def target_tensors(spec: TargetSpec, *, unused_caches: bool) -> list[StoredTensor]:
+    """The text model in a multimodal file; with `unused_caches`, KV-shared layers carry keys and values that nothing
+    reads, as the files without quantisation-aware training do."""
+    hidden, per_layer = spec.hidden_size, spec.per_layer_size
+    width = spec.num_layers * per_layer
+    # Every norm of a branch's result is this large: then 3 branches a layer add up to _MIXING.
+    branch = _MIXING / (3 * spec.num_layers) ** 0.5
+    tensors = [
+        _matrix("embed_tokens", spec.vocab_size, hidden),
+        _matrix("embed_tokens_per_layer", spec.vocab_size_per_layer_input, width, spread=per_layer**-0.5),
+        _matrix("per_layer_model_projection", width, hidden),
+        _vector("per_layer_projection_norm", per_layer),
+        _vector("norm", hidden, _LOGIT_SPREAD),
+    ]
+    for layer in range(spec.num_layers):
+        tensors += _layer(spec, layer, branch)
+        if layer < spec.num_caches or unused_caches:
+            tensors += _keys_and_values(spec, layer)
+        tensors += [
+            _matrix(f"layers.{layer}.per_layer_input_gate", per_layer, hidden),
+            _matrix(f"layers.{layer}.per_layer_projection", hidden, per_layer),
+            _vector(f"layers.{layer}.post_per_layer_input_norm", hidden, branch),
+        ]
+    return [dataclasses.replace(tensor, name=TARGET_PREFIX + tensor.name) for tensor in tensors]
+
+
+def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
+    """The drafter's tensors: query-only layers, and the clustered head beside the tied embedding."""
+    hidden, backbone = spec.hidden_size, spec.backbone_hidden_size
+    tensors = [
+        _matrix("model.embed_tokens", spec.vocab_size, hidden),
+        _vector("model.norm", hidden, _LOGIT_SPREAD),
+        _matrix("pre_projection", hidden, 2 * backbone),
+        _matrix("post_projection", backbone, hidden),
+        _matrix("masked_embedding.centroids", spec.head.num_centroids, hidden),
+        StoredTensor(name=TOKEN_ORDERING, shape=(spec.vocab_size,), spread=0.0),
+    ]
+    for layer in range(spec.num_layers):
+        tensors += [dataclasses.replace(t, name=f"model.{t.name}") for t in _layer(spec, layer, 1.0)]
+    return tensors
+
+
+def _layer(spec: DecoderSpec, layer: int, branch: float) -> list[StoredTensor]:
+    """What every layer of target and drafter has."""
+    hidden, inner, name = spec.hidden_size, spec.intermediate_sizes[layer], f"layers.{layer}"
+    head_dim = spec.head_dim_of(spec.layer_types[layer])
+    queries = spec.num_heads * head_dim
+    return [
+        _vector(f"{name}.input_layernorm", hidden),
+        _matrix(f"{name}.self_attn.q_proj", queries, hidden),
+        _vector(f"{name}.self_attn.q_norm", head_dim),
+        _matrix(f"{name}.self_attn.o_proj", hidden, queries),
+        _vector(f"{name}.post_attention_layernorm", hidden, branch),
+        _vector(f"{name}.pre_feedforward_layernorm", hidden),
+        _matrix(f"{name}.mlp.gate_proj", inner, hidden),
+        _matrix(f"{name}.mlp.up_proj", inner, hidden),
+        _matrix(f"{name}.mlp.down_proj", hidden, inner),
+        _vector(f"{name}.post_feedforward_layernorm", hidden, branch),
+        StoredTensor(name=f"{name}.layer_scalar", shape=(1,), spread=1.0),
+    ]
+
+
+def _keys_and_values(spec: DecoderSpec, layer: int) -> list[StoredTensor]:
+    layer_type: LayerType = spec.layer_types[layer]
+    head_dim, name = spec.head_dim_of(layer_type), f"layers.{layer}.self_attn"
+    return [
+        _matrix(f"{name}.k_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
+        _matrix(f"{name}.v_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
+        # The scores are not scaled by D^-0.5, so the norms do it; without that, random attention is chaotic.
+        _vector(f"{name}.k_norm", head_dim, head_dim**-0.5),
+    ]
+
+
+def _matrix(name: str, rows: int, columns: int, spread: float | None = None) -> StoredTensor:
+    """Scaled by its fan-in unless `spread` says otherwise."""
+    return StoredTensor(name=f"{name}.weight", shape=(rows, columns), spread=spread or columns**-0.5)
+
+
+def _vector(name: str, length: int, middle: float = 1.0) -> StoredTensor:
+    return StoredTensor(name=f"{name}.weight", shape=(length,), spread=middle)
