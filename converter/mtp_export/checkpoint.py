@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mtp_export.errors import CheckpointError
+from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import FileEntry
 
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +33,6 @@ _TEXT_FILES = (
 )
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_TEXT_BYTES = 64 << 20
-_READ_BYTES = 16 << 20
 
 # An id is an owner and a name; what begins with a dot is a path.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -269,8 +268,4 @@ def locate(source: str) -> Path:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and SHA-256 of a file, under its bare name."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return FileEntry(path=path.name, sha256=digest.hexdigest(), size_bytes=os.path.getsize(path))
+    return FileEntry(path=path.name, sha256=sha256_of(path), size_bytes=os.path.getsize(path))

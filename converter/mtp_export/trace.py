@@ -18,7 +18,7 @@ from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerT
 from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
 from mtp_export.models.layers import FeedForward
-from mtp_export.models.target import Embedder, PerLayerEmbedder, TargetFeedForward, TargetHead, TargetPrologue
+from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
 from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
 
 
@@ -344,8 +344,6 @@ def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
     """The graph of one token's embedding (`embedder`), or of its per-layer embeddings (`per_layer_embedder`)."""
     builder = GraphBuilder(role)
     builder.start({"token_ids": ((1, 1), torch.int32)})
-    builder.call(
-        "embed", lambda: (Embedder if role == "embedder" else PerLayerEmbedder)(spec), {"token_ids": "token_ids"}
-    )
+    builder.call("embed", lambda: EMBEDDERS[role](spec), {"token_ids": "token_ids"})
     builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=1, attention_length=0)
     return builder.graph()

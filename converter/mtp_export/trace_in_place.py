@@ -7,7 +7,6 @@ Every graph is evaluated at two sets of sizes; a dimension that follows one of t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import msgspec
@@ -16,7 +15,7 @@ import torch
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
 from mtp_export.models import in_place
 from mtp_export.models.layers import FeedForward
-from mtp_export.models.target import TargetFeedForward
+from mtp_export.models.target import EMBEDDERS, TargetFeedForward
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_runtime.contract import GraphSignature, TensorSpec
 
@@ -155,7 +154,7 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
             f"feed_forward_{width}", _build(TargetFeedForward, spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix
         )
         x = f"x_{i}"
-    builder.call("head", lambda: in_place.TargetHead(spec), {"x": x, "logit_rows": "logit_rows"})
+    builder.call("head", lambda: in_place.RowsHead(spec), {"x": x, "logit_rows": "logit_rows"})
     outputs = {name: f"{name}_next" for name in caches} | read | {"logits": "logits", "activations": "activations"}
     builder.finish("forward", "forward", outputs, num_tokens=0, attention_length=0)
     return builder.graph()
@@ -217,13 +216,7 @@ def _drafter(
 
 def _embedder(spec: TargetSpec, role: str, sizes: _Sizes) -> TracedGraph:
     builder = GraphBuilder(role)
-    rows, shape, leaf = (
-        (spec.vocab_size, (spec.hidden_size,), "embed_tokens")
-        if role == "embedder"
-        else (spec.vocab_size_per_layer_input, (spec.num_layers, spec.per_layer_size), "embed_tokens_per_layer")
-    )
     builder.start({"token_ids": ((sizes.batch, sizes.tokens), torch.int32)})
-    module = _build(in_place.Embedder, rows, shape, math.sqrt(shape[-1]), leaf)
-    builder.call("embed", module, {"token_ids": "token_ids"})
+    builder.call("embed", _build(EMBEDDERS[role], spec), {"token_ids": "token_ids"})
     builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=0, attention_length=0)
     return builder.graph()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_export.arch.spec import SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
@@ -17,7 +16,7 @@ from mtp_export.models import ops
 from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
 from mtp_export.models.clustered_head import ClusteredHead
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables
-from mtp_export.models.target import PerLayerInputs
+from mtp_export.models.target import PerLayerInputs, TargetHead
 
 
 class RopeTables:
@@ -141,20 +140,12 @@ class ReaderAttention(nn.Module):
         return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 
-class TargetHead(nn.Module):
-    """Final norm and soft-capped head, for the tokens whose logits are wanted."""
+class RowsHead(TargetHead):
+    """The target's head, for the tokens whose logits are wanted."""
 
-    def __init__(self, spec: TargetSpec) -> None:
-        super().__init__()
-        self.cap = spec.final_logit_softcapping
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-
-    def forward(self, x: Tensor, logit_rows: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, logit_rows: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Shapes: x [B,T,H], logit_rows [N] int32 -> activations [B,N,H], logits [B,N,V]"""
-        hidden = self.norm(ops.gather(x, logit_rows, 1))
-        logits = F.linear(hidden, self.embed_tokens.weight) * (1.0 / self.cap)
-        return {"activations": hidden, "logits": logits.tanh() * self.cap}
+        return super().forward(ops.gather(x, logit_rows, 1))
 
 
 class CandidateHead(nn.Module):
@@ -179,20 +170,3 @@ class CandidateHead(nn.Module):
             "best": best,
             "projected_activations": self.post_projection(hidden),
         }
-
-
-class Embedder(nn.Module):
-    """Rows of a table by token id, scaled and unpacked."""
-
-    def __init__(self, rows: int, shape: tuple[int, ...], scale: float, leaf: str) -> None:
-        super().__init__()
-        self.shape, self.scale, self.leaf = shape, scale, leaf
-        width = 1
-        for size in shape:
-            width *= size
-        self.add_module(leaf, nn.Embedding(rows, width))
-
-    def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """Shapes: [B,T] int32 -> embeddings [B,T,*shape]"""
-        rows = self.get_submodule(self.leaf)(token_ids) * self.scale
-        return {"embeddings": rows.reshape(*token_ids.shape, *self.shape) if len(self.shape) > 1 else rows}

@@ -23,8 +23,8 @@ def update_cache(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
 
 
 @update_cache.register_fake
-def _(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    return torch.empty_like(cache)
+def _like_the_first(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("mtp::gather", mutates_args=())
@@ -85,9 +85,7 @@ def decomposed_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * weight
 
 
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(x)
+rms_norm.register_fake(_like_the_first)
 
 
 @torch.library.custom_op("mtp::write_and_attend", mutates_args=())
@@ -124,15 +122,7 @@ def write_and_attend(
 
 @write_and_attend.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    last: Tensor,
-    total: Tensor,
-    num_heads: int,
-    window: int,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
@@ -156,9 +146,7 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
 
 

@@ -4,6 +4,7 @@ head, and the two embedders. `trace.py` says how they are chained; parameters ca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class TargetHead(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Shapes: x [1,T,H] -> activations [1,T,H], logits [1,T,V]"""
+        """Shapes: x [B,T,H] -> activations [B,T,H], logits [B,T,V]"""
         hidden = self.norm(x)
         logits = torch.tanh(F.linear(hidden, self.embed_tokens.weight) * (1.0 / self.cap)) * self.cap
         return {"activations": hidden, "logits": logits}
@@ -94,7 +95,7 @@ class Embedder(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
 
     def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """Shapes: [1,1] int32 -> embeddings [1,1,H]"""
+        """Shapes: [B,T] int32 -> embeddings [B,T,H]"""
         return {"embeddings": self.embed_tokens(token_ids) * self.scale}
 
 
@@ -103,10 +104,18 @@ class PerLayerEmbedder(nn.Module):
 
     def __init__(self, spec: TargetSpec) -> None:
         super().__init__()
-        self.shape, self.scale = (1, 1, spec.num_layers, spec.per_layer_size), math.sqrt(spec.per_layer_size)
+        self.shape, self.scale = (spec.num_layers, spec.per_layer_size), math.sqrt(spec.per_layer_size)
         width = spec.num_layers * spec.per_layer_size
         self.embed_tokens_per_layer = nn.Embedding(spec.vocab_size_per_layer_input, width)
 
     def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """Shapes: [1,1] int32 -> embeddings [1,1,L,P]"""
-        return {"embeddings": (self.embed_tokens_per_layer(token_ids) * self.scale).reshape(self.shape)}
+        """Shapes: [B,T] int32 -> embeddings [B,T,L,P]"""
+        rows = self.embed_tokens_per_layer(token_ids) * self.scale
+        return {"embeddings": rows.reshape(*token_ids.shape, *self.shape)}
+
+
+# By the role of their graph.
+EMBEDDERS: dict[str, Callable[[TargetSpec], nn.Module]] = {
+    "embedder": Embedder,
+    "per_layer_embedder": PerLayerEmbedder,
+}
