@@ -1,4 +1,5 @@
-"""What every backend must pass: subclass `BackendTests`, and give it a fixture `session` over nano at f32.
+"""What every backend must pass: subclass the classes below, and give them a fixture `session` over nano at f32, for
+`ConversationTests` another over the same bundle, `other_session`, and for `ClosingTests` a `fresh_session` a test.
 
 The expectations follow from the definition of a pass, not from another backend.
 """
@@ -6,11 +7,13 @@ The expectations follow from the definition of a pass, not from another backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mtp_runtime import BackendError, ContextFullError, MtpError, Session
+from mtp_runtime import BackendError, ContextFullError, Conversation, GenerationTrace, MtpError, Session
 from mtp_runtime.backend import FloatArray
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'
@@ -178,6 +181,100 @@ class BackendTests:
         with pytest.raises(MtpError, match=r"the rows of kv_cache_k_0 are"):
             session.backend.kv_cache.restore({**rows, name: rows[name][:, :, :, :-1]})
         assert session.backend.kv_cache.filled_length == 40
+
+
+# Each longer than the sliding window, 128 tokens: every turn moves what a backend keeps of the window, and going back
+# a turn must bring it back.
+MESSAGES = tuple(f"Explain {topic}.\n" + PROMPT * 8 for topic in ("this class", "push", "pop"))
+# Nothing ends a reply but its length.
+REPLY: dict[str, Any] = {"max_new_tokens": 12, "stop_token_ids": (), "with_margins": True}
+
+
+class ConversationTests:
+    """Turns over one cache say what a session that knows nothing would; what is saved continues to the bit.
+
+    tests/unit/test_conversation.py and test_saved_session.py have the cases that are no matter of the backend.
+    """
+
+    def test_turns_reuse_the_cache_and_say_what_a_fresh_session_would(
+        self, session: Session, other_session: Session
+    ) -> None:
+        conversation = Conversation(session)
+        for turn, message in enumerate(MESSAGES):
+            reply = conversation.say(message, **REPLY)
+            assert reply.finish().tokens == other_session.generate(reply.prompt_ids, **REPLY).finish().tokens
+            assert turn == 0 or reply.stats.reused_tokens > 128 * turn
+        assert len(session.processed_ids) == session.backend.kv_cache.filled_length > 3 * 128
+
+    def test_rewinding_to_any_turn_goes_on_from_there(self, session: Session, other_session: Session) -> None:
+        conversation = Conversation(session)
+        for message in MESSAGES:
+            conversation.say(message, **REPLY).finish()
+        turns = conversation.turns
+        for turn in (2, 1, 0):
+            conversation.rewind(turn)
+            assert conversation.turns == turns[:turn]
+            reply = conversation.say("And what is missing?", **REPLY)
+            assert reply.finish().tokens == other_session.generate(reply.prompt_ids, **REPLY).finish().tokens
+            assert reply.stats.reused_tokens > 128 * turn
+
+    def test_a_reply_that_a_stop_text_ends_leaves_only_its_own_rows(
+        self, session: Session, other_session: Session
+    ) -> None:
+        whole = session.generate(session.chat_prompt(MESSAGES[0]), **REPLY)
+        whole.finish()
+        stop = whole.text[4:6]
+        conversation = Conversation(session)
+        first = conversation.say(MESSAGES[0], stop=stop, **REPLY)
+        first.finish()
+        assert first.text == whole.text[: whole.text.index(stop)]
+        assert len(session.processed_ids) == session.backend.kv_cache.filled_length
+        reply = conversation.say("Go on.", **REPLY)
+        assert reply.finish().tokens == other_session.generate(reply.prompt_ids, **REPLY).finish().tokens
+
+    def test_a_saved_conversation_goes_on_to_the_bit(
+        self, session: Session, other_session: Session, tmp_path: Path
+    ) -> None:
+        """Saved in the middle of a reply, in a round of drafts."""
+        conversation = Conversation(session)
+        conversation.say(MESSAGES[0], **REPLY).finish()
+        running = conversation.say(MESSAGES[1], **REPLY)
+        for _ in range(3):
+            next(running)
+        conversation.save(tmp_path / "saved")
+        Conversation(other_session).say("What was there is replaced.", **REPLY).finish()
+        restored = Conversation.restore(other_session, tmp_path / "saved")
+        assert restored.turns == conversation.turns
+        traces = [each.say(MESSAGES[2], **REPLY).finish() for each in (conversation, restored)]
+        assert traces[0].stats.reused_tokens == traces[1].stats.reused_tokens > 128
+        assert_same_continuation(session, other_session, traces)
+
+    @pytest.mark.parametrize("filled", [3, 500])
+    @pytest.mark.parametrize("drafts", [0, 4])
+    def test_a_saved_session_continues_to_the_bit(
+        self, session: Session, other_session: Session, tmp_path: Path, drafts: int, filled: int
+    ) -> None:
+        options = {**REPLY, "num_draft_tokens": drafts}
+        running = session.generate(tokens_of(session, filled), **options)
+        for _ in range(5):
+            next(running)
+        running.close()
+        session.save(tmp_path / "saved")
+        other_session.restore(tmp_path / "saved")
+        assert (other_session.token_ids, other_session.processed_ids) == (session.token_ids, session.processed_ids)
+        assert_same_rows(other_session, all_rows(session), 0.0)
+        ids = session.token_ids
+        traces = [each.generate(ids, keep_length=len(ids) - 1, **options).finish() for each in (session, other_session)]
+        assert_same_continuation(session, other_session, traces)
+        whole = session.generate(tokens_of(session, filled), **{**options, "max_new_tokens": 17}).finish()
+        assert (*ids[filled:], *traces[0].tokens) == whole.tokens
+
+
+def assert_same_continuation(session: Session, other: Session, traces: Sequence[GenerationTrace]) -> None:
+    """The same tokens, margins to the bit, and rows to the bit."""
+    assert traces[0].tokens == traces[1].tokens
+    assert traces[0].margins == traces[1].margins
+    assert_same_rows(other, all_rows(session), 0.0)
 
 
 class ClosingTests:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from tests.parity.backend_tests import (
     TOLERANCE,
     BackendTests,
     ClosingTests,
+    ConversationTests,
     all_rows,
     assert_same_rows,
     start,
@@ -27,19 +29,34 @@ FORMATS = ("tflite", "onnx")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def session(request: pytest.FixtureRequest, export_nano: Export) -> Iterator[Session]:
-    with Session.open(export_nano("f32", export_format=request.param)) as opened:
+def bundle(request: pytest.FixtureRequest, export_nano: Export) -> Path:
+    return export_nano("f32", export_format=request.param)
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Path) -> Iterator[Session]:
+    with Session.open(bundle) as opened:
         yield opened
 
 
-@pytest.fixture(params=FORMATS)
-def fresh_session(request: pytest.FixtureRequest, export_nano: Export) -> Iterator[Session]:
-    with Session.open(export_nano("f32", export_format=request.param)) as opened:
+@pytest.fixture(scope="module")
+def other_session(bundle: Path) -> Iterator[Session]:
+    with Session.open(bundle) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fresh_session(bundle: Path) -> Iterator[Session]:
+    with Session.open(bundle) as opened:
         yield opened
 
 
 class TestBackends(BackendTests):
     """LiteRT and ONNX Runtime."""
+
+
+class TestConversations(ConversationTests):
+    """Likewise."""
 
 
 class TestClosing(ClosingTests):
