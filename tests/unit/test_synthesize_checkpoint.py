@@ -130,6 +130,9 @@ def test_an_eighth_of_the_layers_at_full_width(model: str) -> None:
         "num_kv_shared_layers",
     }
     assert layout.at_depth(whole, Fraction(1)) == whole
+    least = layout.at_depth(whole, Fraction(1, 100))
+    assert least.layer_types == (SLIDING, FULL, FULL)
+    assert gemma4.read_target_spec(texts.target_config(least), "config.json") == least
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -245,6 +248,7 @@ def test_shards_hold_the_same_tensors(nano: Pair, tmp_path: Path) -> None:
     assert {name: info.shape for name, info in sharded.tensors.items()} == {
         name: info.shape for name, info in whole.tensors.items()
     }
+    assert index["weight_map"] == {name: info.file.name for name, info in sharded.tensors.items()}
     assert index["metadata"]["total_size"] == sum(2 * math.prod(info.shape) for info in whole.tensors.values())
     for name in ("model.language_model.norm.weight", "model.language_model.embed_tokens.weight"):
         np.testing.assert_array_equal(sharded.rows(name, 0, 64), whole.rows(name, 0, 64))
@@ -263,12 +267,13 @@ def test_a_forward_pass_is_finite_and_says_many_things(variant: str, nano: Pair)
     ids = torch.randint(5, config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(ids).logits[0]
+        again = model(logits.argmax(-1)[None]).logits[0].argmax(-1)
         swapped = model(torch.cat([ids[:, 1:2], ids[:, :1], ids[:, 2:]], 1)).logits[0]
     assert bool(logits.isfinite().all())
     assert 1.0 < float(logits.std()) < 8.0
     said = logits.argmax(-1)
     assert len(said.unique()) > 40
-    assert int((said == ids[0]).sum()) < 8, "the tied head repeats the token"
+    assert int((again == said).sum()) < 4, "the tied head repeats what it said"
     assert float((logits[-1] - swapped[-1]).abs().max()) > 1e-3, "attention does not see what came before"
 
 

@@ -16,8 +16,9 @@ TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 # Middle of the final norm's weights: rows of the head have about unit length, so this is the spread of the logits.
 _LOGIT_SPREAD = 3.0
-# Share of a token's own embedding in the last hidden state, as 1/x. With a tied head, a larger share repeats the token.
-_MIXING = 16.0
+# A token's own embedding is one part in this many of the last hidden state: the head is tied, so a larger part makes
+# tokens repeat themselves, those with large rows first (16 was too little for E2B).
+_MIXING = 48.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
