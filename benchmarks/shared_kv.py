@@ -30,7 +30,8 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAcc
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_runtime import Bundle, Manifest, Session
-from mtp_runtime.onnx import BoundRun, OnnxBackend
+from mtp_runtime.onnx import OnnxBackend
+from mtp_runtime.onnx_graphs import BoundGraph, TargetRun
 from mtp_runtime.quiet import native_log_held_back
 
 GOAL = 1.3
@@ -158,10 +159,10 @@ def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[st
     backend.prefill([2] + [3 + at % 50 for at in range(filled - 1)])
     tokens = range(5, 6 + manifest.num_draft_tokens)
     activations = np.zeros(manifest.hidden_size, np.float32)
-    copying = copying_run(backend, manifest)
+    copying = copying_graph(backend)
 
     def copy() -> None:
-        backend.prepare(1)
+        backend.graphs.prepare(0, 1)
         copying.run()
 
     return {
@@ -172,13 +173,13 @@ def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[st
     }
 
 
-def copying_run(backend: OnnxBackend, manifest: Manifest) -> BoundRun:
+def copying_graph(backend: OnnxBackend) -> BoundGraph:
     """A decode that returns the caches apart from those it was given."""
-    run = BoundRun(backend, "target", manifest.signatures["target"][0], {"batch": 1, "tokens": 1, "rows": 1})
-    for name, value in backend.cache_values().items():
+    graph = TargetRun(backend.graphs, 1, 1, (0,)).graph
+    for name, value in backend.graphs.cache_values[0].items():
         apart = ort.OrtValue.ortvalue_from_numpy(np.zeros(value.shape(), np.float32), "cpu")
-        run.binding.bind_ortvalue_output(f"{name}_next", apart)
-    return run
+        graph.binding.bind_ortvalue_output(f"{name}_next", apart)
+    return graph
 
 
 def measure(name: str, pair: Sequence[Step], repeats: int) -> dict[str, Any]:

@@ -32,15 +32,16 @@ def export_nano(
     tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
 ) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere. `export_format` is `tflite`,
-    `onnx`, or `onnx-portable` for ONNX in standard operations."""
+    `onnx` (with graphs for eight sequences too), or `onnx-portable` for ONNX in standard operations."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
         output = folder / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
         if not output.exists():
-            name, _, portable = export_format.partition("-")
+            name = export_format.partition("-")[0]
             arguments = ("--model", "nano", "--target", name, "--recipe", recipe, "--output", str(output))
-            printed[output] = run_cli(*arguments, "--json", *(["--portable"] if portable else []))
+            variants = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
+            printed[output] = run_cli(*arguments, "--json", *variants.get(export_format, ()))
         return output
 
     return export

@@ -12,6 +12,7 @@ from mtp_runtime.errors import UserError
 
 EXPORT_FORMATS = ("tflite", "onnx")
 _MAX_DRAFT_TOKENS = 16
+_MAX_BATCH_SIZE = 8
 MIN_CACHE_LENGTH = 32
 _MAX_CACHE_LENGTH = 1 << 20  # a checkpoint says how far positions really go
 
@@ -21,7 +22,8 @@ class ExportConfig:
     """The options of `mtp-export export`; None stands for the model's default.
 
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
-    convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone.
+    convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
+    graphs for so many sequences in one pass, beside those for one.
     """
 
     model: str
@@ -34,6 +36,7 @@ class ExportConfig:
     num_draft_tokens: int
     drafter_position_offset: int
     portable: bool
+    batch_size: int
     output: Path
     force: bool
     workers: int
@@ -54,8 +57,12 @@ class ExportConfig:
         in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
         in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)
         in_range("--workers", self.workers, 1, 64)
-        if self.portable and self.export_format != "onnx":
-            raise UserError(f"--portable is for --target onnx, got --target {self.export_format}")
+        in_range("--batch-size", self.batch_size, 1, _MAX_BATCH_SIZE)
+        for option, given in (("--portable", self.portable), ("--batch-size", self.batch_size > 1)):
+            if given and self.export_format != "onnx":
+                raise UserError(f"{option} is for --target onnx, got --target {self.export_format}")
+        if self.portable and self.batch_size > 1:
+            raise UserError("--batch-size needs ONNX Runtime's own attention: leave --portable out")
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

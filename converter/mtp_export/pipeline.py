@@ -24,7 +24,7 @@ from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
-from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest
+from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
 
 _SPARE_BYTES = 64 << 20  # of disk, for headers and text files
 
@@ -218,6 +218,7 @@ def _write_onnx(
     clock: _Clock,
 ) -> dict[str, Path]:
     from mtp_export.lower import onnx
+    from mtp_export.lower.onnx_batch import write_batched
     from mtp_export.onnx_weights import write_onnx
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
@@ -229,6 +230,15 @@ def _write_onnx(
         files[graph.role] = folder / f"{graph.role}.onnx"
         files[f"{graph.role}_data"] = folder / f"{graph.role}.onnx.data"
         write_onnx(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
+    for traced in graphs if config.batch_size > 1 else ():
+        if traced.role in BATCH_ROLES:
+            files[batch_role(traced.role)] = folder / f"{traced.role}.batch.onnx"
+            write_batched(
+                files[traced.role],
+                traced.signatures[0].signature,
+                config.batch_size,
+                files[batch_role(traced.role)],
+            )
     clock.lap("weights")
     return files
 
@@ -270,6 +280,7 @@ def _write_rest(
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
         context_length=shape.cache_length - shape.num_draft_tokens,
+        batch_size=config.batch_size,
         drafter_position_offset=config.drafter_position_offset,
         vocab_size=pair.target_spec.vocab_size,
         hidden_size=pair.target_spec.hidden_size,

@@ -15,6 +15,7 @@ from mtp_runtime.conversation import Conversation, Reply, Turn
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
 from mtp_runtime.sampling import Constraint, Sampling
 from mtp_runtime.session import Generation, Session
+from mtp_runtime.session_batch import SessionBatch
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.trace import FinishReason, GenerationTrace, Token
 
@@ -38,6 +39,7 @@ __all__ = [
     "Reply",
     "Sampling",
     "Session",
+    "SessionBatch",
     "TargetPass",
     "Token",
     "Turn",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mtp_runtime.contract import MANIFEST_NAME, GraphSignature, Manifest, TensorSpec
+from mtp_runtime.contract import BATCH_ROLES, MANIFEST_NAME, GraphSignature, Manifest, TensorSpec, batch_role
 from mtp_runtime.errors import BundleError
 
 Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
@@ -68,6 +68,9 @@ def _check_special_tokens(manifest: Manifest) -> None:
 def _check_dynamic(manifest: Manifest) -> None:
     """Check the signatures of a bundle whose graphs take any number of tokens: one a graph."""
     _check_special_tokens(manifest)
+    batch_roles = {batch_role(role) for role in BATCH_ROLES} if manifest.batch_size != 1 else set()
+    if manifest.batch_size < 1 or not batch_roles <= manifest.files.keys():
+        raise _error(f"batch_size is {manifest.batch_size} without the graphs for it")
     kinds = {"target": "forward", "drafter": "draft", "embedder": "embed", "per_layer_embedder": "embed"}
     for role, kind in kinds.items():
         if [spec.kind for spec in manifest.signatures[role]] != [kind]:

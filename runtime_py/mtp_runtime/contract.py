@@ -16,7 +16,7 @@ Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n coun
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def is_cache(self) -> bool:
         """Whether the tensor is one of the shared KV caches."""
-        return self.name.startswith("kv_cache_")
+        return self.name.rpartition("/")[2].startswith("kv_cache_")
 
 
 class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,7 +98,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `context_length` is what may be filled: cache_length - num_draft_tokens, because a verify pass writes K + 1 rows
     at the pending position. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
     the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention,
-    0 vLLM's. It is already inside the graph.
+    0 vLLM's. It is already inside the graph. With a `batch_size` above 1 there are also a `target_batch` and a
+    `drafter_batch`, graphs for so many sequences, with the signatures that `for_sequences` says.
     """
 
     format_version: int
@@ -110,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_length: int
     num_draft_tokens: int
     context_length: int
+    batch_size: int = 1
     drafter_position_offset: int
     vocab_size: int
     hidden_size: int
@@ -178,6 +180,42 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if signature.name == name:
                 return signature
         raise BundleError(f"the bundle's {role} has no signature {name!r}: export it again with this version")
+
+
+BATCH_ROLES = ("target", "drafter")  # the graphs that have another form for several sequences
+TOKEN_COUNTS = "token_counts"
+_POOL_INPUTS = ("full_last", "full_total", "sliding_last", "sliding_total")
+
+
+def for_sequences(signature: GraphSignature, sequences: int) -> GraphSignature:
+    """Return the signature of the graph that processes several sequences in one pass (ONNX; docs/format.md).
+
+    The target has all their tokens in its dimension of tokens, sequence by sequence, as many as `token_counts` [N]
+    says; the drafter has N in its dimension of the batch. Caches, and how full they are, belong to one sequence each.
+    """
+    whole = "batch" if signature.kind == "forward" else None
+
+    def repeated(specs: tuple[TensorSpec, ...]) -> Iterator[TensorSpec]:
+        for spec in specs:
+            own = spec.is_cache or spec.name in _POOL_INPUTS
+            single = ("batch",) if own else (whole,)
+            shape = tuple(1 if size in single else sequences if size == "batch" else size for size in spec.shape)
+            names = [of_sequence(spec.name, i) for i in range(sequences)] if own else [spec.name]
+            yield from (TensorSpec(name=name, shape=shape, dtype=spec.dtype) for name in names)
+
+    counts = (TensorSpec(name=TOKEN_COUNTS, shape=(sequences,), dtype="int32"),) if whole else ()
+    inputs, outputs = tuple(repeated(signature.inputs)), tuple(repeated(signature.outputs))
+    return msgspec.structs.replace(signature, inputs=inputs + counts, outputs=outputs)
+
+
+def of_sequence(name: str, sequence: int) -> str:
+    """Name that a tensor of one sequence has in a graph for several."""
+    return f"sequence_{sequence}/{name}"
+
+
+def batch_role(role: str) -> str:
+    """Role of the file with the graph that `role` has for several sequences."""
+    return f"{role}_batch"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -57,6 +57,7 @@ def config_of(folder: Path, **changes: Any) -> ExportConfig:
         num_draft_tokens=4,
         drafter_position_offset=1,
         portable=False,
+        batch_size=1,
         output=folder.parent / "output" / "out",
         force=False,
         workers=1,

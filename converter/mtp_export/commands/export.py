@@ -34,6 +34,9 @@ from mtp_export.staging import check_output
     help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
 )
 @click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches.")
+@click.option(
+    "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]")
@@ -50,6 +53,7 @@ def command(
     num_draft_tokens: int,
     drafter_position_offset: int,
     portable: bool,
+    batch_size: int,
     output: Path | None,
     force: bool,
     workers: int | None,
@@ -68,6 +72,7 @@ def command(
         num_draft_tokens=num_draft_tokens,
         drafter_position_offset=drafter_position_offset,
         portable=portable,
+        batch_size=batch_size,
         output=output or Path(f"{model}-{export_format}"),
         force=force,
         workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,

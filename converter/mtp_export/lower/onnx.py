@@ -271,8 +271,8 @@ class _Chain:
         graph = helper.make_graph(
             self.nodes,
             traced.role,
-            [_value(spec, spec.name) for spec in signature.signature.inputs],
-            [_value(spec, _output_name(spec)) for spec in signature.signature.outputs],
+            [value_info(spec, spec.name) for spec in signature.signature.inputs],
+            [value_info(spec, output_name(spec)) for spec in signature.signature.outputs],
             initializer=self.initializers,
         )
         domains = sorted({node.domain for node in self.nodes})
@@ -336,10 +336,11 @@ def _renamed_output(output: str | None, inner: str) -> str:
     return f"{output}_next" if output.startswith("kv_cache_") else output
 
 
-def _output_name(spec: TensorSpec) -> str:
-    """A cache goes in and out, and a graph's values have one name each."""
+def output_name(spec: TensorSpec) -> str:
+    """Name of an output in the graph: a cache goes in and out, and a graph's values have one name each."""
     return f"{spec.name}_next" if spec.is_cache else spec.name
 
 
-def _value(spec: TensorSpec, name: str) -> onnx.ValueInfoProto:
+def value_info(spec: TensorSpec, name: str) -> onnx.ValueInfoProto:
+    """Declare a graph's input or output."""
     return helper.make_tensor_value_info(name, _TYPES[spec.dtype], list(spec.shape))
