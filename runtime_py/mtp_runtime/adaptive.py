@@ -17,11 +17,13 @@ MEMORY = 0.975
 # A rate without evidence is that of the position before it, as firmly as so many rounds would say.
 PRIOR_ROUNDS = 2.0
 PRIOR_RATE = 0.8
-# A cost is the lower quartile of so many measurements: other programs make a pass slower, never faster. It is not
-# believed before it has the fewest, and is measured afresh when so many rounds with drafts have passed without one.
+# A cost is the mean of so many measurements without the slowest quarter. Interruptions by other programs belong to it,
+# since a long pass meets more of them than a short one: in a lower quartile, which is without them, plain decoding
+# looked cheaper than it was. It is not believed before it has the fewest, and is measured afresh when so many rounds
+# with drafts have passed without one.
 MOST_MEASUREMENTS = 24
 FEWEST_MEASUREMENTS = 3
-STALE_ROUNDS = 512
+STALE_ROUNDS = 256
 # What drafts may lose, in decode steps: this part of plain decoding's time, and past gains up to the most.
 EARNED_SHARE = 0.015
 MOST_CREDIT = 24.0
@@ -40,8 +42,9 @@ class _Cost:
             self._measured.clear()
         self._measured_in_round = number
         self._measured.append(measured_ms)
-        enough = len(self._measured) >= FEWEST_MEASUREMENTS
-        self._usual_ms = sorted(self._measured)[len(self._measured) // 4] if enough else None
+        count = len(self._measured)
+        usual = sorted(self._measured)[: count - count // 4]
+        self._usual_ms = sum(usual) / len(usual) if count >= FEWEST_MEASUREMENTS else None
 
     def known_ms(self, number: int) -> float | None:
         return self._usual_ms if number - self._measured_in_round <= STALE_ROUNDS else None
