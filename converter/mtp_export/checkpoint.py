@@ -69,6 +69,7 @@ class Checkpoint:
         self.folder, self.part = folder, part
         self.config = self.read_json("config.json")
         self.tensors: dict[str, TensorInfo] = {}
+        self._files: dict[Path, Any] = {}
         for path in self._shards():
             self._add_headers(path)
 
@@ -128,7 +129,7 @@ class Checkpoint:
         return [self.folder / shard for shard in shards]
 
     def _add_headers(self, path: Path) -> None:
-        with _opened(path) as file:
+        with self._reading(path) as file:
             for name in sorted(file.keys()):
                 view = file.get_slice(name)
                 if name in self.tensors:
@@ -159,7 +160,7 @@ class Checkpoint:
 
     def _float32(self, name: str, read: Callable[[Any], torch.Tensor]) -> NDArray[np.float32]:
         path = self.tensors[name].file
-        with _opened(path) as file:
+        with self._reading(path) as file:
             values: NDArray[np.float32] = read(file).to(torch.float32).numpy()
         if not np.isfinite(values).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
@@ -167,23 +168,23 @@ class Checkpoint:
 
     def integers(self, name: str) -> NDArray[np.int64]:
         """A whole stored integer vector."""
-        with _opened(self.tensors[name].file) as file:
+        with self._reading(self.tensors[name].file) as file:
             values: NDArray[np.int64] = file.get_tensor(name).to(torch.int64).numpy()
         return values
 
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[Any]:
+        """Give a safetensors file, opened once: its header takes longer to parse than a block of rows to read.
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file.
-
-    Raises:
-        CheckpointError: what is read of it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+        Raises:
+            CheckpointError: what is read of it is damaged.
+        """
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            yield self._files[path]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
 
 
 def text_prefix(checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ file, offset and length (ONNX external data), so that neither is bound by protob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,7 +66,7 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
     format = parameter.format
     if format.bits == 32:
         start = _align(file)
-        for piece in row_blocks(parameter):
+        for piece in row_blocks(parameter, lambda rows: rows):
             file.write(np.ascontiguousarray(piece).data)
             dtype = piece.dtype
         kind = TensorProto.FLOAT16 if dtype == np.float16 else _NUMPY_TYPES[dtype]
@@ -76,16 +76,15 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
     blockwise = WeightFormat(bits=format.bits, block_size=size)
     scales: list[NDArray[np.float32]] = []
 
-    def blocks() -> Iterator[NDArray[np.uint8]]:
-        for block in row_blocks(parameter):
-            values, found = quantise(block, blockwise)
-            scales.append(found)
-            # Both operations take unsigned values whose zero is in the middle.
-            yield pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits)
+    def packed(block: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        values, found = quantise(block, blockwise)
+        # Both operations take unsigned values whose zero is in the middle.
+        return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), found
 
     start = _align(file)
-    for packed in blocks():
-        file.write(np.ascontiguousarray(packed).data)
+    for block, found in row_blocks(parameter, packed):
+        file.write(np.ascontiguousarray(block).data)
+        scales.append(found)
     uses = _replace(graph, name, rows, columns, size, format.bits)
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)
     if uses == "MatMulNBits":
