@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -54,7 +55,7 @@ def drafter_parameters(
     """Parameters of the drafter; its embedding becomes the clustered table, in the form that the graph has it in.
 
     Raises:
-        CheckpointError: as for the target, or the token ordering is no permutation.
+        CheckpointError: as for the target.
     """
     derived = {_TABLE, _ROW_SCALES, _ORDERING}
     stored = {name: shape for name, shape in graph.weights.items() if name not in derived}
@@ -68,6 +69,15 @@ def drafter_parameters(
     return parameters | table
 
 
+def token_ordering(checkpoint: Checkpoint, spec: DrafterSpec) -> NDArray[np.int64]:
+    """The drafter's vocabulary, a row for each cluster. Shapes: -> [clusters, V / clusters]
+
+    Raises:
+        CheckpointError: it is no permutation.
+    """
+    return read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(spec.head.num_centroids, -1)
+
+
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat) -> Parameter:
     return Parameter(shape=shape, format=format, rows=lambda start, stop: checkpoint.rows(name, start, stop))
 
@@ -77,13 +87,11 @@ def _clustered_table(
 ) -> dict[str, Parameter]:
     """The embedding in cluster order, one cluster to a row: float32; or, unless the recipe is float, int8 with its
     rows' scales apart where the graph multiplies by them, else float16."""
-    head = spec.head
-    ordering = read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(head.num_centroids, -1)
-
-    clusters, size = ordering.shape
+    clusters, size = spec.head.num_centroids, spec.head.cluster_size
+    ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
 
     def tokens(start: int, stop: int) -> NDArray[np.float32]:
-        return checkpoint.rows_at(_EMBEDDING, ordering[start:stop].reshape(-1))
+        return checkpoint.rows_at(_EMBEDDING, ordering()[start:stop].reshape(-1))
 
     def table(start: int, stop: int) -> NDArray[np.float32]:
         return tokens(start, stop).reshape(stop - start, -1)
@@ -100,7 +108,7 @@ def _clustered_table(
         return np.concatenate(pieces)
 
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
-        return ordering[start:stop].astype(np.int32)
+        return ordering()[start:stop].astype(np.int32)
 
     shape = (clusters, size * spec.hidden_size)
     parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}

@@ -48,7 +48,7 @@ class ExportResult:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pair:
+class Pair:
     """An opened pair that has been checked."""
 
     model: PairSpec
@@ -56,7 +56,6 @@ class _Pair:
     drafter: Checkpoint
     target_spec: TargetSpec
     drafter_spec: DrafterSpec
-    texts: Mapping[str, str]
     stop_token_ids: tuple[int, ...]
 
 
@@ -69,15 +68,18 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     clock = _Clock()
     config.check()
     with staged_folder(config.output, force=config.force) as folder:
-        pair = _open_pair(config)
-        shape = _graph_shape(config, pair)
+        pair = open_pair(config)
+        shape = graph_shape(config, pair)
+        contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
-        format = _FORMATS[config.export_format]
+        format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
-        values = _parameters(config, pair, graphs)
+        values = pair_parameters(config, pair, graphs)
+        parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
         _check_disk(config.output, values, copies=2 if format.container else 1)
         clock.lap("trace")
         files = format.write(config, graphs, values, folder, progress, clock)
+        files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, folder, progress)
         clock.lap("bundle")
     return ExportResult(
@@ -101,35 +103,44 @@ class _Clock:
         self._last = now
 
 
-def _open_pair(config: ExportConfig) -> _Pair:
-    """Open and check both checkpoints, the target first: a wrong one costs no download of the drafter."""
+def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pair:
+    """Open and check both checkpoints, the target first: a wrong one costs no download of the drafter. `find` gives
+    the folder of what a user or a model names.
+
+    Raises:
+        CheckpointError: one is damaged or of another architecture, or they do not fit each other.
+    """
     model = gemma4.PAIRS[config.model]
-    target = Checkpoint(_folder(config.target, model.target_id, "target"), "target")
+    target = Checkpoint(_folder(config.target, model.target_id, "target", find), "target")
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
     gemma4.check_model(model.name, "target", model.target, target_spec)
-    contents, stop_ids = texts.read_texts(target, target_spec), texts.stop_token_ids(target, target_spec)
-    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter"), "drafter")
+    stop_ids = texts.stop_token_ids(target, target_spec)
+    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter", find), "drafter")
     drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
     gemma4.check_pair(target_spec, drafter_spec)
     gemma4.check_model(model.name, "drafter", model.drafter, drafter_spec)
-    return _Pair(
+    return Pair(
         model=model,
         target=target,
         drafter=drafter,
         target_spec=target_spec,
         drafter_spec=drafter_spec,
-        texts=contents,
         stop_token_ids=stop_ids,
     )
 
 
-def _folder(given: str | None, published_id: str, part: str) -> Path:
+def _folder(given: str | None, published_id: str, part: str, find: Callable[[str], Path]) -> Path:
     if given is not None:
-        return locate(given)
-    return locate(published_id) if published_id else EMBEDDED / part
+        return find(given)
+    return find(published_id) if published_id else EMBEDDED / part
 
 
-def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
+def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
+    """The static sizes of a pair's graphs.
+
+    Raises:
+        UserError: --cache-length is nothing that the target or its prefill can have.
+    """
     longest = pair.target_spec.max_position_embeddings
     cache_length = min(pair.model.cache_length, longest) if config.cache_length is None else config.cache_length
     shortest = max(MIN_CACHE_LENGTH, min(pair.model.prefill_lengths) + 1)  # a bundle needs a prefill
@@ -142,13 +153,19 @@ def _graph_shape(config: ExportConfig, pair: _Pair) -> GraphShape:
     )
 
 
-def _drafter_recipe(config: ExportConfig) -> str:
+def drafter_recipe(config: ExportConfig) -> str:
+    """Name of the drafter's recipe."""
     return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
 
 
-def _parameters(config: ExportConfig, pair: _Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
+def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
+    """What the parameters of each graph are made of; nothing is read yet.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
+    """
     *of_target, drafter = graphs
-    recipe = RECIPES[_drafter_recipe(config)]
+    recipe = RECIPES[drafter_recipe(config)]
     values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
@@ -164,7 +181,7 @@ def _check_disk(output: Path, values: Mapping[str, Mapping[str, Parameter]], *, 
         )
 
 
-def _trace_tflite(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
+def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
     return [
         trace_target(pair.target_spec, shape),
         trace_embedder(pair.target_spec, "embedder"),
@@ -174,7 +191,7 @@ def _trace_tflite(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[
             pair.target_spec,
             shape,
             position_offset=config.drafter_position_offset,
-            row_scales=_drafter_recipe(config) != "f32",
+            row_scales=drafter_recipe(config) != "f32",
         ),
     ]
 
@@ -200,12 +217,12 @@ def _write_tflite(
     return files
 
 
-def _trace_onnx(config: ExportConfig, pair: _Pair, shape: GraphShape) -> list[TracedGraph]:
+def _trace_onnx(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
     return trace_graphs(
         pair.target_spec,
         pair.drafter_spec,
         position_offset=config.drafter_position_offset,
-        half_table=_drafter_recipe(config) != "f32",
+        half_table=drafter_recipe(config) != "f32",
     )
 
 
@@ -247,12 +264,12 @@ def _write_onnx(
 class _Format:
     """What differs between export formats: how graphs are traced and written, and whether one file holds them all."""
 
-    trace: Callable[[ExportConfig, _Pair, GraphShape], list[TracedGraph]]
+    trace: Callable[[ExportConfig, Pair, GraphShape], list[TracedGraph]]
     write: Callable[..., dict[str, Path]]
     container: bool
 
 
-_FORMATS = {
+FORMATS = {
     "tflite": _Format(trace=_trace_tflite, write=_write_tflite, container=True),
     "onnx": _Format(trace=_trace_onnx, write=_write_onnx, container=False),
 }
@@ -260,23 +277,49 @@ _FORMATS = {
 
 def _write_rest(
     config: ExportConfig,
-    pair: _Pair,
+    pair: Pair,
     shape: GraphShape,
     graphs: Sequence[TracedGraph],
-    graph_files: Mapping[str, Path],
+    files: Mapping[str, Path],
     folder: Path,
     progress: Progress,
 ) -> Manifest:
-    inputs = [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
+    inputs = input_files(pair)
     progress.start("hashing and bundling", len(inputs) + len(graphs) + 1)
-    files = {**graph_files, **texts.write_texts(pair.texts, folder)}
-    manifest = Manifest(
+    hashes = [_hash_input(part, path, progress) for part, path in inputs]
+    entries = {role: hash_file(path) for role, path in files.items()}
+    manifest = manifest_of(config, pair, shape, graphs, hashes, entries)
+    progress.advance(len(graphs))
+    if FORMATS[config.export_format].container:
+        container = folder / f"{config.model}.litertlm"
+        bundle.write_litertlm(folder, manifest, container)
+        manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
+    bundle.write_manifest(folder, manifest)
+    progress.advance(1)
+    return manifest
+
+
+def input_files(pair: Pair) -> list[tuple[str, Path]]:
+    """Every file that an export depends on, by the part that it belongs to."""
+    return [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
+
+
+def manifest_of(
+    config: ExportConfig,
+    pair: Pair,
+    shape: GraphShape,
+    graphs: Sequence[TracedGraph],
+    inputs: Sequence[FileEntry],
+    files: Mapping[str, FileEntry],
+) -> Manifest:
+    """The manifest of a bundle of these files, made from these inputs."""
+    return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("mtp-export"),
         model=config.model,
         export_format=config.export_format,
         recipe=config.recipe,
-        drafter_recipe=_drafter_recipe(config),
+        drafter_recipe=drafter_recipe(config),
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
         context_length=shape.cache_length - shape.num_draft_tokens,
@@ -288,18 +331,10 @@ def _write_rest(
         stop_token_ids=pair.stop_token_ids,
         target=dataclasses.asdict(pair.target_spec),
         drafter=dataclasses.asdict(pair.drafter_spec),
-        inputs=tuple(_hash_input(part, path, progress) for part, path in inputs),
-        files={role: hash_file(path) for role, path in files.items()},
+        inputs=tuple(inputs),
+        files=files,
         signatures={graph.role: tuple(t.signature for t in graph.signatures) for graph in graphs},
     )
-    progress.advance(len(graphs))
-    if _FORMATS[config.export_format].container:
-        container = folder / f"{config.model}.litertlm"
-        bundle.write_litertlm(folder, manifest, container)
-        manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
-    bundle.write_manifest(folder, manifest)
-    progress.advance(1)
-    return manifest
 
 
 def _hash_input(part: str, path: Path, progress: Progress) -> FileEntry:

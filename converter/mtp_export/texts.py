@@ -33,7 +33,30 @@ def read_texts(target: Checkpoint, spec: TargetSpec) -> dict[str, str]:
     except BundleError as error:
         path = target.folder / _FILES["tokenizer"]
         raise CheckpointError(f"{path} is not a tokenizer ({error.__cause__}): download it again") from error
-    texts |= {role: target.read_text(name) for role, name in _FILES.items() if target.has(name)}
+    return texts | _optional(target)
+
+
+def text_sizes(target: Checkpoint) -> dict[str, int]:
+    """Bytes of the texts that `read_texts` gives, by role; the tokenizer is not read.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or another text is not what it should be.
+    """
+    path = target.folder / _FILES["tokenizer"]
+    if not target.has(path.name):
+        raise CheckpointError(f"{path} is missing: the target checkpoint is incomplete")
+    return {"tokenizer": path.stat().st_size} | {role: len(t.encode()) for role, t in _optional(target).items()}
+
+
+def file_name(role: str) -> str:
+    """Name of the file of a text."""
+    return _FILES[role]
+
+
+def _optional(target: Checkpoint) -> dict[str, str]:
+    """All texts but the tokenizer, as far as there are any."""
+    names = {role: name for role, name in _FILES.items() if role != "tokenizer" and target.has(name)}
+    texts = {role: target.read_text(name) for role, name in names.items()}
     if "chat_template" not in texts and "tokenizer_config" in texts:
         texts |= _template_of_old(target)
     return texts
