@@ -31,6 +31,7 @@ _TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+HUB_FILES = ["*.safetensors", _INDEX, *_TEXT_FILES]  # what is fetched of a published checkpoint
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_TEXT_BYTES = 64 << 20
 
@@ -248,15 +249,32 @@ def locate(source: str) -> Path:
     Raises:
         CheckpointError: the id is unknown, not cached while offline, or the download fails.
     """
-    folder = Path(os.path.expanduser(source))
-    if os.path.lexists(folder) or not _HUB_ID.fullmatch(source):
+    folder = local_folder(source)
+    if folder is not None:
         return folder
     import huggingface_hub
+
+    with reaching_hub(source):
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder that `source` names, there or not; None if it is a Hugging Face id."""
+    folder = Path(os.path.expanduser(source))
+    return folder if os.path.lexists(folder) or not _HUB_ID.fullmatch(source) else None
+
+
+@contextlib.contextmanager
+def reaching_hub(source: str) -> Iterator[None]:
+    """Turn what the hub's library says of an id into what the user can do.
+
+    Raises:
+        CheckpointError: the id is unknown, not cached while offline, or the download fails.
+    """
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", _INDEX, *_TEXT_FILES]
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        yield
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{source} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached: "

@@ -18,6 +18,7 @@ from mtp_runtime.errors import MtpError
 _COMMANDS = {
     "export": "mtp_export.commands.export",
     "parity": "mtp_export.commands.parity",
+    "plan": "mtp_export.commands.plan",
     "run": "mtp_export.commands.run",
 }
 _DEFAULT = "export"

@@ -63,6 +63,16 @@ def graph_files(
     return sizes
 
 
+def file_name(export_format: str, role: str) -> str:
+    """Name of a graph's file, by the role that `graph_files` gives it."""
+    if export_format == "tflite":
+        return f"{role}.tflite"
+    if role.endswith("_data"):
+        return f"{role.removesuffix('_data')}.onnx.data"
+    batched = {batch_role(single): single for single in BATCH_ROLES}
+    return f"{batched[role]}.batch.onnx" if role in batched else f"{role}.onnx"
+
+
 def litertlm_bytes(graph_sizes: Mapping[str, int], tokenizer: int, manifest: int) -> int:
     """Bytes of the container: every part in a section of its own, the tokenizer compressed."""
     parts = [*graph_sizes.values(), round(tokenizer * _COMPRESSED), manifest]
@@ -70,10 +80,10 @@ def litertlm_bytes(graph_sizes: Mapping[str, int], tokenizer: int, manifest: int
     return sections * _SECTION_BYTES
 
 
-def stored_bytes(export_format: str, values: Mapping[str, Mapping[str, Parameter]]) -> int:
-    """Bytes that weights take in a bundle's graphs, each counted once."""
+def stored_bytes(export_format: str, values: Mapping[str, Parameter]) -> int:
+    """Bytes that the weights of a graph take in its file."""
     of_one = _tflite_data_bytes if export_format == "tflite" else _onnx_data_bytes
-    return sum(of_one(parameter) for part in values.values() for parameter in part.values())
+    return sum(of_one(parameter) for parameter in values.values())
 
 
 def _tflite_bytes(graph: TracedGraph, values: Mapping[str, Parameter]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,69 +17,77 @@ from mtp_export.config import ExportConfig
 from mtp_export.staging import check_output
 
 
-@click.command("export")
-@click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b.")
-@click.option("--target", "export_format", default="tflite", show_default=True, help="Export format: tflite or onnx.")
-@click.option("--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]")
-@click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]")
-@click.option("--recipe", default="int8", show_default=True, help="Quantisation of the target: f32, int8 or int4.")
-@click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]")
-@click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]")
-@click.option("--num-draft-tokens", type=int, default=4, show_default=True, help="Most tokens drafted in a round, K.")
-@click.option(
-    "--drafter-position-offset",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
+def export_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what to export; `config_of` takes them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+_OPTIONS = (
+    click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b."),
+    click.option(
+        "--target", "export_format", default="tflite", show_default=True, help="Export format: tflite or onnx."
+    ),
+    click.option(
+        "--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]"
+    ),
+    click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]"),
+    click.option("--recipe", default="int8", show_default=True, help="Quantisation of the target: f32, int8 or int4."),
+    click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]"),
+    click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
+    click.option(
+        "--num-draft-tokens", type=int, default=4, show_default=True, help="Most tokens drafted in a round, K."
+    ),
+    click.option(
+        "--drafter-position-offset",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
+    ),
+    click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
+    click.option(
+        "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
+    ),
+    click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]"),
+    click.option("--force", is_flag=True, help="Replace an existing bundle."),
+    click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]"),
 )
-@click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches.")
-@click.option(
-    "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
-)
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def command(
-    model: str,
-    export_format: str,
-    checkpoint: str | None,
-    drafter: str | None,
-    recipe: str,
-    drafter_recipe: str | None,
-    cache_length: int | None,
-    num_draft_tokens: int,
-    drafter_position_offset: int,
-    portable: bool,
-    batch_size: int,
-    output: Path | None,
-    force: bool,
-    workers: int | None,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    """Write a bundle: target, drafter and embedders as TFLite files and in one .litertlm, or as ONNX files."""
+
+
+def config_of(options: Mapping[str, Any]) -> ExportConfig:
+    """The options of a command line, checked before torch is imported, which takes seconds.
+
+    Raises:
+        UserError: one is mistaken, or the output is taken.
+    """
+    given = dict(options)
+    checkpoint, output, workers = (given.pop(name) for name in ("checkpoint", "output", "workers"))
     config = ExportConfig(
-        model=model,
-        export_format=export_format,
+        **given,
         target=checkpoint,
-        drafter=drafter,
-        recipe=recipe,
-        drafter_recipe=drafter_recipe,
-        cache_length=cache_length,
-        num_draft_tokens=num_draft_tokens,
-        drafter_position_offset=drafter_position_offset,
-        portable=portable,
-        batch_size=batch_size,
-        output=output or Path(f"{model}-{export_format}"),
-        force=force,
+        output=output or Path(f"{given['model']}-{given['export_format']}"),
         workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,
     )
-    # Before torch, which takes seconds to load: a mistyped option is told at once.
     config.check()
     check_output(config.output, force=config.force)
+    return config
+
+
+@click.command("export")
+@export_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be written and needed, as `plan` does.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(dry_run: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Write a bundle: target, drafter and embedders as TFLite files and in one .litertlm, or as ONNX files."""
+    config = config_of(options)
+    if dry_run:
+        from mtp_export.commands.plan import show_plan
+
+        show_plan(config, as_json=as_json)
+        return
     with _Bars() as bars:
         bars.start("loading", 0)
         from mtp_export.pipeline import export

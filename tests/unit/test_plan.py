@@ -1,0 +1,174 @@
+"""Plans: their sizes against those of real exports, and that they read no weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mtp_export.commands.plan import command
+from mtp_export.embedded import EMBEDDED
+from tests.conftest import Export, run_cli
+from tests.unit.hub_server import serving
+from tests.unit.test_cli import HEAVY, packages_imported, refused
+from tests.unit.tiny_files import rewrite_json
+
+VARIANTS = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
+# Graphs whose weights lie elsewhere and the manifest are small: what they take is estimated.
+SMALL_BYTES = 256 << 10
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    """Plan nano with options, elsewhere than anything is."""
+    result: dict[str, Any] = json.loads(run_cli("plan", *arguments, "--output", "/tmp/not/there", "--json").stdout)
+    return result
+
+
+def hollow(source: Path, folder: Path) -> Path:
+    """A checkpoint whose weights are a hole in the file: headers are there, and nothing else."""
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    with weights.open("r+b") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.truncate(header)
+        file.truncate(size)
+    return folder
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("export_format", "recipe"),
+        [
+            *(("tflite", recipe) for recipe in ("f32", "int8", "int4")),
+            *(("onnx", recipe) for recipe in ("f32", "int8", "int4")),
+            ("onnx-portable", "f32"),
+        ],
+    )
+    def test_they_are_those_of_an_export_within_a_hundredth(
+        self, export_format: str, recipe: str, export_nano: Export
+    ) -> None:
+        bundle = export_nano(recipe, export_format=export_format)
+        options = ("--target", export_format.partition("-")[0], *VARIANTS.get(export_format, ()))
+        sizes = planned("--recipe", recipe, *options)["files_bytes"]
+        real = {path.name: path.stat().st_size for path in bundle.iterdir()}
+        assert sizes.keys() == real.keys()
+        for name, size in real.items():
+            tolerance = 0.25 if size < SMALL_BYTES and name.endswith(".onnx") else 0.01
+            assert sizes[name] == pytest.approx(size, rel=tolerance, abs=512), name
+        assert sum(sizes.values()) == pytest.approx(sum(real.values()), rel=0.01)
+
+    def test_longer_caches_take_memory_and_no_disk(self) -> None:
+        short, long = (planned("--cache-length", str(length)) for length in (512, 4096))
+        assert long["device"]["kv_cache_bytes"] == 8 * short["device"]["kv_cache_bytes"]
+        # Four sliding layers of 64 and a full one of 128, keys and values in float32, for one KV head.
+        assert short["device"]["kv_cache_bytes"] == 2 * 4 * 512 * (4 * 64 + 128)
+        assert (short["context_length"], long["context_length"]) == (508, 4092)
+
+
+class TestNothingIsRead:
+    def test_weights_may_be_a_hole(self, tmp_path: Path) -> None:
+        """The drafter's token ordering, too, is not what an export would take."""
+        folders = [str(hollow(EMBEDDED / part, tmp_path / part)) for part in ("target", "drafter")]
+        assert planned("--checkpoint", folders[0], "--drafter", folders[1]) == planned()
+
+    def test_an_export_would_find_the_hole(self, tmp_path: Path) -> None:
+        """Before it converts anything."""
+        drafter = hollow(EMBEDDED / "drafter", tmp_path / "drafter")
+        message = refused("--drafter", str(drafter), "--output", str(tmp_path / "out"))
+        assert "masked_embedding.token_ordering is not a permutation of 0…4095" in message
+
+    def test_of_a_published_pair_headers_are_fetched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        pair = {f"acme/{part}": EMBEDDED / part for part in ("target", "drafter")}
+        with serving(pair) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.address)
+            plan = planned("--checkpoint", "acme/target", "--drafter", "acme/drafter")
+        assert hub.sent["model.safetensors"] <= 2 * 100_001, "no more than the client's first guess at a header"
+        assert "tokenizer.json" not in hub.sent
+        assert plan["download_bytes"] == pytest.approx(plan["input_bytes"], rel=0.001)
+        local = planned()
+        assert plan["files_bytes"].pop("manifest.json") == pytest.approx(
+            local["files_bytes"].pop("manifest.json"), abs=8
+        )
+        assert plan["files_bytes"] == local["files_bytes"]
+
+    def test_an_unreachable_hub_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        message = refused("plan", "--model", "e2b", "--output", str(tmp_path / "out"))
+        assert message.startswith(
+            "google/gemma-4-E2B-it is neither a folder nor in the Hugging Face cache, and the hub"
+        )
+
+    def test_an_unknown_id_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        with serving({}) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.address)
+            message = refused("plan", "--checkpoint", "acme/nothing", "--output", str(tmp_path / "out"))
+        assert message.startswith("cannot download acme/nothing: ")
+
+
+class TestPairs:
+    def test_parts_that_do_not_belong_together(self, tmp_path: Path) -> None:
+        drafter = tmp_path / "drafter"
+        shutil.copytree(EMBEDDED / "drafter", drafter)
+        rewrite_json(drafter / "config.json", {"backbone_hidden_size": 512})
+        arguments = ("--drafter", str(drafter), "--output", str(tmp_path / "out"))
+        assert refused("plan", *arguments) == refused("export", *arguments)
+        assert "512" in refused("plan", *arguments)
+
+    def test_a_missing_tensor(self, tmp_path: Path) -> None:
+        arguments = ("--checkpoint", str(EMBEDDED / "drafter"), "--output", str(tmp_path / "out"))
+        assert refused("plan", *arguments) == refused("export", *arguments)
+
+    def test_a_missing_tokenizer(self, tmp_path: Path) -> None:
+        shutil.copytree(EMBEDDED / "target", tmp_path / "target")
+        (tmp_path / "target" / "tokenizer.json").unlink()
+        arguments = ("--checkpoint", str(tmp_path / "target"), "--output", str(tmp_path / "out"))
+        assert refused("plan", *arguments) == refused("export", *arguments)
+
+
+class TestCommand:
+    def test_a_dry_run_is_a_plan(self, tmp_path: Path) -> None:
+        options = ("--model", "nano", "--recipe", "int4", "--output", str(tmp_path / "out"), "--json")
+        assert json.loads(run_cli("export", *options, "--dry-run").stdout) == json.loads(
+            run_cli("plan", *options).stdout
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_people_read(self, tmp_path: Path) -> None:
+        text = run_cli("plan", "--output", str(tmp_path / "out")).stdout
+        for part in ("target.tflite", "CPU (LiteRT): prefill_16", "nano.litertlm", "to export: reads 23.6 MB", "about"):
+            assert part in text
+        assert "context 1020 tokens, up to 4 drafts a round" in text
+
+    def test_options_are_those_of_export(self) -> None:
+        def options(command: str) -> set[str]:
+            return {word for word in run_cli(command, "--help").stdout.split() if word.startswith("--")}
+
+        assert options("export") - options("plan") == {"--dry-run"}
+        assert options("plan") < options("export")
+
+    def test_a_taken_output_is_told_before_torch_is_loaded(self, tmp_path: Path) -> None:
+        code, imported = packages_imported(["plan", "--output", str(tmp_path)])
+        assert code == 2
+        assert not HEAVY & imported
+
+    def test_a_full_disk_is_exit_code_1_with_a_remedy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1 << 40, (1 << 40) - 4096, 4096))
+        done = CliRunner().invoke(command, ["--output", str(tmp_path / "out"), "--json"])
+        assert done.exit_code == 1
+        plan = json.loads(done.stdout)
+        assert not plan["fits"]
+        assert plan["disks"][0]["needed_bytes"] == sum(plan["files_bytes"].values())
+        assert len(done.stderr.splitlines()) == 1
+        assert "free some space, choose another --output, or a smaller --recipe" in done.stderr
