@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,15 +121,3 @@ def _clustered_table(
         _TABLE: Parameter(shape=shape, format=INT8, rows=table_int8, unit_scale=True),
         _ROW_SCALES: Parameter(shape=(clusters, size), format=FLOAT32, rows=scales),
     }
-
-
-def size_bytes(parameters: Mapping[str, Parameter]) -> int:
-    """Bytes that the data of parameters takes in a file, scales of blocks included, without the header."""
-    total = 0
-    for parameter in parameters.values():
-        count = int(np.prod(parameter.shape))
-        total += count * parameter.format.bits // 8
-        if parameter.format.bits < 32 and not parameter.unit_scale:
-            blocks = count // parameter.format.block_size if parameter.format.block_size else 0
-            total += 2 * blocks
-    return total

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
-from mtp_export import bundle, parameters, texts
+from mtp_export import bundle, parameters, sizes, texts
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.checkpoint import Checkpoint, hash_file, locate
@@ -26,7 +26,7 @@ from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
 
-_SPARE_BYTES = 64 << 20  # of disk, for headers and text files
+_SPARE_BYTES = 64 << 20  # of disk, for text files
 
 
 class Progress(Protocol):
@@ -76,7 +76,9 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
-        _check_disk(config.output, values, copies=2 if format.container else 1)
+        graph_bytes = sum(sizes.graph_files(config.export_format, graphs, values, config.batch_size).values())
+        # With a container, graphs lie in the folder twice: as plain files, and within it.
+        _check_disk(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
         clock.lap("trace")
         files = format.write(config, graphs, values, folder, progress, clock)
         files |= texts.write_texts(contents, folder)
@@ -170,15 +172,17 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
 
-def _check_disk(output: Path, values: Mapping[str, Mapping[str, Parameter]], *, copies: int) -> None:
-    """With a container, graphs lie in the folder twice: as plain files, and within it."""
-    needed = copies * sum(parameters.size_bytes(p) for p in values.values()) + _SPARE_BYTES
+def _check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise OutputError(
             f"{output.absolute().parent} has {free / 1e9:.2f} GB free and the bundle needs {needed / 1e9:.2f} GB: "
             "free some space, or choose another --output"
         )
+
+
+def _weight_bytes(config: ExportConfig, values: Mapping[str, Mapping[str, Parameter]]) -> int:
+    return sum(sizes.stored_bytes(config.export_format, part) for part in values.values())
 
 
 def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
@@ -209,7 +213,7 @@ def _write_tflite(
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
     clock.lap("lower")
-    progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
+    progress.start("writing weights", _weight_bytes(config, values))
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
     for graph in lowered:
         write_graph(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
@@ -241,7 +245,7 @@ def _write_onnx(
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = onnx.lower(graphs, config.workers, portable=config.portable, on_segments=progress.advance)
     clock.lap("lower")
-    progress.start("writing weights", sum(parameters.size_bytes(p) for p in values.values()))
+    progress.start("writing weights", _weight_bytes(config, values))
     files = {}
     for graph in lowered:
         files[graph.role] = folder / f"{graph.role}.onnx"

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_export.onnx_weights import block_size
 from mtp_export.trace import Segment, TracedGraph
 from mtp_export.weights import Parameter
 from mtp_runtime.contract import BATCH_ROLES, batch_role
@@ -121,6 +120,8 @@ def _onnx_bytes(graph: TracedGraph, values: Mapping[str, Parameter]) -> int:
 
 def _onnx_data_bytes(parameter: Parameter) -> int:
     """Every quantised matrix has scales of blocks, in float32."""
+    from mtp_export.onnx_weights import block_size  # the onnx package takes memory, which TFLite need not spend
+
     count, format = math.prod(parameter.shape), parameter.format
     scales = count // block_size(parameter.shape[-1], format) if _is_blockwise(parameter) else 0
     return count * format.bits // 8 + 4 * scales
