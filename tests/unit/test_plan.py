@@ -23,9 +23,12 @@ VARIANTS = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
 SMALL_BYTES = 256 << 10
 
 
-def planned(*arguments: str) -> dict[str, Any]:
-    """Plan nano with options, elsewhere than anything is."""
-    result: dict[str, Any] = json.loads(run_cli("plan", *arguments, "--output", "/tmp/not/there", "--json").stdout)
+def planned(*arguments: str, command: str = "plan") -> dict[str, Any]:
+    """Plan nano with options, where nothing is; without the space that is free there, which others change."""
+    done = run_cli(command, *arguments, "--output", "/tmp/not/there", "--json")
+    result: dict[str, Any] = json.loads(done.stdout)
+    for disk in result["disks"]:
+        assert disk.pop("free_bytes") > 0
     return result
 
 
@@ -137,12 +140,9 @@ class TestPairs:
 
 
 class TestCommand:
-    def test_a_dry_run_is_a_plan(self, tmp_path: Path) -> None:
-        options = ("--model", "nano", "--recipe", "int4", "--output", str(tmp_path / "out"), "--json")
-        assert json.loads(run_cli("export", *options, "--dry-run").stdout) == json.loads(
-            run_cli("plan", *options).stdout
-        )
-        assert list(tmp_path.iterdir()) == []
+    def test_a_dry_run_is_a_plan(self) -> None:
+        assert planned("--recipe", "int4", "--dry-run", command="export") == planned("--recipe", "int4")
+        assert not Path("/tmp/not").exists()
 
     def test_what_people_read(self, tmp_path: Path) -> None:
         text = run_cli("plan", "--output", str(tmp_path / "out")).stdout
