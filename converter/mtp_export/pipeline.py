@@ -76,7 +76,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
-        graph_bytes = sum(sizes.graph_files(config.export_format, graphs, values, config.batch_size).values())
+        graph_bytes = sum(sizes.graph_files(config, graphs, values).values())
         # With a container, graphs lie in the folder twice: as plain files, and within it.
         _check_disk(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
         clock.lap("trace")

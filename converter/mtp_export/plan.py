@@ -142,7 +142,7 @@ def _files(
     inputs: Mapping[str, int],
 ) -> dict[str, int]:
     """Bytes of every file of the bundle, by name."""
-    graph_sizes = sizes.graph_files(config.export_format, graphs, values, config.batch_size)
+    graph_sizes = sizes.graph_files(config, graphs, values)
     text_sizes = texts.text_sizes(pair.target)
     format = config.export_format
     entries = {role: _entry(sizes.file_name(format, role), size) for role, size in graph_sizes.items()}

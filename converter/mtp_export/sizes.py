@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtp_export.config import ExportConfig
 from mtp_export.trace import Segment, TracedGraph
 from mtp_export.weights import Parameter
 from mtp_runtime.contract import BATCH_ROLES, batch_role
@@ -42,22 +43,23 @@ _TFLITE_TENSORS = {
 }
 # Nodes that an operation becomes in ONNX: a shape that varies is computed, keys and values of no tokens are cut out.
 _ONNX_NODES = {"aten.view.default": 2, "mtp.attend.default": 2}
+_PORTABLE_NODES = {"aten.view.default": 2, "mtp.attend.default": 14, "mtp.write_and_attend.default": 30}
 
 
 def graph_files(
-    export_format: str, graphs: Sequence[TracedGraph], values: Mapping[str, Mapping[str, Parameter]], batch_size: int
+    config: ExportConfig, graphs: Sequence[TracedGraph], values: Mapping[str, Mapping[str, Parameter]]
 ) -> dict[str, int]:
     """Bytes of the files of the graphs, by role."""
-    if export_format == "tflite":
+    if config.export_format == "tflite":
         return {graph.role: _tflite_bytes(graph, values[graph.role]) for graph in graphs}
     sizes: dict[str, int] = {}
     for graph in graphs:
-        sizes[graph.role] = _onnx_bytes(graph, values[graph.role])
+        sizes[graph.role] = _onnx_bytes(graph, values[graph.role], portable=config.portable)
         sizes[f"{graph.role}_data"] = sum(_padded(_onnx_data_bytes(p)) for p in values[graph.role].values())
-    for graph in graphs if batch_size > 1 else ():
+    for graph in graphs if config.batch_size > 1 else ():
         if graph.role in BATCH_ROLES:
             attentions = sum("attention" in call.segment for call in graph.signatures[0].calls)
-            more = attentions * (_ATTENTION_BYTES * (batch_size - 1) + _JOIN_BYTES)
+            more = attentions * (_ATTENTION_BYTES * (config.batch_size - 1) + _JOIN_BYTES)
             sizes[batch_role(graph.role)] = sizes[graph.role] + more
     return sizes
 
@@ -109,9 +111,9 @@ def _tflite_data_bytes(parameter: Parameter) -> int:
     return count * format.bits // 8 + 2 * scales  # float16
 
 
-def _onnx_bytes(graph: TracedGraph, values: Mapping[str, Parameter]) -> int:
+def _onnx_bytes(graph: TracedGraph, values: Mapping[str, Parameter], *, portable: bool) -> int:
     (traced,) = graph.signatures
-    made = _made(graph, _ONNX_NODES)
+    made = _made(graph, _PORTABLE_NODES if portable else _ONNX_NODES)
     nodes = round(sum(made[call.segment] for call in traced.calls))
     initializers = sum(2 if _is_blockwise(parameter) else 1 for parameter in values.values())
     ends = len(traced.signature.inputs) + len(traced.signature.outputs)
