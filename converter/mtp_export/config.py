@@ -40,6 +40,7 @@ class ExportConfig:
     output: Path
     force: bool
     workers: int
+    embedder_recipe: str | None = None
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.
@@ -50,8 +51,9 @@ class ExportConfig:
         one_of("--model", self.model, PAIRS)
         one_of("--target", self.export_format, EXPORT_FORMATS)
         one_of("--recipe", self.recipe, RECIPES)
-        if self.drafter_recipe is not None:
-            one_of("--drafter-recipe", self.drafter_recipe, RECIPES)
+        for option, recipe in (("drafter", self.drafter_recipe), ("embedder", self.embedder_recipe)):
+            if recipe is not None:
+                one_of(f"--{option}-recipe", recipe, RECIPES)
         if self.cache_length is not None:
             in_range("--cache-length", self.cache_length, MIN_CACHE_LENGTH, _MAX_CACHE_LENGTH)
         in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)

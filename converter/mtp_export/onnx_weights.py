@@ -6,6 +6,7 @@ file, offset and length (ONNX external data), so that neither is bound by protob
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +22,10 @@ from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
 from mtp_export.weights import Parameter, pack, quantise, row_blocks
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
-# Columns that share a scale where a recipe does not say. With 32, MatMulNBits gives a row the same bits however many
+# Columns that share a scale, whatever a recipe says. With 32, MatMulNBits gives a row the same bits however many
 # rows it is computed with; with 128, the last bit differs, and drafts would change the output (docs/decisions/0005).
 _BLOCK_SIZES = (32, 16)
+_TABLE_BLOCK_SIZE = 256
 _ACCURACY_LEVEL = 4  # activations in int8 too, which is what makes the operation fast
 _NUMPY_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
 
@@ -56,9 +58,9 @@ def write_onnx(
 
 
 def block_size(columns: int, format: WeightFormat) -> int:
-    """Columns that share a scale."""
-    if format.block_size:
-        return format.block_size
+    """Columns that share a scale: many in look-up tables, which alone have 2 bits, and few enough in all else."""
+    if format.bits == 2:
+        return dataclasses.replace(format, block_size=_TABLE_BLOCK_SIZE).for_columns(columns).block_size
     return next(size for size in _BLOCK_SIZES if columns % size == 0)
 
 
@@ -73,7 +75,7 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
         return _declare(graph, name, kind, parameter.shape, file, start, location)
     rows, columns = parameter.shape
     size = block_size(columns, format)
-    blockwise = WeightFormat(bits=format.bits, block_size=size)
+    blockwise = dataclasses.replace(format, block_size=size)
     scales: list[NDArray[np.float32]] = []
 
     def packed(block: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

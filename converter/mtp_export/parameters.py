@@ -45,8 +45,16 @@ def _target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe)
     if len(shape) == 1:
         return FLOAT32
     if name == "embed_tokens.weight":
-        return recipe.head if role == "target" else recipe.embedding
-    return recipe.per_layer_embedding if name == "embed_tokens_per_layer.weight" else recipe.linear
+        format = recipe.head if role == "target" else recipe.embedding
+    elif name == "embed_tokens_per_layer.weight":
+        format = recipe.per_layer_embedding
+    else:
+        format = _linear_format(name, recipe)
+    return format.for_columns(shape[1])
+
+
+def _linear_format(name: str, recipe: Recipe) -> WeightFormat:
+    return INT8 if name.split(".")[-2] in recipe.linear_int8 else recipe.linear
 
 
 def drafter_parameters(
@@ -62,8 +70,7 @@ def drafter_parameters(
     embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
     check_tensors(checkpoint, stored | embedding, "")
     parameters = {
-        name: _stored(checkpoint, name, shape, FLOAT32 if len(shape) == 1 or name == _CENTROIDS else recipe.linear)
-        for name, shape in stored.items()
+        name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe)) for name, shape in stored.items()
     }
     table = _clustered_table(checkpoint, spec, recipe, row_scales=_ROW_SCALES in graph.weights)
     return parameters | table
@@ -76,6 +83,12 @@ def token_ordering(checkpoint: Checkpoint, spec: DrafterSpec) -> NDArray[np.int6
         CheckpointError: it is no permutation.
     """
     return read_token_ordering(checkpoint, _ORDERING, spec.vocab_size).reshape(spec.head.num_centroids, -1)
+
+
+def _drafter_format(name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
+    if len(shape) == 1 or name == _CENTROIDS:
+        return FLOAT32
+    return _linear_format(name, recipe).for_columns(shape[1])
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat) -> Parameter:

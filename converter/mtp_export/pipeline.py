@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES
+from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES, with_embedders
 from mtp_export import bundle, parameters, sizes, texts
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
@@ -160,6 +160,11 @@ def drafter_recipe(config: ExportConfig) -> str:
     return config.drafter_recipe or DRAFTER_RECIPES[config.recipe]
 
 
+def embedder_recipe(config: ExportConfig) -> str:
+    """Name of the recipe of the look-up tables."""
+    return config.embedder_recipe or config.recipe
+
+
 def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGraph]) -> dict[str, dict[str, Parameter]]:
     """What the parameters of each graph are made of; nothing is read yet.
 
@@ -168,7 +173,8 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     """
     *of_target, drafter = graphs
     recipe = RECIPES[drafter_recipe(config)]
-    values = parameters.target_parameters(pair.target, of_target, RECIPES[config.recipe])
+    of_embedders = with_embedders(RECIPES[config.recipe], RECIPES[embedder_recipe(config)])
+    values = parameters.target_parameters(pair.target, of_target, of_embedders)
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
 
@@ -324,6 +330,7 @@ def manifest_of(
         export_format=config.export_format,
         recipe=config.recipe,
         drafter_recipe=drafter_recipe(config),
+        embedder_recipe=embedder_recipe(config),
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
         context_length=shape.cache_length - shape.num_draft_tokens,

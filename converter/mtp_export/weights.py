@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mtp_calibration.recipes import WeightFormat
 from mtp_export.lower.tflite import LoweredGraph
+from mtp_export.scales import choose_scales, with_positive_scales
 
 _ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
 _BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
@@ -51,10 +52,10 @@ class Parameter:
 
 
 def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric min-max quantisation: scale = max|x| / (2^(bits-1) - 1), values rounded half to even.
+    """Symmetric quantisation, values rounded half to even: 8 bits use -127…127, fewer bits their full range.
 
-    As ai-edge-quantizer does it, to the bit: 8 bits use -127…127, fewer bits their full range; scales of blocks are
-    rounded to bfloat16.
+    With the rule "max", scale = max|x| / (2^(bits-1) - 1), and the result is ai-edge-quantizer's, to the bit. Scales of
+    blocks are rounded to bfloat16 and then float16; those of other rules may be negative.
 
     Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
     """
@@ -63,8 +64,7 @@ def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[n
     # In torch, whose reductions over short rows and roundings are several times as fast as numpy's.
     grouped = torch.from_numpy(rows).view(count, columns // block, block)
     limit = 2 ** (format.bits - 1) - 1
-    bound = torch.maximum(grouped.amax(-1), -grouped.amin(-1)).clamp_(min=1e-9)
-    scales = bound / limit
+    scales = choose_scales(grouped, format)
     if format.block_size:
         scales = scales.bfloat16().half().float()
     lowest = -limit if format.bits >= 8 else -limit - 1
@@ -237,11 +237,14 @@ def _stream(
 ) -> int:
     """Write a parameter's data, fill in its scales, and return the bytes written."""
     scales: list[NDArray[np.float32]] = []
+    multiplied = _is_multiplied(model, uses)
 
     def packed(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         if parameter.format.bits == 32 or parameter.unit_scale:
             return rows, None
         values, row_scales = quantise(rows, parameter.format)
+        if multiplied:
+            values, row_scales = with_positive_scales(values, row_scales, parameter.format.bits)
         return pack(values, parameter.format.bits), row_scales
 
     def blocks() -> Iterator[NDArray[Any]]:
@@ -258,6 +261,16 @@ def _stream(
     elif place.scales is not None:
         written += _write(file, place.scales, iter([np.concatenate(scales).astype(np.float16)]))
     return written
+
+
+def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> bool:
+    """Whether a parameter is a filter of a FULLY_CONNECTED, and no look-up table."""
+    subgraph_index, tensor_index = uses[0]
+    return any(
+        model.operatorCodes[operator.opcodeIndex].builtinCode == schema.BuiltinOperator.FULLY_CONNECTED
+        and tensor_index in operator.inputs
+        for operator in model.subgraphs[subgraph_index].operators
+    )
 
 
 def row_blocks(parameter: Parameter, function: Callable[[NDArray[Any]], Result]) -> Iterator[Result]:

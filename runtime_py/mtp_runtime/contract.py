@@ -108,6 +108,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     export_format: str
     recipe: str
     drafter_recipe: str
+    embedder_recipe: str = ""  # empty in bundles that older versions wrote: the target's
     cache_length: int
     num_draft_tokens: int
     context_length: int

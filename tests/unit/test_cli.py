@@ -91,8 +91,14 @@ class TestMistakes:
             ("--batch-size 2", "--batch-size is for --target onnx, got --target tflite"),
             ("--target onnx --batch-size 9", "--batch-size is 9, expected 1 to 8"),
             ("--target onnx --batch-size 2 --portable", "--batch-size needs ONNX Runtime's own attention: leave"),
-            ("--recipe q4", "--recipe is 'q4', expected one of: f32, int4, int8"),
-            ("--drafter-recipe q4", "--drafter-recipe is 'q4', expected one of: f32, int4, int8"),
+            (
+                "--recipe q4",
+                "--recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
+            ),
+            (
+                "--drafter-recipe q4",
+                "--drafter-recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
+            ),
             ("--num-draft-tokens 0", "--num-draft-tokens is 0, expected 1 to 16"),
             ("--num-draft-tokens 17", "--num-draft-tokens is 17, expected 1 to 16"),
             ("--cache-length 31", "--cache-length is 31, expected 32 to"),

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mtp_calibration.recipes import RECIPES
 from mtp_export.config import ExportConfig
 from mtp_export.staging import check_output
 
@@ -33,8 +34,11 @@ _OPTIONS = (
         "--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]"
     ),
     click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]"),
-    click.option("--recipe", default="int8", show_default=True, help="Quantisation of the target: f32, int8 or int4."),
+    click.option(
+        "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."
+    ),
     click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]"),
+    click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
     click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
     click.option(
         "--num-draft-tokens", type=int, default=4, show_default=True, help="Most tokens drafted in a round, K."
