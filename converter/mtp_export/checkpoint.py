@@ -39,7 +39,7 @@ _MAX_TEXT_BYTES = 64 << 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 # Where the text model's tensors lie: in a multimodal file, in a text-only one, and bare.
-_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 # Parts of a multimodal file that are not exported, and tensors that KV-shared layers carry without using them.
 _IGNORED = re.compile(
     r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
@@ -194,7 +194,7 @@ def text_prefix(checkpoint: Checkpoint) -> str:
     Raises:
         CheckpointError: there is no text model in it.
     """
-    for prefix in _TEXT_PREFIXES:
+    for prefix in TEXT_PREFIXES:
         if prefix + "embed_tokens.weight" in checkpoint.tensors:
             return prefix
     raise CheckpointError(f"{checkpoint.folder}: no tensor …embed_tokens.weight: this is not a Gemma 4 checkpoint")
@@ -225,7 +225,9 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
         # A tied head may be stored twice; it is never read.
         known = (stored.startswith(prefix) and stored.removeprefix(prefix) in expected) or stored == "lm_head.weight"
         if not known and not _IGNORED.match(stored):
-            raise CheckpointError(f"{info.file}: unknown tensor {stored}: merge adapters before exporting")
+            raise CheckpointError(
+                f"{info.file}: unknown tensor {stored}: merge adapters before exporting, or give them with --adapter"
+            )
 
 
 def read_token_ordering(checkpoint: Checkpoint, name: str, vocab_size: int) -> NDArray[np.int64]:

@@ -41,6 +41,7 @@ class ExportConfig:
     force: bool
     workers: int
     embedder_recipe: str | None = None
+    adapters: tuple[Path, ...] = ()
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.

@@ -14,6 +14,7 @@ import msgspec
 
 from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES, with_embedders
 from mtp_export import bundle, parameters, sizes, texts
+from mtp_export.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.checkpoint import Checkpoint, hash_file, locate
@@ -52,6 +53,7 @@ class Pair:
     """An opened pair that has been checked."""
 
     model: PairSpec
+    adapters: Sequence[Path]
     target: Checkpoint
     drafter: Checkpoint
     target_spec: TargetSpec
@@ -113,7 +115,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         CheckpointError: one is damaged or of another architecture, or they do not fit each other.
     """
     model = gemma4.PAIRS[config.model]
-    target = Checkpoint(_folder(config.target, model.target_id, "target", find), "target")
+    target = AdaptedCheckpoint(_folder(config.target, model.target_id, "target", find), "target", config.adapters)
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
     gemma4.check_model(model.name, "target", model.target, target_spec)
     stop_ids = texts.stop_token_ids(target, target_spec)
@@ -123,6 +125,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
     gemma4.check_model(model.name, "drafter", model.drafter, drafter_spec)
     return Pair(
         model=model,
+        adapters=config.adapters,
         target=target,
         drafter=drafter,
         target_spec=target_spec,
@@ -311,7 +314,9 @@ def _write_rest(
 
 def input_files(pair: Pair) -> list[tuple[str, Path]]:
     """Every file that an export depends on, by the part that it belongs to."""
-    return [("target", path) for path in pair.target.files()] + [("drafter", path) for path in pair.drafter.files()]
+    adapters = [(f"adapter_{i}", path) for i, folder in enumerate(pair.adapters) for path in adapter_files(folder)]
+    of_pair = [(part.part, path) for part in (pair.target, pair.drafter) for path in part.files()]
+    return of_pair + adapters
 
 
 def manifest_of(

@@ -33,6 +33,14 @@ _OPTIONS = (
     click.option(
         "--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]"
     ),
+    click.option(
+        "--adapter",
+        "adapters",
+        metavar="DIR",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="LoRA adapter of the target, as PEFT saves it, to be merged; several add up.",
+    ),
     click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]"),
     click.option(
         "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."
