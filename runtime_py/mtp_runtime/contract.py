@@ -61,8 +61,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def is_cache(self) -> bool:
-        """Whether the tensor is one of the shared KV caches."""
-        return self.name.rpartition("/")[2].startswith("kv_cache_")
+        """Whether the tensor is one of the shared KV caches, or a sequence's own (`of_sequence`)."""
+        return self.name.startswith("kv_cache_") or "/kv_cache_" in self.name
 
 
 class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
