@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from mtp_calibration.recipes import FLOAT32, INT8, WeightFormat
 from mtp_export.arch.gemma4 import PAIRS
 from mtp_export.lower import onnx as lower_onnx
 from mtp_export.lower import tflite as lower_tflite
-from mtp_export.models.clustered_head import ClusteredHead
+from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
 from mtp_export.onnx_weights import write_onnx
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_export.weights import Parameter, write_graph
@@ -59,20 +59,26 @@ class DenseHead(nn.Module):
         return {"logits": F.linear(x, self.table.weight)}
 
 
-class OurHead(nn.Module):
-    """The clustered head of an export format: a row of logits, or the candidates."""
+class TfliteHead(nn.Module):
+    """The clustered head as a row of logits."""
 
-    def __init__(self, *, candidates: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.candidates = candidates
-        self.head = ClusteredHead(SPEC.head, SPEC.hidden_size, row_scales=not candidates)
-        if candidates:
-            self.head.table = nn.Parameter(self.head.table.half(), requires_grad=False)
+        self.head = ClusteredHead(SPEC.head, SPEC.hidden_size, row_scales=True)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if not self.candidates:
-            return {"logits": self.head(x)}
-        candidates, scores, best = self.head.scored(x)
+        return {"logits": self.head(x)}
+
+
+class OnnxHead(nn.Module):
+    """The clustered head as candidates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = BatchedClusteredHead(SPEC.head, SPEC.hidden_size, quantised=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        candidates, scores, best = self.head(x)
         return {"candidates": candidates, "scores": scores, "best": best}
 
 
@@ -112,18 +118,17 @@ def main() -> int:
 
 def build(folder: Path, threads: int) -> dict[str, Step]:
     """Write and load every head; returns one call of each."""
-    ours = {format: trace(partial(OurHead, candidates=format == "onnx")) for format in ("onnx", "tflite")}
     dense = trace(DenseHead)
     onnx_heads = {
         "onnx dense f32": (dense, FLOAT32),
         "onnx dense int8": (dense, INT8_BLOCKS),
         "onnx dense int4": (dense, INT4_BLOCKS),
-        "onnx clustered": (ours["onnx"], FLOAT32),
+        "onnx clustered": (trace(OnnxHead), FLOAT32),
     }
     tflite_heads = {
         "litert dense f32": (dense, FLOAT32),
         "litert dense int8": (dense, INT8),
-        "litert clustered": (ours["tflite"], FLOAT32),
+        "litert clustered": (trace(TfliteHead), FLOAT32),
     }
     x = np.random.default_rng(0).standard_normal((1, 1, SPEC.hidden_size), np.float32)
     ort.set_global_thread_pool_sizes(threads, 1)
@@ -162,9 +167,6 @@ def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
 
 def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]:
     """Random weights; those of a clustered head in the form that its graph takes."""
-    head = graph.segments["head"].module
-    leaves: Mapping[str, Any] = dict(head.named_parameters())
-    int8_rows = "head.row_scales" in leaves
     random = np.random.default_rng(1)
     ordering = random.permutation(SPEC.vocab_size).astype(np.int32).reshape(SPEC.head.num_centroids, -1)
 
@@ -173,19 +175,18 @@ def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]
             size = (stop - start, *shape[1:])
             if name == "head.token_ordering":
                 return ordering[start:stop]
-            if name == "head.table" and int8_rows:
+            if name == "head.table":
                 return random.integers(-127, 128, size).astype(np.int8)
-            values = random.standard_normal(size, np.float32)
-            return values.astype(np.float16) if leaves[name].dtype == torch.float16 else values
+            return random.standard_normal(size, np.float32)
 
         return rows
 
     return {
         name: Parameter(
             shape=shape,
-            format=INT8 if name == "head.table" and int8_rows else format if name == "table.weight" else FLOAT32,
+            format=INT8 if name == "head.table" else format if name == "table.weight" else FLOAT32,
             rows=rows_of(name, shape),
-            unit_scale=name == "head.table" and int8_rows,
+            unit_scale=name == "head.table",
         )
         for name, shape in graph.weights.items()
     }

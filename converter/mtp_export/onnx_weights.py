@@ -27,7 +27,11 @@ _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
 _BLOCK_SIZES = (32, 16)
 _TABLE_BLOCK_SIZE = 256
 _ACCURACY_LEVEL = 4  # activations in int8 too, which is what makes the operation fast
-_NUMPY_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+_NUMPY_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
+}
 
 
 def write_onnx(
@@ -66,17 +70,18 @@ def block_size(columns: int, format: WeightFormat) -> int:
 
 def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, file: BinaryIO, location: str) -> int:
     format = parameter.format
-    if format.bits == 32:
+    if format.bits == 32 or parameter.unit_scale:
         start = _align(file)
         for piece in row_blocks(parameter, lambda rows: rows):
             file.write(np.ascontiguousarray(piece).data)
             dtype = piece.dtype
-        kind = TensorProto.FLOAT16 if dtype == np.float16 else _NUMPY_TYPES[dtype]
-        return _declare(graph, name, kind, parameter.shape, file, start, location)
+        return _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
     rows, columns = parameter.shape
     size = block_size(columns, format)
     blockwise = dataclasses.replace(format, block_size=size)
-    scales: list[NDArray[np.float32]] = []
+    # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces
+    # (5 GiB for E2B's per-layer embeddings).
+    scales = np.empty((rows, columns // size), np.float32)
 
     def packed(block: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         values, found = quantise(block, blockwise)
@@ -84,16 +89,18 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
         return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), found
 
     start = _align(file)
+    done = 0
     for block, found in row_blocks(parameter, packed):
         file.write(np.ascontiguousarray(block).data)
-        scales.append(found)
+        scales[done : done + len(found)] = found
+        done += len(found)
     uses = _replace(graph, name, rows, columns, size, format.bits)
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)
     if uses == "MatMulNBits":
         shape = (rows, columns // size, size * format.bits // 8)
     written = _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, file, start, location)
     start = _align(file)
-    file.write(np.concatenate(scales).data)
+    file.write(scales.data)
     return written + _declare(
         graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location
     )

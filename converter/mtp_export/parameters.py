@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def drafter_parameters(
     parameters = {
         name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe)) for name, shape in stored.items()
     }
-    table = _clustered_table(checkpoint, spec, recipe, row_scales=_ROW_SCALES in graph.weights)
+    table = _clustered_table(checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights)
     return parameters | table
 
 
@@ -96,24 +97,26 @@ def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: W
 
 
 def _clustered_table(
-    checkpoint: Checkpoint, spec: DrafterSpec, recipe: Recipe, *, row_scales: bool
+    checkpoint: Checkpoint, spec: DrafterSpec, shape: tuple[int, ...], *, row_scales: bool
 ) -> dict[str, Parameter]:
-    """The embedding in cluster order, one cluster to a row: float32; or, unless the recipe is float, int8 with its
-    rows' scales apart where the graph multiplies by them, else float16."""
+    """The embedding in cluster order: float32, or int8 with the tokens' scales apart where the graph multiplies by
+    them. A table of three axes holds the tokens of a cluster as columns, one of two axes as rows one after another."""
     clusters, size = spec.head.num_centroids, spec.head.cluster_size
     ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
 
     def tokens(start: int, stop: int) -> NDArray[np.float32]:
         return checkpoint.rows_at(_EMBEDDING, ordering()[start:stop].reshape(-1))
 
-    def table(start: int, stop: int) -> NDArray[np.float32]:
-        return tokens(start, stop).reshape(stop - start, -1)
+    def laid_out(rows: NDArray[Any]) -> NDArray[Any]:
+        if len(shape) == 2:
+            return rows.reshape(-1, shape[1])
+        return rows.reshape(-1, size, spec.hidden_size).transpose(0, 2, 1)
 
-    def table_int8(start: int, stop: int) -> NDArray[np.int8]:
-        return quantise(tokens(start, stop), INT8)[0].reshape(stop - start, -1)
+    def table(start: int, stop: int) -> NDArray[Any]:
+        return laid_out(tokens(start, stop))
 
-    def table_half(start: int, stop: int) -> NDArray[np.float16]:
-        return table(start, stop).astype(np.float16)
+    def table_int8(start: int, stop: int) -> NDArray[Any]:
+        return laid_out(quantise(tokens(start, stop), INT8)[0])
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
         # A row of scales stands for a whole cluster of embeddings, so a block of them is cut up further.
@@ -123,13 +126,10 @@ def _clustered_table(
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
         return ordering()[start:stop].astype(np.int32)
 
-    shape = (clusters, size * spec.hidden_size)
     parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}
-    if recipe.head == FLOAT32:
-        return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}
     if not row_scales:
-        return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table_half)}
-    # int8 whatever the recipe: the kernel that multiplies gathered rows as they are exists for int8 alone.
+        return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}
+    # int8 whatever the recipe: the kernels that multiply gathered rows as they are exist for int8 alone.
     return parameters | {
         _TABLE: Parameter(shape=shape, format=INT8, rows=table_int8, unit_scale=True),
         _ROW_SCALES: Parameter(shape=(clusters, size), format=FLOAT32, rows=scales),

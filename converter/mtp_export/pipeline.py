@@ -235,7 +235,7 @@ def _trace_onnx(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[Tra
         pair.target_spec,
         pair.drafter_spec,
         position_offset=config.drafter_position_offset,
-        half_table=drafter_recipe(config) != "f32",
+        quantised_head=drafter_recipe(config) != "f32",
     )
 
 

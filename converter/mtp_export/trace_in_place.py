@@ -37,14 +37,14 @@ _SIZES = (_Sizes(11, 13, 7, 1009, 1013), _Sizes(17, 19, 5, 1019, 1021))
 
 
 def trace_graphs(
-    target: TargetSpec, drafter: DrafterSpec, *, position_offset: int, half_table: bool
+    target: TargetSpec, drafter: DrafterSpec, *, position_offset: int, quantised_head: bool
 ) -> list[TracedGraph]:
     """The four graphs of a bundle: target, embedder, per_layer_embedder, drafter."""
     return [
         _at_two_sizes(lambda sizes: _target(target, sizes)),
         _at_two_sizes(lambda sizes: _embedder(target, "embedder", sizes)),
         _at_two_sizes(lambda sizes: _embedder(target, "per_layer_embedder", sizes)),
-        _at_two_sizes(lambda sizes: _drafter(drafter, target, sizes, position_offset, half_table)),
+        _at_two_sizes(lambda sizes: _drafter(drafter, target, sizes, position_offset, quantised_head)),
     ]
 
 
@@ -181,7 +181,7 @@ def _reader(
 
 
 def _drafter(
-    spec: DrafterSpec, target: TargetSpec, sizes: _Sizes, position_offset: int, half_table: bool
+    spec: DrafterSpec, target: TargetSpec, sizes: _Sizes, position_offset: int, quantised_head: bool
 ) -> TracedGraph:
     builder = GraphBuilder("drafter")
     owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
@@ -208,7 +208,9 @@ def _drafter(
             prefix=f"model.layers.{i}.",
         )
         x = f"x_{i}"
-    builder.call("head", lambda: in_place.CandidateHead(spec, half=half_table), {"x": x}, prefix={"norm": "model."})
+    builder.call(
+        "head", lambda: in_place.CandidateHead(spec, quantised=quantised_head), {"x": x}, prefix={"norm": "model."}
+    )
     outputs = read | {n: n for n in ("candidates", "scores", "best", "projected_activations")}
     builder.finish("draft", "draft", outputs, num_tokens=1, attention_length=0)
     return builder.graph()

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -20,8 +21,8 @@ from onnxscript import opset23
 from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
-from mtp_export.lower.workers import results_in_order
-from mtp_export.models import ops  # noqa: F401  registers the torch ops that are translated below
+from mtp_export.lower.cache import cached_results
+from mtp_export.models import ops
 from mtp_export.trace import Call, Segment, TracedGraph
 from mtp_runtime.contract import TensorSpec
 
@@ -83,9 +84,9 @@ def lower(
     names = [(number, key) for number, graph in enumerate(graphs) for key in graph.segments]
     jobs = [(graphs[number].segments[key], portable) for number, key in names]
     templates: dict[tuple[int, str], _Template] = {}
-    with contextlib.closing(results_in_order(_convert, jobs, workers)) as results:
-        for name, template in zip(names, results, strict=True):
-            templates[name] = template
+    with contextlib.closing(cached_results(_convert, jobs, workers)) as results:
+        for name, content in zip(names, results, strict=True):
+            templates[name] = msgspec.msgpack.decode(content, type=_Template)
             on_segments(1)
     return [
         _Chain(graph, {key: templates[number, key] for key in graph.segments}).lowered()
@@ -107,17 +108,22 @@ class _WithInputs(nn.Module):
         return results
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Template:
-    """An exported segment. `inputs` and `outputs` name the values of its graph in the order of the segment's."""
+class _Template(msgspec.Struct, frozen=True, kw_only=True):
+    """An exported segment: its graph, and which values of that are the segment's inputs, weights and outputs."""
 
-    graph: onnx.GraphProto
-    inputs: Mapping[str, str]
-    weights: Mapping[str, str]
-    outputs: Mapping[str, str]
+    serialised: bytes
+    inputs: dict[str, str]
+    weights: dict[str, str]
+    outputs: dict[str, str]
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        graph = onnx.GraphProto()
+        graph.ParseFromString(self.serialised)
+        return graph
 
 
-def _convert(job: tuple[Segment, bool]) -> _Template:
+def _convert(job: tuple[Segment, bool]) -> bytes:
     segment, portable = job
     sample = {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in segment.inputs.items()}
     leaves = dict(segment.module.named_parameters())
@@ -136,11 +142,13 @@ def _convert(job: tuple[Segment, bool]) -> _Template:
     graph = program.model_proto.graph
     names = dict(zip(sample, (value.name for value in graph.input), strict=True))
     outputs = dict(zip(segment.outputs, (value.name for value in graph.output), strict=True))
-    return _Template(
-        graph=graph,
-        inputs={name: names[name] for name in segment.inputs},
-        weights={leaf: names[f"w.{leaf}"] for leaf in leaves},
-        outputs=outputs,
+    return msgspec.msgpack.encode(
+        _Template(
+            serialised=graph.SerializeToString(),
+            inputs={name: names[name] for name in segment.inputs},
+            weights={leaf: names[f"w.{leaf}"] for leaf in leaves},
+            outputs=outputs,
+        )
     )
 
 
@@ -162,11 +170,17 @@ def _translations(portable: bool) -> dict[Any, Callable[..., Any]]:
     return {
         mtp.gather.default: lambda x, indices, axis: op.Gather(x, indices, axis=axis),
         mtp.matmul_transposed.default: lambda x, y: op.MatMul(x, op.Transpose(y, perm=[0, 2, 1])),
+        mtp.matmul_integer.default: _matmul_integer,
         mtp.top_k.default: _top_k,
         mtp.rms_norm.default: _rms_norm,
         mtp.write_and_attend.default: _portable_write_and_attend if portable else _write_and_attend,
         mtp.attend.default: _portable_attend if portable else _attend,
     }
+
+
+def _matmul_integer(x: Any, y: Any) -> Any:
+    zero_point = op.Constant(value=helper.make_tensor("zero_point", TensorProto.UINT8, (), [ops.ZERO_POINT]))
+    return op.Cast(op.MatMulInteger(x, y, zero_point), to=TensorProto.FLOAT)
 
 
 def _top_k(x: Any, k: int) -> Any:
@@ -289,13 +303,14 @@ class _Chain:
         renamed = {"": ""}
         renamed |= {inner: values[call.inputs[name]] for name, inner in template.inputs.items()}
         renamed |= {inner: call.weights[leaf] for leaf, inner in template.weights.items()}
-        for tensor in template.graph.initializer:
+        graph = template.graph
+        for tensor in graph.initializer:
             renamed[tensor.name] = self._constant(tensor)
         for name, inner in template.outputs.items():
             value = call.outputs[name]
             values[value] = renamed[inner] = _renamed_output(produced.get(value), f"{scope}/{name}")
         seen: dict[str, int] = {}
-        for old in template.graph.node:
+        for old in graph.node:
             new = onnx.NodeProto()
             new.CopyFrom(old)
             del new.metadata_props[:]

@@ -41,18 +41,6 @@ class ClusteredHead(nn.Module):
             scores = scores * ops.gather(self.row_scales, clusters, 0).reshape(spec.num_candidates)
         return ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates), scores
 
-    def scored(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates of every sequence, and the winner among them.
-
-        Shapes: hidden [B,1,H] -> ids [B,top_k * cluster_size] int32, scores likewise, best [B,1] int32
-        """
-        spec, batch = self.spec, hidden.shape[0]
-        clusters = ops.top_k(self.centroids(hidden).squeeze(1), spec.top_k)
-        rows = ops.gather(self.table, clusters.reshape(-1), 0).reshape(batch, spec.num_candidates, self.hidden_size)
-        scores = ops.matmul_transposed(hidden, rows.to(hidden.dtype)).squeeze(1)
-        ids = ops.gather(self.token_ordering, clusters.reshape(-1), 0).reshape(batch, spec.num_candidates)
-        return ids, scores, ids.gather(1, scores.argmax(-1, keepdim=True))
-
     def forward(self, hidden: Tensor) -> Tensor:
         """A row as long as the vocabulary, for runtimes whose sampler wants one: candidates keep their differences,
         the worst of them gets 1, every other token 0. transformers fills with min - 1, so this is the same row minus
@@ -64,3 +52,53 @@ class ClusteredHead(nn.Module):
         shifted = scores - (scores.min(0, keepdim=True).values - 1.0)
         row: Tensor = ops.scatter(ids, shifted, self.spec.vocab_size)
         return row.reshape(1, 1, self.spec.vocab_size)
+
+
+class BatchedClusteredHead(nn.Module):
+    """The same for any number of sequences at a time, for runtimes that take candidates as they are.
+
+    A cluster of `table` holds its tokens as columns, so that each of them is multiplied as it was gathered. With
+    `quantised` the table is int8 and `row_scales` dequantises its tokens after the product.
+    """
+
+    def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, *, quantised: bool) -> None:
+        super().__init__()
+        self.spec, self.hidden_size = spec, hidden_size
+        clusters, size = spec.num_centroids, spec.cluster_size
+        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
+        self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
+        dtype = torch.int8 if quantised else torch.float32
+        self.table = nn.Parameter(torch.zeros(clusters, hidden_size, size, dtype=dtype), requires_grad=False)
+        self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if quantised else None
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates of every sequence, and the winner among them.
+
+        Shapes: hidden [B,1,H] -> ids [B,top_k * cluster_size] int32, scores likewise, best [B,1] int32
+        """
+        spec, batch = self.spec, hidden.shape[0]
+        clusters = ops.top_k(self.centroids(hidden).squeeze(1), spec.top_k).reshape(-1)
+        tokens = ops.gather(self.table, clusters, 0)
+        tokens = tokens.reshape(batch, spec.top_k, self.hidden_size, spec.cluster_size)
+        hidden = hidden.unsqueeze(1)
+        if self.row_scales is None:
+            scores = (hidden @ tokens).reshape(batch, spec.num_candidates)
+        else:
+            scales = ops.gather(self.row_scales, clusters, 0).reshape(batch, spec.num_candidates)
+            scores = _integer_product(hidden, tokens).reshape(batch, spec.num_candidates) * scales
+        ids = ops.gather(self.token_ordering, clusters, 0).reshape(batch, spec.num_candidates)
+        return ids, scores, ids.gather(1, scores.argmax(-1, keepdim=True))
+
+
+def _integer_product(x: Tensor, columns: Tensor) -> Tensor:
+    """x @ columns with x rounded to seven bits, each sequence by its own largest value: none depends on another.
+
+    x becomes unsigned because ONNX Runtime has its fast kernels for uint8 by int8 on x86. Seven bits because those of
+    processors without VNNI add pairs of products in 16 bits: of eight, a few large ones would saturate the sum.
+
+    Shapes: x [B,1,1,H], columns [B,N,H,P] int8 -> [B,N,1,P] float32
+    """
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / (ops.ZERO_POINT - 1)
+    rounded = (torch.round(x / scale) + ops.ZERO_POINT).to(torch.uint8)
+    product: Tensor = ops.matmul_integer(rounded, columns)
+    return product * scale

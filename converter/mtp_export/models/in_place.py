@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mtp_export.arch.spec import SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
 from mtp_export.models import ops
 from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
-from mtp_export.models.clustered_head import ClusteredHead
+from mtp_export.models.clustered_head import BatchedClusteredHead
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables
 from mtp_export.models.target import PerLayerInputs, TargetHead
 
@@ -151,19 +151,17 @@ class RowsHead(TargetHead):
 class CandidateHead(nn.Module):
     """Final norm, clustered head and the projection back; the row as long as the vocabulary is never made."""
 
-    def __init__(self, spec: DrafterSpec, *, half: bool) -> None:
+    def __init__(self, spec: DrafterSpec, *, quantised: bool) -> None:
         super().__init__()
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.masked_embedding = ClusteredHead(spec.head, spec.hidden_size, row_scales=False)
-        if half:
-            self.masked_embedding.table = nn.Parameter(self.masked_embedding.table.half(), requires_grad=False)
+        self.masked_embedding = BatchedClusteredHead(spec.head, spec.hidden_size, quantised=quantised)
         self.post_projection = nn.Linear(spec.hidden_size, spec.backbone_hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Shapes: x [B,1,H] -> candidates [B,N] int32, scores [B,N], best [B,1] int32, projected_activations
         [B,1,backbone]"""
         hidden = self.norm(x)
-        candidates, scores, best = self.masked_embedding.scored(hidden)
+        candidates, scores, best = self.masked_embedding(hidden)
         return {
             "candidates": candidates,
             "scores": scores,

@@ -51,6 +51,23 @@ def _(x: Tensor, y: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], y.shape[-2]))
 
 
+ZERO_POINT = 64  # of seven unsigned bits
+
+
+@torch.library.custom_op("mtp::matmul_integer", mutates_args=())
+def matmul_integer(x: Tensor, y: Tensor) -> Tensor:
+    """(x - ZERO_POINT) @ y, exact in integers; the leading axes of x are stretched to those of y.
+
+    Shapes: x [...,M,D] uint8, y [...,D,N] int8 -> [...,M,N] float32
+    """
+    return ((x.int() - ZERO_POINT) @ y.int()).float()
+
+
+@matmul_integer.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return y.new_empty((*y.shape[:-2], x.shape[-2], y.shape[-1]), dtype=torch.float32)
+
+
 @torch.library.custom_op("mtp::top_k", mutates_args=())
 def top_k(x: Tensor, k: int) -> Tensor:
     """Indices of the k largest values of the last axis, best first. Shapes: x [1,N] -> [1,k] int32"""
