@@ -236,11 +236,14 @@ def _stream(
     file: BinaryIO, model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter, place: _Place
 ) -> int:
     """Write a parameter's data, fill in its scales, and return the bytes written."""
-    scales: list[NDArray[np.float32]] = []
+    rows, columns = parameter.shape[0], parameter.shape[-1]
+    quantised = parameter.format.bits < 32 and not parameter.unit_scale
+    # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces.
+    scales = np.empty((rows, columns // (parameter.format.block_size or columns) if quantised else 0), np.float32)
     multiplied = _is_multiplied(model, uses)
 
     def packed(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        if parameter.format.bits == 32 or parameter.unit_scale:
+        if not quantised:
             return rows, None
         values, row_scales = quantise(rows, parameter.format)
         if multiplied:
@@ -248,18 +251,19 @@ def _stream(
         return pack(values, parameter.format.bits), row_scales
 
     def blocks() -> Iterator[NDArray[Any]]:
+        done = 0
         for block, row_scales in row_blocks(parameter, packed):
             if row_scales is not None:
-                scales.append(row_scales)
+                scales[done : done + len(row_scales)] = row_scales
+                done += len(row_scales)
             yield block
 
     written = _write(file, place.data, blocks())
-    if scales and place.scales is None:
-        joined = np.concatenate(scales).reshape(-1)
+    if quantised and place.scales is None:
         for subgraph_index, tensor_index in uses:
-            model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = joined
+            model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
     elif place.scales is not None:
-        written += _write(file, place.scales, iter([np.concatenate(scales).astype(np.float16)]))
+        written += _write(file, place.scales, iter([scales.astype(np.float16)]))
     return written
 
 
