@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,31 @@ import pytest
 Export = Callable[..., Path]
 
 
-def run_cli(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `mtp-export` as a user does."""
+def run_cli(
+    *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `mtp-export` as a user does, with some variables of the environment changed."""
     command = [str(Path(sys.executable).parent / "mtp-export"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
     return done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def segments_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports share converted segments with each other, and not with what other runs of the tests left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def no_segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports find no converted segment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +50,8 @@ def printed() -> dict[Path, subprocess.CompletedProcess[str]]:
 def export_nano(
     tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
 ) -> Export:
-    """Export nano with a recipe, once for all tests; `fresh` exports it again, elsewhere. `export_format` is `tflite`,
-    `onnx` (with graphs for eight sequences too), or `onnx-portable` for ONNX in standard operations."""
+    """Export nano with a recipe, once for all tests; `fresh` converts and exports it again, elsewhere. `export_format`
+    is `tflite`, `onnx` (with graphs for eight sequences too), or `onnx-portable` for ONNX in standard operations."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
@@ -41,7 +60,8 @@ def export_nano(
             name = export_format.partition("-")[0]
             arguments = ("--model", "nano", "--target", name, "--recipe", recipe, "--output", str(output))
             variants = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
-            printed[output] = run_cli(*arguments, "--json", *variants.get(export_format, ()))
+            environment = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))} if fresh else {}
+            printed[output] = run_cli(*arguments, "--json", *variants.get(export_format, ()), environment=environment)
         return output
 
     return export

@@ -290,7 +290,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Started]]:
         process.communicate()
 
 
-@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.usefixtures("hears_ctrl_c", "no_segments")
 class TestInterruption:
     @pytest.mark.parametrize(
         ("delay_s", "presses"), [(0.0, 1), (3.0, 1), (3.0, 3)], ids=["workers start", "converting", "pressed thrice"]
@@ -386,6 +386,7 @@ class TestOutput:
         assert done.returncode == 2
         assert done.stderr == "mtp-export: error: no space left to write to: free some space\n"
 
+    @pytest.mark.usefixtures("no_segments")
     def test_a_disk_that_fills_up_on_the_way(self, tiny_source: Path, tmp_path: Path) -> None:
         """A tmpfs with room enough to begin; something else fills it while the graphs are being converted."""
         disk = tmp_path / "disk"

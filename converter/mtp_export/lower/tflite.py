@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from mtp_export.lower.workers import results_in_order
+from mtp_export.lower.cache import cached_results
 from mtp_export.trace import Segment, TracedGraph, TracedSignature
 from mtp_runtime.contract import TensorSpec
 
@@ -48,7 +48,7 @@ def lower(
     batches = [names[start::count] for start in range(count)]
     work = [[graphs[number].segments[key] for number, key in batch] for batch in batches]
     templates: dict[tuple[int, str], _Template] = {}
-    with contextlib.closing(results_in_order(_convert, work, workers)) as converted:
+    with contextlib.closing(cached_results(_convert, work, workers)) as converted:
         for batch, content in zip(batches, converted, strict=True):
             templates.update(zip(batch, _split(content, len(batch)), strict=True))
             on_segments(len(batch))
