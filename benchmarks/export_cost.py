@@ -41,10 +41,12 @@ def main() -> int:
 
 def run(command: list[str]) -> dict[str, Any]:
     """Run an export and watch its memory."""
-    started, peak = time.perf_counter(), 0
+    started, peak_pss, peak_anonymous = time.perf_counter(), 0, 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
-        peak = max(peak, sum(pss_bytes(pid) for pid in family(process.pid)))
+        taken = [memory_bytes(pid) for pid in family(process.pid)]
+        peak_pss = max(peak_pss, sum(pss for pss, _ in taken))
+        peak_anonymous = max(peak_anonymous, sum(anonymous for _, anonymous in taken))
         time.sleep(0.1)
     wall_s = time.perf_counter() - started
     output = process.stdout.read() if process.stdout else ""
@@ -52,7 +54,8 @@ def run(command: list[str]) -> dict[str, Any]:
         raise SystemExit(f"the export failed with exit code {process.returncode}")
     return {
         "wall_s": round(wall_s, 1),
-        "peak_pss_bytes": peak,
+        "peak_pss_bytes": peak_pss,
+        "peak_anonymous_bytes": peak_anonymous,
         "result": {k: v for k, v in json.loads(output).items() if k != "output"},
     }
 
@@ -72,12 +75,14 @@ def family(root: int) -> list[int]:
     return found
 
 
-def pss_bytes(pid: int) -> int:
+def memory_bytes(pid: int) -> tuple[int, int]:
+    """A process's share of what it has in memory (PSS), and of that, what no file stands behind."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return sum(1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    except OSError:  # it has ended meanwhile
+        return 0, 0
+    sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in text.splitlines()[1:]}
+    return sizes["Pss"], sizes["Pss_Anon"]
 
 
 if __name__ == "__main__":
