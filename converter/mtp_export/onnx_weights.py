@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from mtp_calibration.recipes import WeightFormat
 from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
-from mtp_export.weights import Parameter, pack, quantise, row_blocks
+from mtp_export.weights import OnBlock, Parameter, pack, quantise, row_blocks
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
 # Columns that share a scale, whatever a recipe says. With 32, MatMulNBits gives a row the same bits however many
@@ -38,11 +39,11 @@ def write_onnx(
     lowered: LoweredGraph,
     parameters: Mapping[str, Parameter],
     path: Path,
-    on_parameter: Callable[[str, int], None] = lambda name, size_bytes: None,
+    on_block: OnBlock = lambda size_bytes, name: None,
 ) -> None:
     """Write the graph at `path` and its data at `path` + `.data`. `lowered` is consumed.
 
-    `on_parameter` is told the name and the bytes written of each parameter.
+    `on_block` is told of every block of a parameter that was written.
     """
     model = lowered.model
     missing = sorted(set(lowered.weights) - set(parameters))
@@ -51,8 +52,7 @@ def write_onnx(
     data = path.with_name(path.name + ".data")
     with data.open("wb") as file:
         for name in lowered.weights:
-            written = _write_parameter(model.graph, name, parameters[name], file, data.name)
-            on_parameter(name, written)
+            _write_parameter(model.graph, name, parameters[name], file, data.name, partial(on_block, name=name))
     needed = sorted({node.domain for node in model.graph.node})
     for domain in needed:
         if domain not in {opset.domain for opset in model.opset_import}:
@@ -68,14 +68,23 @@ def block_size(columns: int, format: WeightFormat) -> int:
     return next(size for size in _BLOCK_SIZES if columns % size == 0)
 
 
-def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, file: BinaryIO, location: str) -> int:
+def _write_parameter(
+    graph: onnx.GraphProto,
+    name: str,
+    parameter: Parameter,
+    file: BinaryIO,
+    location: str,
+    on_block: Callable[[int], None],
+) -> None:
     format = parameter.format
     if format.bits == 32 or parameter.unit_scale:
         start = _align(file)
         for piece in row_blocks(parameter, lambda rows: rows):
             file.write(np.ascontiguousarray(piece).data)
             dtype = piece.dtype
-        return _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
+            on_block(piece.nbytes)
+        _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
+        return
     rows, columns = parameter.shape
     size = block_size(columns, format)
     blockwise = dataclasses.replace(format, block_size=size)
@@ -94,16 +103,16 @@ def _write_parameter(graph: onnx.GraphProto, name: str, parameter: Parameter, fi
         file.write(np.ascontiguousarray(block).data)
         scales[done : done + len(found)] = found
         done += len(found)
+        on_block(block.nbytes)
     uses = _replace(graph, name, rows, columns, size, format.bits)
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)
     if uses == "MatMulNBits":
         shape = (rows, columns // size, size * format.bits // 8)
-    written = _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, file, start, location)
+    _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, file, start, location)
     start = _align(file)
     file.write(scales.data)
-    return written + _declare(
-        graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location
-    )
+    _declare(graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location)
+    on_block(scales.nbytes)
 
 
 def _replace(graph: onnx.GraphProto, name: str, rows: int, columns: int, size: int, bits: int) -> str:

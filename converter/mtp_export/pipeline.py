@@ -21,6 +21,7 @@ from mtp_export.checkpoint import Checkpoint, hash_file, locate
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import OutputError
+from mtp_export.journal import Journal, identity
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.trace_in_place import trace_graphs
@@ -31,11 +32,11 @@ _SPARE_BYTES = 64 << 20  # of disk, for text files
 
 
 class Progress(Protocol):
-    """Told what an export is doing: a stage of so many units, and units done."""
+    """Told what an export is doing: a stage of so many units, and units done; of bytes, whose they are."""
 
-    def start(self, stage: str, total: int) -> None: ...
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None: ...
 
-    def advance(self, done: int) -> None: ...
+    def advance(self, done: int, name: str = "") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,16 +62,17 @@ class Pair:
     stop_token_ids: tuple[int, ...]
 
 
-def export(config: ExportConfig, progress: Progress) -> ExportResult:
-    """Export a pair as `config` says.
+def export(config: ExportConfig, progress: Progress, *, resume: bool = False) -> ExportResult:
+    """Export a pair as `config` says; with `resume`, without the graphs that a killed export of it has written already.
 
     Raises:
         MtpError: with what was wrong and what to do; nothing is left behind then.
     """
     clock = _Clock()
     config.check()
-    with staged_folder(config.output, force=config.force) as folder:
+    with staged_folder(config.output, force=config.force, resume=resume) as folder:
         pair = open_pair(config)
+        journal = Journal(folder, _made_of(config, pair))
         shape = graph_shape(config, pair)
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
@@ -82,9 +84,9 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         # With a container, graphs lie in the folder twice: as plain files, and within it.
         _check_disk(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
         clock.lap("trace")
-        files = format.write(config, graphs, values, folder, progress, clock)
+        files = format.write(config, graphs, values, folder, journal, progress, clock)
         files |= texts.write_texts(contents, folder)
-        manifest = _write_rest(config, pair, shape, graphs, files, folder, progress)
+        manifest = _write_rest(config, pair, shape, graphs, files, folder, journal, progress)
         clock.lap("bundle")
     return ExportResult(
         output=config.output,
@@ -92,6 +94,14 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
     )
+
+
+def _made_of(config: ExportConfig, pair: Pair) -> str:
+    """Identity of all that the graphs of a bundle depend on. Weights by size and time of change: a killed export is to
+    go on without reading all of them first."""
+    asked = dataclasses.replace(config, output=Path(), force=False, workers=1)
+    inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in input_files(pair)]
+    return identity(version("mtp-export"), dataclasses.asdict(asked), inputs)
 
 
 class _Clock:
@@ -214,6 +224,7 @@ def _write_tflite(
     graphs: Sequence[TracedGraph],
     values: Mapping[str, Mapping[str, Parameter]],
     folder: Path,
+    journal: Journal,
     progress: Progress,
     clock: _Clock,
 ) -> dict[str, Path]:
@@ -222,10 +233,14 @@ def _write_tflite(
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
     clock.lap("lower")
-    progress.start("writing weights", _weight_bytes(config, values))
+    progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
     for graph in lowered:
-        write_graph(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
+        if files[graph.role].name in journal.files:
+            progress.advance(sizes.stored_bytes("tflite", values[graph.role]))
+            continue
+        write_graph(graph, values[graph.role], files[graph.role], progress.advance)
+        journal.add(files[graph.role])
     clock.lap("weights")
     return files
 
@@ -244,6 +259,7 @@ def _write_onnx(
     graphs: Sequence[TracedGraph],
     values: Mapping[str, Mapping[str, Parameter]],
     folder: Path,
+    journal: Journal,
     progress: Progress,
     clock: _Clock,
 ) -> dict[str, Path]:
@@ -254,12 +270,16 @@ def _write_onnx(
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = onnx.lower(graphs, config.workers, portable=config.portable, on_segments=progress.advance)
     clock.lap("lower")
-    progress.start("writing weights", _weight_bytes(config, values))
+    progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {}
     for graph in lowered:
         files[graph.role] = folder / f"{graph.role}.onnx"
         files[f"{graph.role}_data"] = folder / f"{graph.role}.onnx.data"
-        write_onnx(graph, values[graph.role], files[graph.role], lambda _, done: progress.advance(done))
+        if files[graph.role].name in journal.files:
+            progress.advance(sizes.stored_bytes("onnx", values[graph.role]))
+            continue
+        write_onnx(graph, values[graph.role], files[graph.role], progress.advance)
+        journal.add(files[graph.role], files[f"{graph.role}_data"])
     for traced in graphs if config.batch_size > 1 else ():
         if traced.role in BATCH_ROLES:
             files[batch_role(traced.role)] = folder / f"{traced.role}.batch.onnx"
@@ -295,12 +315,13 @@ def _write_rest(
     graphs: Sequence[TracedGraph],
     files: Mapping[str, Path],
     folder: Path,
+    journal: Journal,
     progress: Progress,
 ) -> Manifest:
     inputs = input_files(pair)
     progress.start("hashing and bundling", len(inputs) + len(graphs) + 1)
     hashes = [_hash_input(part, path, progress) for part, path in inputs]
-    entries = {role: hash_file(path) for role, path in files.items()}
+    entries = {role: journal.files.get(path.name) or hash_file(path) for role, path in files.items()}
     manifest = manifest_of(config, pair, shape, graphs, hashes, entries)
     progress.advance(len(graphs))
     if FORMATS[config.export_format].container:

@@ -2,7 +2,7 @@
 
 A workspace `.{name}.partial-{random}` holds `new`, which becomes the output, and for a moment `old`, which was the
 output before. Its process holds a lock on it, and the lock ends with the process, however that ends: a workspace that
-nobody holds was left by a killed export, and the next one of the same output removes it.
+nobody holds was left by a killed export, and the next one of the same output removes it, or goes on in it.
 """
 
 from __future__ import annotations
@@ -61,19 +61,20 @@ def _is_bundle(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `output` if the block succeeds, and vanishes if it does not.
+def staged_folder(output: Path, *, force: bool, resume: bool = False) -> Iterator[Path]:
+    """Yield a folder that becomes `output` if the block succeeds, and vanishes if it does not. It is empty, or with
+    `resume` what a killed export of the same output left.
 
     Raises:
         OutputError: the output exists and `force` is false, or cannot be written, or the disk is full.
     """
     output = Path(os.path.abspath(output))
     with _explained(output), _parents(output.parent):
-        _remove_leftovers(output)
+        leftover = _take_leftovers(output, keep_one=resume)
         check_output(output, force=force)
-        with _workspace(output) as workspace:
+        with _workspace(output, leftover) as workspace:
             stage = workspace / "new"
-            stage.mkdir()
+            stage.mkdir(exist_ok=True)
             yield stage
             _replace(workspace, output, force=force)
 
@@ -114,9 +115,14 @@ def _parents(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    lock = _lock(folder)
+def _workspace(output: Path, leftover: tuple[Path, int] | None) -> Iterator[Path]:
+    """Yield a workspace that this process holds: `leftover`, which it holds already, or a new one."""
+    lock: int | None
+    if leftover is None:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        lock = _lock(folder)
+    else:
+        folder, lock = leftover
     try:
         yield folder
     finally:
@@ -140,9 +146,14 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _remove_leftovers(output: Path) -> None:
-    """Remove what killed exports of the same output left, and put an old output back that one had moved aside."""
+def _take_leftovers(output: Path, *, keep_one: bool) -> tuple[Path, int] | None:
+    """Remove what killed exports of the same output left, and put an old output back that one had moved aside.
+
+    Returns:
+        With `keep_one` the workspace with most in it, which then is not removed, and the lock on it.
+    """
     name = re.compile(re.escape(f".{output.name}.partial-") + r"[a-z0-9_]{8}")
+    found: list[tuple[Path, int]] = []
     for leftover in output.parent.iterdir():
         if not name.fullmatch(leftover.name):
             continue
@@ -151,8 +162,17 @@ def _remove_leftovers(output: Path) -> None:
             continue
         if (leftover / "old").exists() and not os.path.lexists(output):
             (leftover / "old").rename(output)
+        found.append((leftover, lock))
+    found.sort(key=lambda item: _bytes_in(item[0]))
+    kept = found.pop() if keep_one and found else None
+    for leftover, lock in found:
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(lock)
+    return kept
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def _replace(workspace: Path, output: Path, *, force: bool) -> None:

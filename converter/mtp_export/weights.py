@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -33,6 +34,7 @@ _QUANTISED_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: sch
 _MOVES = (schema.BuiltinOperator.GATHER, schema.BuiltinOperator.RESHAPE)
 
 Rows = Callable[[int, int], NDArray[Any]]
+OnBlock = Callable[[int, str], None]  # told bytes that were written, and of which parameter
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -115,9 +117,9 @@ def write_graph(
     lowered: LoweredGraph,
     parameters: Mapping[str, Parameter],
     path: Path,
-    on_parameter: Callable[[str, int], None] = lambda name, size_bytes: None,
+    on_block: OnBlock = lambda size_bytes, name: None,
 ) -> None:
-    """Write a `.tflite` with its weights. `on_parameter` is told the name and the bytes written of each parameter.
+    """Write a `.tflite` with its weights. `on_block` is told of every block of a parameter that was written.
 
     `lowered` is consumed: its tensors are given their types and buffers.
     """
@@ -138,8 +140,7 @@ def write_graph(
         for i, constant in data.items():
             _write(file, model.buffers[i], iter([constant]))
         for name, place in places.items():
-            written = _stream(file, model, lowered.weights[name], parameters[name], place)
-            on_parameter(name, written)
+            _stream(file, model, lowered.weights[name], parameters[name], place, partial(on_block, name=name))
         end = file.tell()
         header = _serialise(model)
         if _aligned(len(header)) != header_bytes:
@@ -233,9 +234,14 @@ def _retype_unit_scale(model: schema.ModelT, subgraph: schema.SubGraphT, tensor_
 
 
 def _stream(
-    file: BinaryIO, model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter, place: _Place
-) -> int:
-    """Write a parameter's data, fill in its scales, and return the bytes written."""
+    file: BinaryIO,
+    model: schema.ModelT,
+    uses: Sequence[tuple[int, int]],
+    parameter: Parameter,
+    place: _Place,
+    on_block: Callable[[int], None],
+) -> None:
+    """Write a parameter's data and fill in its scales."""
     rows, columns = parameter.shape[0], parameter.shape[-1]
     quantised = parameter.format.bits < 32 and not parameter.unit_scale
     # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces.
@@ -257,14 +263,15 @@ def _stream(
                 scales[done : done + len(row_scales)] = row_scales
                 done += len(row_scales)
             yield block
+            on_block(block.nbytes)
 
-    written = _write(file, place.data, blocks())
+    _write(file, place.data, blocks())
     if quantised and place.scales is None:
         for subgraph_index, tensor_index in uses:
             model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
     elif place.scales is not None:
-        written += _write(file, place.scales, iter([scales.astype(np.float16)]))
-    return written
+        _write(file, place.scales, iter([scales.astype(np.float16)]))
+        on_block(scales.nbytes // 2)
 
 
 def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> bool:
@@ -288,14 +295,13 @@ def row_blocks(parameter: Parameter, function: Callable[[NDArray[Any]], Result])
     return in_order(block, range(0, count, step), len(os.sched_getaffinity(0)))
 
 
-def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> int:
+def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> None:
     """Write blocks at the next aligned position and note it in the buffer."""
     file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
     buffer.offset = file.tell()
     for block in blocks:
         file.write(np.ascontiguousarray(block).data)
     buffer.size = file.tell() - buffer.offset
-    return int(buffer.size)
 
 
 def _aligned(size: int) -> int:

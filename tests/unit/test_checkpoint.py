@@ -33,10 +33,10 @@ Tensors = dict[str, torch.Tensor]
 class NothingSlow:
     """Is told of an export's progress, and ends it when the conversion begins."""
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
         raise AssertionError(f"it was not refused before {stage}")
 
-    def advance(self, done: int) -> None: ...
+    def advance(self, done: int, name: str = "") -> None: ...
 
 
 @pytest.fixture(autouse=True)

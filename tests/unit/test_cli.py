@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -265,6 +266,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
         time.sleep(0.02)
 
 
+def read_some(terminal: int) -> bytes:
+    """What a terminal is shown next; nothing once every process has let go of it."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[], Started]]:
     """Return a function that starts an export of nano into `tmp_path`/out, in a process group of its own."""
@@ -379,6 +388,23 @@ class TestOutput:
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
+
+    def test_a_terminal_is_shown_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
+        export_nano("int8")  # its segments are kept
+        terminal, screen = pty.openpty()
+        command = [SCRIPT, "export", "--output", str(tmp_path / "out")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=screen):
+            os.close(screen)
+            shown = b""
+            while chunk := read_some(terminal):
+                shown += chunk
+        os.close(terminal)
+        line = re.compile(
+            r"writing weights \S+ +\d+% \d+ tensors 0\.0\d/0\.0\d GB \d:\d\d:\d\d [-\d]:[-\d]{2}:[-\d]{2}"
+        )
+        lines = [text.strip() for text in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).splitlines()]
+        assert any(line.fullmatch(text) for text in lines), lines
+        assert max(map(len, lines)) <= 80
 
     def test_an_output_that_is_full_is_told(self) -> None:
         with open("/dev/full", "w") as full:

@@ -90,9 +90,10 @@ def config_of(options: Mapping[str, Any]) -> ExportConfig:
 @click.command("export")
 @export_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be written and needed, as `plan` does.")
+@click.option("--resume", is_flag=True, help="Go on where a killed export of the same output was.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def command(dry_run: bool, as_json: bool, debug: bool, **options: Any) -> None:
+def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Write a bundle: target, drafter and embedders as TFLite files and in one .litertlm, or as ONNX files."""
     config = config_of(options)
     if dry_run:
@@ -104,7 +105,7 @@ def command(dry_run: bool, as_json: bool, debug: bool, **options: Any) -> None:
         bars.start("loading", 0)
         from mtp_export.pipeline import export
 
-        result = export(config, bars)
+        result = export(config, bars, resume=resume)
     if as_json:
         click.echo(json.dumps(_as_json(result)))
     else:
@@ -117,16 +118,17 @@ class _Bars:
     def __init__(self) -> None:
         console = Console(stderr=True)
         self.bars = Progress(
-            TextColumn("{task.description:>22}"),
-            BarColumn(),
+            TextColumn("{task.description:>20}"),
+            BarColumn(bar_width=10),  # a line is to fit 80 columns
             TaskProgressColumn(),
+            TextColumn("{task.fields[done]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = self.bars.add_task("", visible=False)
+        self._open("", 0)
 
     def __enter__(self) -> _Bars:
         self.bars.start()
@@ -135,12 +137,23 @@ class _Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.bars.stop()
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
         self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
-        self.task = self.bars.add_task(stage, total=total or None)
+        self._open(stage, total, of_bytes=of_bytes)
 
-    def advance(self, done: int) -> None:
+    def _open(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
+        self.task = self.bars.add_task(stage, total=total or None, visible=bool(stage), done="")
+        self.of_bytes, self.names = of_bytes, set[str]()
+
+    def advance(self, done: int, name: str = "") -> None:
+        self.names.add(name)
         self.bars.advance(self.task, done)
+        task = self.bars.tasks[self.task]
+        if self.of_bytes:
+            counted = f"{len(self.names)} tensors {task.completed / 1e9:.2f}/{(task.total or 0) / 1e9:.2f} GB"
+        else:
+            counted = f"{task.completed:.0f}/{task.total or 0:.0f}"
+        self.bars.update(self.task, done=counted)
 
 
 def _sizes(result: Any) -> Mapping[str, int]:
