@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Environment, HardwareAccelerator, Options
@@ -20,6 +21,7 @@ from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import GRAPH_ROLES, GraphSignature
 from mtp_runtime.errors import BackendError, BundleError, MtpError
 from mtp_runtime.kv_cache import StaticKVCache
+from mtp_runtime.packed_weights import PackedWeights, default_folder
 from mtp_runtime.quiet import hold_back_native_log_at_exit, native_log_held_back
 
 
@@ -118,8 +120,10 @@ class LiteRTGraphs:
         self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length)
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 2) -> LiteRTGraphs:
-        """Compile the bundle's graphs for `threads` CPU threads and allocate the cache.
+    def open(cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None) -> LiteRTGraphs:
+        """Compile the bundle's graphs for `threads` CPU threads and allocate the KV cache.
+
+        Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
 
         Raises:
             BundleError: a graph is missing or contradicts the manifest.
@@ -129,7 +133,7 @@ class LiteRTGraphs:
         failure: MtpError
         with native_log_held_back() as log:
             try:
-                return cls._open(bundle, threads)
+                return cls._open(bundle, threads, cache_dir or default_folder())
             except RuntimeError as error:
                 failure = BackendError(f"LiteRT refuses the bundle: {error} {log.last_error()}".strip())
             except MtpError as error:
@@ -138,13 +142,21 @@ class LiteRTGraphs:
         raise failure
 
     @classmethod
-    def _open(cls, bundle: Bundle, threads: int) -> LiteRTGraphs:
-        options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+    def _open(cls, bundle: Bundle, threads: int, cache_dir: Path) -> LiteRTGraphs:
         environment = Environment.create()
-        models = {
-            role: CompiledModel.from_file(str(bundle.path(role)), environment=environment, options=options)
-            for role in GRAPH_ROLES
-        }
+        packed = {role: PackedWeights(cache_dir, bundle.manifest.files[role]) for role in GRAPH_ROLES}
+        try:
+            models = {
+                role: CompiledModel.from_file(
+                    str(bundle.path(role)), environment=environment, options=_options(threads, packed[role].path)
+                )
+                for role in GRAPH_ROLES
+            }
+            for weights in packed.values():
+                weights.keep()
+        finally:
+            for weights in packed.values():
+                weights.discard()
         backend = cls(bundle, environment, models)
         for role in GRAPH_ROLES:
             for spec in bundle.manifest.signatures[role]:
@@ -180,6 +192,11 @@ class LiteRTGraphs:
             self._caches.clear()
             self._models.clear()
             self._environment = None
+
+
+def _options(threads: int, packed_weights: Path | None) -> Options:
+    cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed_weights or ""))
+    return Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
 
 
 def _check_graph(model: CompiledModel, role: str, spec: GraphSignature) -> None:

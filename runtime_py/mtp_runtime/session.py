@@ -131,10 +131,13 @@ class Session:
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int = 2, verify: bool = True) -> Session:
+    def open(
+        cls, path: Path | str, *, threads: int = 2, verify: bool = True, cache_dir: Path | str | None = None
+    ) -> Session:
         """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
-        `verify` compares every file with its SHA-256.
+        `verify` compares every file with its SHA-256. LiteRT keeps packed weights in `cache_dir`, by default
+        `~/.cache/mtp-export/packed`: they make the second start fast and are in memory once.
 
         Raises:
             BundleError: the bundle is missing, damaged, of another kind or of a newer version.
@@ -144,7 +147,7 @@ class Session:
             raise UserError(f"threads is {threads}: give 1 or more")
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
-            backend = _open_backend(bundle, threads)
+            backend = _open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir))
             opened.callback(backend.close)
             session = cls(bundle, backend)
             opened.pop_all()
@@ -313,7 +316,7 @@ class Session:
         self.close()
 
 
-def _open_backend(bundle: Bundle, threads: int) -> Backend:
+def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None) -> Backend:
     """The libraries are imported here, so that reading manifests, traces and reports loads none."""
     if bundle.manifest.export_format == "onnx":
         from mtp_runtime.onnx import OnnxBackend
@@ -322,4 +325,4 @@ def _open_backend(bundle: Bundle, threads: int) -> Backend:
     from mtp_runtime.litert import LiteRTGraphs
     from mtp_runtime.static_backend import StaticBackend
 
-    return StaticBackend(LiteRTGraphs.open(bundle, threads=threads), bundle.manifest)
+    return StaticBackend(LiteRTGraphs.open(bundle, threads=threads, cache_dir=cache_dir), bundle.manifest)
