@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from mtp_export.proof import TOLERANCES
 from mtp_runtime import Session
 from mtp_runtime.backend import Draft, FloatArray
+from mtp_runtime.parity import Comparison, compare_tokens
 
 ALPHAS = (0.6, 0.8)
 
@@ -84,21 +86,30 @@ def passes(session: Session, prompt: Sequence[int]) -> dict[str, float]:
 def rounds(session: Session, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
     """Committed tokens per second, plainly and at every alpha, in turn."""
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "stop_token_ids": ()}
-    plain = session.generate(prompt, num_draft_tokens=0, **options).finish()
+    plain = session.generate(prompt, num_draft_tokens=0, with_margins=True, **options).finish()
     seconds = dict.fromkeys((0.0, *ALPHAS), 0.0)
     per_round: dict[float, float] = {}
-    same = True
+    differing: list[Comparison] = []
     for _ in range(2):
         for alpha in seconds:
             with imposed(session, plain.tokens, len(prompt), alpha) if alpha else contextlib.nullcontext():
                 trace = session.generate(prompt, num_draft_tokens=None if alpha else 0, **options).finish()
-            same = same and trace.tokens == plain.tokens
+            compared = compare_tokens(
+                "",
+                plain.tokens,
+                trace.tokens,
+                margins=plain.margins,
+                tolerance=TOLERANCES.get(session.manifest.recipe, max(TOLERANCES.values())),
+                max_new_tokens=new_tokens,
+            )
+            differing += [compared] if compared.verdict != "equal" else []
             seconds[alpha] += trace.stats.generate_wall_ms / 1000.0
             if alpha:
                 per_round[alpha] = round(trace.stats.round_tokens / max(trace.stats.rounds, 1), 2)
     speeds = {alpha: 2 * (new_tokens - 1) / taken for alpha, taken in seconds.items()}
     return {
-        "same_output": same,
+        "same_output": all(compared.verdict == "near_tie" for compared in differing),
+        "differences": [{"token": c.first_difference, "margin": c.margin} for c in differing],
         "distinct_tokens": len(set(plain.tokens)),
         "plain_tokens_per_second": round(speeds[0.0], 2),
         "gain_at_alpha": {str(alpha): round(speeds[alpha] / speeds[0.0], 3) for alpha in ALPHAS},
