@@ -151,6 +151,11 @@ def _delta(
     prefix = next((prefix for prefix in TEXT_PREFIXES if module.startswith(prefix)), "")
     name = f"{text_prefix(checkpoint)}{module.removeprefix(prefix)}.weight"
     info = checkpoint.tensors.get(name)
+    if checkpoint.formats and (info is None or info.dtype == "I8"):
+        raise CheckpointError(
+            f"{path}: the checkpoint stores {module} as integers, and merging would quantise it anew: "
+            "give the checkpoint in floats that the adapter was trained on"
+        )
     if info is None:
         raise CheckpointError(f"{path}: the checkpoint has no module {module}: this adapter is of another model")
     a, b = sides["A"], sides["B"]

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from mtp_export import compressed
 from mtp_export.errors import CheckpointError
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import FileEntry
@@ -40,10 +41,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 # Where the text model's tensors lie: in a multimodal file, in a text-only one, and bare.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-# Parts of a multimodal file that are not exported, and tensors that KV-shared layers carry without using them.
+# Parts of a multimodal file that are not exported, tensors that KV-shared layers carry without using them, scales of a
+# quantised KV cache, and the tied head, which may be stored twice.
 _IGNORED = re.compile(
     r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
-    r"|.*\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight$"
+    r"|.*\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.(weight(_packed|_scale|_shape)?|(in|out)put_scale)$"
+    r"|.*\.layers\.\d+\.self_attn\.[kv]_(cache_)?scale$"
+    r"|lm_head\.(weight(_packed|_scale|_shape)?|(in|out)put_scale)$"
 )
 
 
@@ -69,6 +73,7 @@ class Checkpoint:
             raise CheckpointError(f"no {part} checkpoint at {folder}: give a folder with config.json and *.safetensors")
         self.folder, self.part = folder, part
         self.config = self.read_json("config.json")
+        self.formats = compressed.read_quantization(self.config, str(folder / "config.json"))
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[Path, Any] = {}
         for path in self._shards():
@@ -167,6 +172,29 @@ class Checkpoint:
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
         return values
 
+    def quantised(self, name: str, shape: tuple[int, ...]) -> compressed.StoredMatrix | None:
+        """The matrix `name` if it is stored as integers, None where it is not.
+
+        Raises:
+            CheckpointError: it is, in a way that contradicts the shape or the config.
+        """
+        return compressed.find(self.tensors, name, shape, self.formats, str(self.folder))
+
+    def quantised_rows(self, matrix: compressed.StoredMatrix, start: int, stop: int) -> compressed.Rows:
+        """Rows of a matrix that is stored as integers.
+
+        Raises:
+            CheckpointError: the file is damaged, a scale is not finite, or the stored shape is another.
+        """
+        if matrix.stated_shape is not None and tuple(stated := self.integers(matrix.stated_shape)) != matrix.shape:
+            raise CheckpointError(
+                f"{self.tensors[matrix.stated_shape].file}: tensor {matrix.stated_shape} is {stated.tolist()}, "
+                f"config.json asks for {list(matrix.shape)}"
+            )
+        with self._reading(self.tensors[matrix.values].file) as file:
+            values = file.get_slice(matrix.values)[start:stop].numpy()
+        return matrix.rows(values, self.rows(matrix.scales, start, stop))
+
     def integers(self, name: str) -> NDArray[np.int64]:
         """A whole stored integer vector."""
         with self._reading(self.tensors[name].file) as file:
@@ -195,7 +223,7 @@ def text_prefix(checkpoint: Checkpoint) -> str:
         CheckpointError: there is no text model in it.
     """
     for prefix in TEXT_PREFIXES:
-        if prefix + "embed_tokens.weight" in checkpoint.tensors:
+        if any(f"{prefix}embed_tokens.{stored}" in checkpoint.tensors for stored in ("weight", "weight_packed")):
             return prefix
     raise CheckpointError(f"{checkpoint.folder}: no tensor …embed_tokens.weight: this is not a Gemma 4 checkpoint")
 
@@ -206,8 +234,13 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
     """
+    of_quantised: set[str] = set()
     for name, shape in expected.items():
         stored = prefix + name
+        quantised = checkpoint.quantised(stored, shape)
+        if quantised is not None:
+            of_quantised |= quantised.tensors
+            continue
         info = checkpoint.tensors.get(stored)
         if info is None:
             raise CheckpointError(f"{checkpoint.folder}: tensor {stored} is missing: the checkpoint is incomplete")
@@ -218,13 +251,12 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
         allowed = ("I64", "I32") if name.endswith("token_ordering") else _FLOATS
         if info.dtype not in allowed:
             raise CheckpointError(
-                f"{info.file}: tensor {stored} has dtype {info.dtype}, expected {' or '.join(allowed)}: "
-                "quantised checkpoints are not supported yet"
+                f"{info.file}: tensor {stored} has dtype {info.dtype}, expected {' or '.join(allowed)}, "
+                f"or integers that a {compressed.KEY} in config.json describes"
             )
     for stored, info in checkpoint.tensors.items():
-        # A tied head may be stored twice; it is never read.
-        known = (stored.startswith(prefix) and stored.removeprefix(prefix) in expected) or stored == "lm_head.weight"
-        if not known and not _IGNORED.match(stored):
+        known = stored.startswith(prefix) and stored.removeprefix(prefix) in expected
+        if not known and stored not in of_quantised and not _IGNORED.match(stored):
             raise CheckpointError(
                 f"{info.file}: unknown tensor {stored}: merge adapters before exporting, or give them with --adapter"
             )

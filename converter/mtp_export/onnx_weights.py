@@ -18,9 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from mtp_calibration.recipes import WeightFormat
 from mtp_export.lower.onnx import MICROSOFT_DOMAIN, LoweredGraph
-from mtp_export.weights import OnBlock, Parameter, pack, quantise, row_blocks
+from mtp_export.weights import OnBlock, Parameter, as_integers, pack, row_blocks
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
 # Columns that share a scale, whatever a recipe says. With 32, MatMulNBits gives a row the same bits however many
@@ -61,10 +60,12 @@ def write_onnx(
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def block_size(columns: int, format: WeightFormat) -> int:
-    """Columns that share a scale: many in look-up tables, which alone have 2 bits, and few enough in all else."""
-    if format.bits == 2:
-        return dataclasses.replace(format, block_size=_TABLE_BLOCK_SIZE).for_columns(columns).block_size
+def block_size(parameter: Parameter) -> int:
+    """Columns that share a scale: many in look-up tables of 2 bits, and few enough in all else."""
+    columns, format = parameter.shape[-1], parameter.format
+    if format.bits == 2 and parameter.looked_up:
+        most = min(format.block_size or _TABLE_BLOCK_SIZE, _TABLE_BLOCK_SIZE)
+        return dataclasses.replace(format, block_size=most).for_columns(columns).block_size
     return next(size for size in _BLOCK_SIZES if columns % size == 0)
 
 
@@ -86,14 +87,14 @@ def _write_parameter(
         _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
         return
     rows, columns = parameter.shape
-    size = block_size(columns, format)
+    size = block_size(parameter)
     blockwise = dataclasses.replace(format, block_size=size)
     # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces
     # (5 GiB for E2B's per-layer embeddings).
     scales = np.empty((rows, columns // size), np.float32)
 
-    def packed(block: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        values, found = quantise(block, blockwise)
+    def packed(block: Any) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        values, found = as_integers(block, blockwise)
         # Both operations take unsigned values whose zero is in the middle.
         return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), found
 
@@ -154,8 +155,8 @@ def _declare(
     file: BinaryIO,
     start: int,
     location: str,
-) -> int:
-    """Add an initializer whose data is what was written since `start`; returns its bytes."""
+) -> None:
+    """Add an initializer whose data is what was written since `start`."""
     tensor = TensorProto()
     tensor.name, tensor.data_type, tensor.data_location = name, kind, TensorProto.EXTERNAL
     tensor.dims.extend(shape)
@@ -167,7 +168,6 @@ def _declare(
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     graph.initializer.append(tensor)
-    return written
 
 
 def _align(file: BinaryIO) -> int:

@@ -35,11 +35,29 @@ def target_parameters(
     check_tensors(checkpoint, {name: shape for g in graphs for name, shape in g.weights.items()}, prefix)
     return {
         graph.role: {
-            name: _stored(checkpoint, prefix + name, shape, _target_format(graph.role, name, shape, recipe))
+            name: _of_target(checkpoint, prefix, name, shape, graph.role, recipe)
             for name, shape in graph.weights.items()
         }
         for graph in graphs
     }
+
+
+def _of_target(
+    checkpoint: Checkpoint, prefix: str, name: str, shape: tuple[int, ...], role: str, recipe: Recipe
+) -> Parameter:
+    """A matrix that the checkpoint stores as integers stays as it is, whatever the recipe says."""
+    looked_up = role != "target"
+    matrix = checkpoint.quantised(prefix + name, shape)
+    if matrix is None:
+        format = _target_format(role, name, shape, recipe)
+        return _stored(checkpoint, prefix + name, shape, format, looked_up=looked_up)
+    return Parameter(
+        shape=shape,
+        format=matrix.format,
+        rows=functools.partial(checkpoint.quantised_rows, matrix),
+        stored=True,
+        looked_up=looked_up,
+    )
 
 
 def _target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
@@ -92,8 +110,10 @@ def _drafter_format(name: str, shape: tuple[int, ...], recipe: Recipe) -> Weight
     return _linear_format(name, recipe).for_columns(shape[1])
 
 
-def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat) -> Parameter:
-    return Parameter(shape=shape, format=format, rows=lambda start, stop: checkpoint.rows(name, start, stop))
+def _stored(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], format: WeightFormat, *, looked_up: bool = False
+) -> Parameter:
+    return Parameter(shape=shape, format=format, rows=functools.partial(checkpoint.rows, name), looked_up=looked_up)
 
 
 def _clustered_table(

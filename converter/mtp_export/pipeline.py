@@ -18,9 +18,10 @@ from mtp_export.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.checkpoint import Checkpoint, hash_file, locate
+from mtp_export.compressed import check_runs
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
-from mtp_export.errors import OutputError
+from mtp_export.errors import CheckpointError, OutputError
 from mtp_export.journal import Journal, identity
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
@@ -130,6 +131,11 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
     gemma4.check_model(model.name, "target", model.target, target_spec)
     stop_ids = texts.stop_token_ids(target, target_spec)
     drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter", find), "drafter")
+    if drafter.formats:
+        raise CheckpointError(
+            f"{drafter.folder / 'config.json'}: the drafter is stored as integers, expected floats: "
+            "take the drafter's own checkpoint, which is published in floats"
+        )
     drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
     gemma4.check_pair(target_spec, drafter_spec)
     gemma4.check_model(model.name, "drafter", model.drafter, drafter_spec)
@@ -188,6 +194,10 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     recipe = RECIPES[drafter_recipe(config)]
     of_embedders = with_embedders(RECIPES[config.recipe], RECIPES[embedder_recipe(config)])
     values = parameters.target_parameters(pair.target, of_target, of_embedders)
+    for part in values.values():
+        for name, parameter in part.items():
+            if parameter.stored:
+                check_runs(name, parameter.format, config.export_format, looked_up=parameter.looked_up)
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
 

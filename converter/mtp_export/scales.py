@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_calibration.recipes import WeightFormat
 
-_SMALLEST = 2.0**-14  # float16's smallest normal number: runtimes refuse a scale below it
+SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number: runtimes refuse a scale below it
 # What is tried of the largest magnitude. Two bits have the levels -2, -1, 0 and 1: negative scales turn them round.
 _FITTED = {
     2: (0.35, 0.45, 0.55, 0.7, 0.85, -0.35, -0.45, -0.55, -0.7, -0.85),
@@ -22,7 +22,7 @@ def choose_scales(grouped: Tensor, format: WeightFormat) -> Tensor:
     high, low = grouped.amax(-1), grouped.amin(-1)
     if format.scale == "max":
         scales: Tensor = torch.maximum(high, -low).clamp_(min=1e-9) / (2 ** (format.bits - 1) - 1)
-        return scales.clamp_(min=_SMALLEST) if format.block_size else scales
+        return scales.clamp_(min=SMALLEST_SCALE) if format.block_size else scales
     if format.scale == "q4_0":
         # As llama.cpp's quantize_row_q4_0_ref: the value of largest magnitude becomes -8 times the scale.
         return _not_tiny(torch.where(high > -low, high, low) / -8)
@@ -43,7 +43,7 @@ def _fitted(grouped: Tensor, bound: Tensor, bits: int) -> Tensor:
 
 
 def _not_tiny(scales: Tensor) -> Tensor:
-    return torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
+    return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
 
 
 def with_positive_scales(

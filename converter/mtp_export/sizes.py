@@ -125,7 +125,7 @@ def _onnx_data_bytes(parameter: Parameter) -> int:
     from mtp_export.onnx_weights import block_size  # the onnx package takes memory, which TFLite need not spend
 
     count, format = math.prod(parameter.shape), parameter.format
-    scales = count // block_size(parameter.shape[-1], format) if _is_blockwise(parameter) else 0
+    scales = count // block_size(parameter) if _is_blockwise(parameter) else 0
     return count * format.bits // 8 + 4 * scales
 
 

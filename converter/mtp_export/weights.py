@@ -24,8 +24,10 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from mtp_calibration.recipes import WeightFormat
+from mtp_export import compressed
+from mtp_export.errors import CheckpointError
 from mtp_export.lower.tflite import LoweredGraph
-from mtp_export.scales import choose_scales, with_positive_scales
+from mtp_export.scales import SMALLEST_SCALE, choose_scales, with_positive_scales
 
 _ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
 _BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
@@ -33,7 +35,6 @@ _QUANTISED_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: sch
 # Operators whose output is nothing but values of their first input.
 _MOVES = (schema.BuiltinOperator.GATHER, schema.BuiltinOperator.RESHAPE)
 
-Rows = Callable[[int, int], NDArray[Any]]
 OnBlock = Callable[[int, str], None]  # told bytes that were written, and of which parameter
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,13 +45,30 @@ class Parameter:
     """What is to be written for one parameter.
 
     rows(start, stop) gives float32 rows to quantise (or int32, or int8, which are written as they are). With
-    `unit_scale`, rows are int8 already and mean themselves: the graph multiplies by their scales later.
+    `unit_scale`, rows are int8 already and mean themselves: the graph multiplies by their scales later. With `stored`,
+    they are integers with scales, as a checkpoint has them in this very format. `looked_up` tells a table of which rows
+    are taken from a matrix that is multiplied.
     """
 
     shape: tuple[int, ...]
     format: WeightFormat
-    rows: Rows
+    rows: Callable[[int, int], Any]
     unit_scale: bool = False
+    stored: bool = False
+    looked_up: bool = False
+
+
+def as_integers(
+    rows: NDArray[np.float32] | compressed.Rows, format: WeightFormat
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantise float rows; of rows that are integers already, repeat the scales for the smaller blocks of `format`.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    if not isinstance(rows, compressed.Rows):
+        return quantise(rows, format)
+    groups = rows.values.shape[1] // format.block_size if format.block_size else 1
+    return rows.values, np.repeat(rows.scales, groups // rows.scales.shape[1], axis=1)
 
 
 def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -248,10 +266,10 @@ def _stream(
     scales = np.empty((rows, columns // (parameter.format.block_size or columns) if quantised else 0), np.float32)
     multiplied = _is_multiplied(model, uses)
 
-    def packed(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    def packed(rows: Any) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         if not quantised:
             return rows, None
-        values, row_scales = quantise(rows, parameter.format)
+        values, row_scales = as_integers(rows, parameter.format)
         if multiplied:
             values, row_scales = with_positive_scales(values, row_scales, parameter.format.bits)
         return pack(values, parameter.format.bits), row_scales
@@ -270,8 +288,26 @@ def _stream(
         for subgraph_index, tensor_index in uses:
             model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
     elif place.scales is not None:
-        _write(file, place.scales, iter([scales.astype(np.float16)]))
+        subgraph_index, tensor_index = uses[0]
+        name = model.subgraphs[subgraph_index].tensors[tensor_index].name.decode()
+        _write(file, place.scales, iter([_half(name, scales)]))
         on_block(scales.nbytes // 2)
+
+
+def _half(name: str, scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Scales of blocks as the format has them: exact where they have up to eleven significant bits.
+
+    Raises:
+        CheckpointError: a checkpoint's own scale is beyond what the runtimes take.
+    """
+    size = np.abs(scales)
+    bad = (size < SMALLEST_SCALE) | (size > np.finfo(np.float16).max)
+    if bad.any():
+        raise CheckpointError(
+            f"{name} is stored with a scale of {scales[bad][0]:g}, expected {SMALLEST_SCALE:g} to 65504, which is what "
+            "blocks in a .tflite can have: take --target onnx, or the checkpoint in floats"
+        )
+    return scales.astype(np.float16)
 
 
 def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> bool:
@@ -284,7 +320,7 @@ def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> boo
     )
 
 
-def row_blocks(parameter: Parameter, function: Callable[[NDArray[Any]], Result]) -> Iterator[Result]:
+def row_blocks(parameter: Parameter, function: Callable[[Any], Result]) -> Iterator[Result]:
     """Yield function(rows) of all rows of a parameter, block by block, on as many threads as there are processors."""
     count = parameter.shape[0]
     step = max(1, _BLOCK_BYTES // (4 * math.prod(parameter.shape[1:])))

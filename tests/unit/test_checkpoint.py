@@ -325,7 +325,7 @@ class TestTensors:
         tensors_of(tiny, change, part)
         message = refusal(tiny)
         assert f"tensor {EMBEDDING} has dtype " in message
-        assert "expected BF16 or F16 or F32: quantised checkpoints are not supported yet" in message
+        assert "expected BF16 or F16 or F32, or integers that a quantization_config in config.json describes" in message
 
     @pytest.mark.parametrize(
         "order",

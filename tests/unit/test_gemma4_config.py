@@ -123,7 +123,7 @@ TARGET_REFUSALS: list[tuple[Change, str]] = [
     (without("text_config", "rope_parameters", S), "rope_parameters: sliding_attention is missing"),
     (lambda c: c.update(model_type="gemma3"), "model_type is 'gemma3', expected 'gemma4' or 'gemma4_text'"),
     (text(model_type="gemma3_text"), "model_type is 'gemma3_text', expected 'gemma4_text'"),
-    (lambda c: c.update(quantization_config={"bits": 4}), "unknown key 'quantization_config' = {'bits': 4}"),
+    (lambda c: c.update(rotation_config={"bits": 4}), "unknown key 'rotation_config' = {'bits': 4}"),
     (text(rope_scaling=8.0), "unknown key 'rope_scaling' = 8.0"),
     (rope(F, factor=8.0), "full_attention: unknown key 'factor' = 8.0"),
     (text(attention_k_eq_v=True), "attention_k_eq_v is True, expected False"),

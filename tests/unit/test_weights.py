@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from ai_edge_litert import schema_py_generated as schema
@@ -14,10 +15,15 @@ from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, INT4, INT8, WeightFormat
 from mtp_export.arch.gemma4 import NANO
+from mtp_export.compressed import Rows
+from mtp_export.errors import CheckpointError
+from mtp_export.lower import onnx as lower_onnx
 from mtp_export.lower import tflite
+from mtp_export.onnx_weights import write_onnx
 from mtp_export.trace import TracedGraph, trace_embedder
-from mtp_export.weights import Parameter, pack, quantise, write_graph
+from mtp_export.weights import _QUANTISED_TYPES, Parameter, pack, quantise, write_graph
 from tests.unit.small_graphs import feed_forward_graph, random_parameters
+from tools.synthesize.values import pack_words
 
 BLOCKS = WeightFormat(bits=4, block_size=32)
 
@@ -66,7 +72,7 @@ def weights_of(data: bytes) -> dict[bytes, tuple[bytes, NDArray[np.float32]]]:
     for subgraph in model.subgraphs:
         for tensor in subgraph.tensors:
             quantisation = tensor.quantization
-            if tensor.type not in (schema.TensorType.INT8, schema.TensorType.INT4) or tensor.buffer == 0:
+            if tensor.type not in _QUANTISED_TYPES.values() or tensor.buffer == 0:
                 continue
             if quantisation.detailsType == schema.QuantizationDetails.BlockwiseQuantization:
                 scales = np.frombuffer(contents(subgraph.tensors[quantisation.details.scales]), np.float16)
@@ -171,3 +177,112 @@ def test_run_in_torch_equals_the_graph(
         runner = Interpreter(str(written[graph.role, FLOAT32])).get_signature_runner(traced.signature.name)
         for name, value in runner(**inputs).items():
             np.testing.assert_allclose(value, expected[traced.outputs[name]].numpy(), atol=1e-5)
+
+
+def stored_parameters(graph: TracedGraph, format: WeightFormat, scale: float = 0.01) -> dict[str, Parameter]:
+    """Seeded integers and scales for every matrix, as a checkpoint has them; the scales are exact in float16."""
+
+    def parameter(shape: tuple[int, ...], seed: int) -> Parameter:
+        generator, high = np.random.default_rng(seed), 2 ** (format.bits - 1)
+        values = generator.integers(-high, high, shape).astype(np.int8)
+        groups = shape[1] // (format.block_size or shape[1])
+        scales = (generator.uniform(1, 2, (shape[0], groups)) * scale).astype(np.float16).astype(np.float32)
+        return Parameter(
+            shape=shape,
+            format=format,
+            rows=lambda start, stop: Rows(values[start:stop], scales[start:stop]),
+            stored=True,
+            looked_up=graph.role == "embedder",
+        )
+
+    floats = random_parameters(graph, FLOAT32)
+    return {n: parameter(s, i) if len(s) == 2 else floats[n] for i, (n, s) in enumerate(graph.weights.items())}
+
+
+STORED = [WeightFormat(bits=b, block_size=size) for b, size in ((8, 0), (4, 0), (4, 32), (4, 128), (2, 0), (2, 32))]
+
+
+@pytest.mark.parametrize("format", STORED, ids=str)
+@pytest.mark.parametrize("number", [0, 1], ids=["products", "look-ups"])
+def test_what_a_checkpoint_stores_lands_byte_for_byte(
+    graphs: list[TracedGraph], lowered: list[tflite.LoweredGraph], number: int, format: WeightFormat, tmp_path: Path
+) -> None:
+    """In a .tflite values are signed: the stored words with the highest bit of every value turned round."""
+    graph, path = graphs[number], tmp_path / "stored.tflite"
+    parameters = stored_parameters(graph, format)
+    write_graph(copy.deepcopy(lowered[number]), parameters, path)
+    found = weights_of(path.read_bytes())
+    matrices = {name: p for name, p in parameters.items() if p.stored}
+    assert {name.decode() for name in found} == set(matrices)
+    sign = sum(1 << i for i in range(format.bits - 1, 8, format.bits))
+    for name, parameter in matrices.items():
+        values, scales = parameter.rows(0, parameter.shape[0])
+        data, written = found[name.encode()]
+        assert data == (pack_words(values, format.bits).view(np.uint8) ^ np.uint8(sign)).tobytes()
+        np.testing.assert_array_equal(written, scales.reshape(-1))
+
+
+@pytest.fixture(scope="module")
+def lowered_for_onnx(graphs: list[TracedGraph]) -> list[lower_onnx.LoweredGraph]:
+    return lower_onnx.lower(graphs, workers=1, portable=False)
+
+
+@pytest.mark.parametrize("format", STORED, ids=str)
+@pytest.mark.parametrize("number", [0, 1], ids=["products", "look-ups"])
+def test_the_same_in_onnx_with_a_scale_repeated_for_each_block(
+    graphs: list[TracedGraph],
+    lowered_for_onnx: list[lower_onnx.LoweredGraph],
+    number: int,
+    format: WeightFormat,
+    tmp_path: Path,
+) -> None:
+    """Its values are unsigned: the stored words as they are."""
+    graph, path = graphs[number], tmp_path / "stored.onnx"
+    parameters = stored_parameters(graph, format)
+    write_onnx(copy.deepcopy(lowered_for_onnx[number]), parameters, path)
+    data = (tmp_path / "stored.onnx.data").read_bytes()
+    tensors = {
+        t.name: (list(t.dims), data[int(e["offset"]) :][: int(e["length"])])
+        for t in onnx.load(path, load_external_data=False).graph.initializer
+        if (e := {entry.key: entry.value for entry in t.external_data})
+    }
+    for name, parameter in parameters.items():
+        if not parameter.stored:
+            continue
+        values, scales = parameter.rows(0, parameter.shape[0])
+        assert tensors[f"{name}.quantised"][1] == pack_words(values, format.bits).tobytes()
+        dims, written = tensors[f"{name}.scales"]
+        repeated = np.frombuffer(written, np.float32).reshape(*scales.shape, -1)
+        assert dims[1] % scales.shape[1] == 0
+        np.testing.assert_array_equal(repeated, np.broadcast_to(scales[..., None], repeated.shape))
+    if number == 0:
+        run_against_torch(graph, parameters, path)
+
+
+def run_against_torch(graph: TracedGraph, parameters: dict[str, Parameter], path: Path) -> None:
+    """ONNX Runtime multiplies what is stored; its activations are rounded to int8."""
+    import onnxruntime as ort
+
+    from mtp_export.trace import run_signature
+
+    def restored(parameter: Parameter) -> torch.Tensor:
+        rows = parameter.rows(0, parameter.shape[0])
+        if isinstance(rows, Rows):
+            rows = (rows.values.reshape(*rows.scales.shape, -1) * rows.scales[..., None]).reshape(parameter.shape)
+        return torch.from_numpy(rows)
+
+    traced, generator = graph.signatures[0], np.random.default_rng(1)
+    inputs = {s.name: generator.standard_normal(s.fixed_shape).astype(np.float32) for s in traced.signature.inputs}
+    weights = {name: restored(p) for name, p in parameters.items()}
+    expected = run_signature(graph, traced, weights, {n: torch.from_numpy(v) for n, v in inputs.items()})
+    (out,) = ort.InferenceSession(str(path)).run(None, inputs)
+    reference = expected[traced.outputs["out"]].numpy()
+    assert np.abs(out - reference).max() < 0.05 * np.abs(reference).max()
+
+
+def test_a_scale_that_blocks_cannot_have_is_refused(
+    graphs: list[TracedGraph], lowered: list[tflite.LoweredGraph], tmp_path: Path
+) -> None:
+    parameters = stored_parameters(graphs[1], WeightFormat(bits=4, block_size=32), scale=2.0**-16)
+    with pytest.raises(CheckpointError, match=r"is stored with a scale of .*take --target onnx"):
+        write_graph(copy.deepcopy(lowered[1]), parameters, tmp_path / "tiny.tflite")

@@ -18,11 +18,11 @@ from mtp_export.arch import gemma4
 from mtp_export.errors import OutputError
 from mtp_export.staging import staged_folder
 from mtp_runtime.errors import MtpError
-from tools.synthesize import layout, texts
+from tools.synthesize import layout, quantised, texts
 from tools.synthesize.files import write_weights
 from tools.synthesize.values import Values
 
-VARIANTS = ("plain", "qat-q4_0-unquantized")
+VARIANTS = ("plain", "qat-q4_0-unquantized", *quantised.VARIANTS)
 _SPARE_BYTES = 64 << 20  # of disk, for the tokenizer and configs
 
 
@@ -40,16 +40,18 @@ def synthesize(
         "target": layout.target_tensors(target, unused_caches=not qat),
         "drafter": layout.drafter_tensors(pair.drafter),
     }
+    if variant in quantised.VARIANTS:
+        parts["target"] = quantised.quantised(parts["target"], variant, target.per_layer_size)
     total = sum(tensor.size_bytes for tensors in parts.values() for tensor in tensors)
     with staged_folder(output, force=False) as folder:
         _check_disk(output, total + _SPARE_BYTES)
         with click.progressbar(length=total, label=f"{model}: {total / 1e9:.2f} GB", file=sys.stderr) as bar:
             for number, (part, tensors) in enumerate(parts.items()):
                 (folder / part).mkdir()
-                longest = max(tensor.shape[-1] for tensor in tensors if len(tensor.shape) == 2)
+                longest = max(tensor.row_length for tensor in tensors)
                 values = Values(2 * seed + number, longest_row=longest, lattice=qat)
                 write_weights(folder / part, tensors, values, bar.update, shard_bytes)
-        texts.write_target_texts(folder / "target", target)
+        texts.write_target_texts(folder / "target", target, variant)
         texts.write_drafter_texts(folder / "drafter", pair.drafter, target.max_position_embeddings)
 
 

@@ -49,7 +49,7 @@ def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> list[list[Stor
 def _write_file(path: Path, tensors: Sequence[StoredTensor], values: Values, on_bytes: Callable[[int], None]) -> None:
     """The format: the header's length in 8 bytes, the header as JSON, then the data without gaps."""
     # As the library writes them: the widest type first, so that everything is aligned; then by name.
-    ordered = sorted(tensors, key=lambda tensor: (tensor.dtype != "I64", tensor.name))
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.item_bytes, tensor.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:

@@ -7,7 +7,9 @@ we have; the converter ignores them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from fractions import Fraction
+from typing import Literal
 
 from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerType, TargetSpec
 
@@ -21,25 +23,39 @@ _LOGIT_SPREAD = 3.0
 _MIXING = 48.0
 
 
+_ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "I8": 1}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor of a checkpoint; `spread` is the standard deviation of a matrix, or the middle of a vector."""
+    """A tensor of a checkpoint; `spread` is the standard deviation of a matrix, or the middle of a vector or of scales.
+
+    `dtype` is safetensors' name. `bits` are those of integers, packed into words where it is I32; `values` are the
+    constants.
+    """
 
     name: str
     shape: tuple[int, ...]
     spread: float
+    dtype: str = "BF16"
+    content: Literal["normal", "permutation", "integers", "scales", "constant"] = "normal"
+    bits: int = 0
+    values: tuple[float, ...] = ()
 
     @property
-    def dtype(self) -> str:
-        """As safetensors calls it."""
-        return "I64" if self.name == TOKEN_ORDERING else "BF16"
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def row_length(self) -> int:
+        """Values in a row of a matrix; 1 of what is none."""
+        if len(self.shape) < 2:
+            return 1
+        return self.shape[1] * 32 // self.bits if self.dtype == "I32" else self.shape[1]
 
     @property
     def size_bytes(self) -> int:
-        count = 8 if self.dtype == "I64" else 2
-        for length in self.shape:
-            count *= length
-        return count
+        return self.item_bytes * math.prod(self.shape)
 
 
 def at_depth(spec: TargetSpec, depth: Fraction) -> TargetSpec:
@@ -91,7 +107,7 @@ def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
         _matrix("pre_projection", hidden, 2 * backbone),
         _matrix("post_projection", backbone, hidden),
         _matrix("masked_embedding.centroids", spec.head.num_centroids, hidden),
-        StoredTensor(name=TOKEN_ORDERING, shape=(spec.vocab_size,), spread=0.0),
+        StoredTensor(name=TOKEN_ORDERING, shape=(spec.vocab_size,), spread=0.0, dtype="I64", content="permutation"),
     ]
     for layer in range(spec.num_layers):
         tensors += [dataclasses.replace(t, name=f"model.{t.name}") for t in _layer(spec, layer, 1.0)]

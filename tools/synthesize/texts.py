@@ -8,13 +8,17 @@ from typing import Any
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, TargetSpec
 from mtp_export.embedded import EMBEDDED
+from tools.synthesize import quantised
 
 _STOP_BESIDE_EOS = 50  # generation_config.json of the published targets stops here too
 
 
-def write_target_texts(folder: Path, spec: TargetSpec) -> None:
+def write_target_texts(folder: Path, spec: TargetSpec, variant: str = "plain") -> None:
     """Write everything but the weights of a target."""
-    _write_json(folder / "config.json", target_config(spec))
+    config = target_config(spec)
+    if variant in quantised.VARIANTS:
+        config["quantization_config"] = quantised.quantization_config(variant, spec.per_layer_size)
+    _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",
         {

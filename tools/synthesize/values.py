@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from tools.synthesize.layout import StoredTensor
 
+# Of a quantised value's step in standard deviations: with those, few values are beyond the last level.
+STEPS = {8: 4 / 127, 4: 2.5 / 7, 2: 1.0}
 BLOCK = 32  # values that share a scale in q4_0
 _STRETCHES = 8
 _STARTS = 1 << 20  # in a stretch; with windows that begin at whole blocks, 2^18 in all: a row of any matrix has its own
@@ -36,38 +39,54 @@ class Values:
         self._seed, self._lattice = seed, lattice
         generator = np.random.default_rng(seed)
         self._normals = generator.standard_normal((_STRETCHES, _STARTS + longest_row), dtype=np.float32)
-        self._stretches: dict[float, NDArray[np.uint16]] = {}  # by spread: a handful of widths in a model
+        self._stretches: dict[str, NDArray[np.generic]] = {}  # by what they are for: a handful in a model
 
     def blocks(self, tensor: StoredTensor) -> Iterator[NDArray[np.generic]]:
-        """Yield the tensor's values in the order of the file, as bits of bfloat16 or as int64."""
+        """Yield the tensor's values in the order of the file, bfloat16 by its bits."""
         key = self._key(tensor.name)
-        if tensor.dtype == "I64":
+        if tensor.content == "permutation":
             yield np.random.default_rng(key).permutation(tensor.shape[0]).astype("<i8")
+        elif tensor.content == "constant":
+            yield np.array(tensor.values, "<i8" if tensor.dtype == "I64" else "<f4")
         elif len(tensor.shape) == 1:
             values = np.random.default_rng(key).uniform(0.75, 1.25, tensor.shape) * tensor.spread
             yield bfloat16_bits(values.astype(np.float32))
         else:
-            rows = max(1, _WRITE_BYTES // (2 * tensor.shape[1]))
+            rows = max(1, _WRITE_BYTES // (tensor.item_bytes * tensor.shape[1]))
             for start in range(0, tensor.shape[0], rows):
                 yield self._rows(tensor, key, start, min(start + rows, tensor.shape[0]))
 
     def _key(self, name: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{name}".encode()).digest()[:8], "little")
 
-    def _rows(self, tensor: StoredTensor, key: int, start: int, stop: int) -> NDArray[np.uint16]:
+    def _rows(self, tensor: StoredTensor, key: int, start: int, stop: int) -> NDArray[np.generic]:
         """Shapes: -> [stop - start, columns]"""
-        if tensor.spread not in self._stretches:
-            self._stretches[tensor.spread] = self._scaled(tensor.spread)
-        stretches = self._stretches[tensor.spread]
-        step = BLOCK if self._lattice else 1
+        name = f"{tensor.content} {tensor.dtype} {tensor.bits} {tensor.spread}"
+        if name not in self._stretches:
+            self._stretches[name] = self._stretched(tensor)
+        stretches = self._stretches[name]
+        # Blocks of a lattice, and the words of packed integers, must not be cut; a scale stands for itself.
+        step = BLOCK if self._lattice or tensor.content == "integers" else 1
         count = _STRETCHES * _STARTS // step  # a power of two: an odd stride visits every window once
         if tensor.shape[0] > count:
             raise ValueError(f"{tensor.name} has {tensor.shape[0]} rows, and there are {count} windows for them")
         stride, first = key >> 32 | 1, key & 0xFFFFFFFF
         window = (np.arange(start, stop, dtype=np.uint64) * np.uint64(stride) + np.uint64(first)) % np.uint64(count)
+        if tensor.dtype == "I32":
+            step = tensor.bits  # words of so many values
         begin = window % _STRETCHES * stretches.shape[1] + window // _STRETCHES * step
-        rows: NDArray[np.uint16] = sliding_window_view(stretches.reshape(-1), tensor.shape[1])[begin.astype(np.int64)]
+        rows: NDArray[np.generic] = sliding_window_view(stretches.reshape(-1), tensor.shape[1])[begin.astype(np.int64)]
         return rows
+
+    def _stretched(self, tensor: StoredTensor) -> NDArray[np.generic]:
+        """All stretches for tensors of this kind. Shapes: -> [stretches, starts + longest row], or in words"""
+        if tensor.content == "normal":
+            return self._scaled(tensor.spread)
+        if tensor.content == "scales":
+            uniform = np.random.default_rng(self._seed).uniform(0.75, 1.25, self._normals.shape) * tensor.spread
+            return bfloat16_bits(uniform) if tensor.dtype == "BF16" else uniform.astype("<f4")
+        levels = normal_levels(self._normals, tensor.bits)
+        return levels if tensor.dtype == "I8" else pack_words(levels, tensor.bits)
 
     def _scaled(self, spread: float) -> NDArray[np.uint16]:
         """All stretches for matrices of this spread. Shapes: -> [stretches, starts + longest row]"""
@@ -95,6 +114,25 @@ def on_q4_0_lattice(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return out
 
 
-def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def normal_levels(values: NDArray[np.float32], bits: int) -> NDArray[np.int8]:
+    """Standard normal values in the steps that their scales are made for (quantised.py)."""
+    high = 2 ** (bits - 1) - 1
+    levels: NDArray[np.int8] = np.clip(np.rint(values / np.float32(STEPS[bits])), -high - 1, high).astype(np.int8)
+    return levels
+
+
+def pack_words(values: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
+    """As compressed-tensors packs: each value plus half its range, the first in the lowest bits of a word.
+
+    Shapes: [R,C] -> [R, C * bits / 32], C a multiple of 32
+    """
+    unsigned = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    joined = np.bitwise_or.reduce(unsigned.reshape(len(values), -1, len(shifts)) << shifts, axis=-1)
+    words: NDArray[np.int32] = joined.astype("<u4").view("<i4")
+    return words
+
+
+def bfloat16_bits(values: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
     """Round to bfloat16 and give its bits."""
     return values.astype(ml_dtypes.bfloat16).view(np.uint16)

@@ -150,6 +150,7 @@ _NEUTRAL = frozenset(
         "use_cache",
     ]
 )
+_STORED_AS = "quantization_config"  # says nothing of the architecture; the checkpoint reads it
 # Keys of the whole multimodal config that concern parts which are not exported.
 _OTHER_MODALITIES = frozenset(
     [
@@ -227,6 +228,9 @@ class _Config:
 
     def fail(self, key: str, got: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key} is {_REPR.repr(got)}, expected {expected}")
+
+    def without(self, key: str) -> _Config:
+        return _Config({name: value for name, value in self.values.items() if name != key}, self.where)
 
     def get(self, key: str, kind: type) -> Any:
         if key not in self.values:
@@ -337,7 +341,7 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
     Raises:
         CheckpointError: a key is missing, unknown, or says what we do not implement.
     """
-    outer = _Config(values, where)
+    outer = _Config(values, where).without(_STORED_AS)
     outer.check_model_type(("gemma4", "gemma4_text"))
     text = outer
     if outer.values["model_type"] == "gemma4":
