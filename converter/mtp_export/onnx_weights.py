@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +50,7 @@ def write_onnx(
     data = path.with_name(path.name + ".data")
     with data.open("wb") as file:
         for name in lowered.weights:
-            _write_parameter(model.graph, name, parameters[name], file, data.name, partial(on_block, name=name))
+            _write_parameter(model.graph, name, parameters[name], file, data.name, on_block)
     needed = sorted({node.domain for node in model.graph.node})
     for domain in needed:
         if domain not in {opset.domain for opset in model.opset_import}:
@@ -75,7 +74,7 @@ def _write_parameter(
     parameter: Parameter,
     file: BinaryIO,
     location: str,
-    on_block: Callable[[int], None],
+    on_block: OnBlock,
 ) -> None:
     format = parameter.format
     if format.bits == 32 or parameter.unit_scale:
@@ -83,7 +82,7 @@ def _write_parameter(
         for piece in row_blocks(parameter, lambda rows: rows):
             file.write(np.ascontiguousarray(piece).data)
             dtype = piece.dtype
-            on_block(piece.nbytes)
+            on_block(piece.nbytes, name)
         _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
         return
     rows, columns = parameter.shape
@@ -104,7 +103,7 @@ def _write_parameter(
         file.write(np.ascontiguousarray(block).data)
         scales[done : done + len(found)] = found
         done += len(found)
-        on_block(block.nbytes)
+        on_block(block.nbytes, name)
     uses = _replace(graph, name, rows, columns, size, format.bits)
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)
     if uses == "MatMulNBits":
@@ -113,7 +112,7 @@ def _write_parameter(
     start = _align(file)
     file.write(scales.data)
     _declare(graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location)
-    on_block(scales.nbytes)
+    on_block(scales.nbytes, name)
 
 
 def _replace(graph: onnx.GraphProto, name: str, rows: int, columns: int, size: int, bits: int) -> str:

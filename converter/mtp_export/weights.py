@@ -13,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -158,7 +157,7 @@ def write_graph(
         for i, constant in data.items():
             _write(file, model.buffers[i], iter([constant]))
         for name, place in places.items():
-            _stream(file, model, lowered.weights[name], parameters[name], place, partial(on_block, name=name))
+            _stream(file, model, name, lowered.weights[name], parameters[name], place, on_block)
         end = file.tell()
         header = _serialise(model)
         if _aligned(len(header)) != header_bytes:
@@ -254,10 +253,11 @@ def _retype_unit_scale(model: schema.ModelT, subgraph: schema.SubGraphT, tensor_
 def _stream(
     file: BinaryIO,
     model: schema.ModelT,
+    name: str,
     uses: Sequence[tuple[int, int]],
     parameter: Parameter,
     place: _Place,
-    on_block: Callable[[int], None],
+    on_block: OnBlock,
 ) -> None:
     """Write a parameter's data and fill in its scales."""
     rows, columns = parameter.shape[0], parameter.shape[-1]
@@ -281,17 +281,15 @@ def _stream(
                 scales[done : done + len(row_scales)] = row_scales
                 done += len(row_scales)
             yield block
-            on_block(block.nbytes)
+            on_block(block.nbytes, name)
 
     _write(file, place.data, blocks())
     if quantised and place.scales is None:
         for subgraph_index, tensor_index in uses:
             model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
     elif place.scales is not None:
-        subgraph_index, tensor_index = uses[0]
-        name = model.subgraphs[subgraph_index].tensors[tensor_index].name.decode()
         _write(file, place.scales, iter([_half(name, scales)]))
-        on_block(scales.nbytes // 2)
+        on_block(scales.nbytes // 2, name)
 
 
 def _half(name: str, scales: NDArray[np.float32]) -> NDArray[np.float16]:
