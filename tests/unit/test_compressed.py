@@ -200,7 +200,9 @@ def test_an_adapter_is_not_merged_into_integers(target: Checkpoint, tiny: Path, 
 def config_for(target: Checkpoint, output: Path, drafter: Path) -> ExportConfig:
     arguments = ["--model", "nano", "--checkpoint", str(target.folder), "--drafter", str(drafter), "--recipe", "f32"]
     options = dict(command.make_context("export", [*arguments, "--output", str(output)]).params)
-    return config_of({name: value for name, value in options.items() if name not in ("dry_run", "as_json", "debug")})
+    return config_of(
+        {name: value for name, value in options.items() if name not in ("dry_run", "resume", "as_json", "debug")}
+    )
 
 
 def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path: Path) -> None:
