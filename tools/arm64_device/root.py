@@ -38,7 +38,9 @@ _IMPORTED = (
     "tempfile",
     "zipfile",
 )
-_LAYOUT = "1"  # raise it when what `_build` makes of these packages changes
+# Of the LiteRT wheel, for GPUs only: loading it ends the process on a CPU without LSE atomics, as cortex-a53 is.
+_NEEDS_LSE = ("ai_edge_litert/libLiteRtWebGpuAccelerator.so",)
+_LAYOUT = "2"  # raise it when what `_build` makes of these packages changes
 
 
 def build_root() -> Path:
@@ -115,4 +117,6 @@ def _add_wheels(site: Path) -> None:
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
+    for name in _NEEDS_LSE:
+        (site / name).unlink()
     shutil.rmtree(wheels)

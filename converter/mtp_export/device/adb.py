@@ -114,7 +114,9 @@ class Adb:
         else:
             chosen = listed
         if not chosen:
-            raise AdbError("no device: plug in a phone with USB debugging on (docs/device.md), or start the emulated one")
+            raise AdbError(
+                "no device: plug in a phone with USB debugging on (docs/device.md), or start the emulated one"
+            )
         if len(chosen) > 1:
             names = ", ".join(f"{device.serial} ({device.state})" for device in chosen)
             raise AdbError(f"several devices are connected: {names}: name one with --serial")
@@ -149,9 +151,7 @@ class Adb:
             errors.seek(0)
             return Ended(code, "\n".join(lines), errors.read().decode("utf-8", errors="replace"))
 
-    def shell(
-        self, command: str, *, stdin: Iterable[bytes] = (), on_line: Callable[[str], None] | None = None
-    ) -> str:
+    def shell(self, command: str, *, stdin: Iterable[bytes] = (), on_line: Callable[[str], None] | None = None) -> str:
         """Run `command` as `try_shell` does and return its output.
 
         Raises:
@@ -165,8 +165,8 @@ class Adb:
             raise AdbError(_explained(ended.errors, self.serial, lost=True))
         if ended.code == _KILLED:
             raise AdbError(
-                f"{name} was killed on {self.serial}, as Android does when memory runs low: close other apps, or take a "
-                "smaller recipe, model or --cache-length"
+                f"{name} was killed on {self.serial}, as Android does when memory runs low: close other apps, or take "
+                "a smaller recipe, model or --cache-length"
             )
         if ended.code == _NOT_FOUND:
             raise AdbError(f"{self.serial} has no program {name}: {_last_line(ended.errors)}")

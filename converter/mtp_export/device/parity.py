@@ -16,12 +16,16 @@ from mtp_runtime.tokenizer import Tokenizer
 
 
 class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A parity report, stamped with the bundle and with where it ran; `host` is what it was compared with."""
+    """A parity report, stamped with the bundle and with where it ran; `host` is what it was compared with.
+
+    `traces` are those of the place. On an emulated one the times in them say nothing about a device.
+    """
 
     bundle_sha256: str
     host: PlaceDescription
     place: PlaceDescription
     parity: ParityReport
+    traces: tuple[TraceRun, ...]
 
     def to_json(self) -> str:
         """Serialise, with `passed` spelled out."""
@@ -90,7 +94,11 @@ def compare(bundle: Path, request: Request, here: Answer, there: Answer) -> Devi
         left_out=tuple(_left_out(manifest, there)),
     )
     return DeviceReport(
-        bundle_sha256=sha256_of(bundle / MANIFEST_NAME), host=here.place, place=there.place, parity=report
+        bundle_sha256=sha256_of(bundle / MANIFEST_NAME),
+        host=here.place,
+        place=there.place,
+        parity=report,
+        traces=there.traces,
     )
 
 

@@ -55,7 +55,7 @@ def send(
     """Have `files` in `folder` on the device, under their own names."""
     adb.shell(f"mkdir -p {folder}")
     # A glob that finds nothing is no failure: there is nothing yet.
-    listed = adb.shell(f"cd {folder} && for f in *; do [ -f \"$f\" ] && stat -c '%s %n' \"$f\"; done; true")
+    listed = adb.shell(f'cd {folder} && for f in *; do [ -f "$f" ] && stat -c \'%s %n\' "$f"; done; true')
     there = {name: int(size) for size, name in (line.split(" ", 1) for line in listed.splitlines())}
     missing = [file for file in files if there.get(file.path.name) != file.size_bytes]
     offsets = [_offset(file, there) for file in missing]
@@ -101,8 +101,8 @@ def _check_room(adb: Adb, folder: str, needed: int) -> None:
     free = int(fields[3]) * 1024
     if free < needed:
         raise AdbError(
-            f"{adb.serial} has {free / 1e6:.0f} MB free in {folder} and {needed / 1e6:.0f} MB are to be sent: free some "
-            f"space there (old bundles are in {FOLDER}/bundles) and run it again"
+            f"{adb.serial} has {free / 1e6:.0f} MB free in {folder} and {needed / 1e6:.0f} MB are to be sent: free "
+            f"some space there (old bundles are in {FOLDER}/bundles) and run it again"
         )
 
 
