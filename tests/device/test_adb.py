@@ -42,8 +42,7 @@ def test_no_device(lonely_server: str, tmp_path: Path) -> None:
     done = run_cli("device", "parity", str(tmp_path), check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "mtp-export: error: no device: plug in a phone with USB debugging on (docs/device.md), or start the emulated "
-        "one\n"
+        "mtp-export: error: no device: start the emulated one (`python -m tools.arm64_device start`, docs/device.md)\n"
     )
     with pytest.raises(AdbError, match=r"^no device abc: adb sees none$"):
         Adb.open("abc")

@@ -38,6 +38,6 @@ def test_core_compiles_and_passes_its_tests(kotlin: Toolchain, tmp_path: Path) -
 
 def test_what_does_not_compile_is_noticed(kotlin: Toolchain, tmp_path: Path) -> None:
     source = tmp_path / "Wrong.kt"
-    source.write_text("fun wrong(): Int = \"text\"", encoding="utf-8")
+    source.write_text('fun wrong(): Int = "text"', encoding="utf-8")
     with pytest.raises(CompileError, match=r"Wrong\.kt:1:\d+: error"):
         kotlin.compile([source], tmp_path / "out")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mtp_export.device.adb import adb_program
 from tests.conftest import Export, run_cli
 from tests.device.conftest import OpenPlace
 from tests.golden.files import MAX_NEW_TOKENS, PROMPTS, read_traces
@@ -76,14 +77,16 @@ def test_the_emulated_device_says_the_same(runs: dict[tuple[str, str, str], Done
         assert golden == [tuple(trace["tokens"]) for depths in by_prompt for trace in depths]
 
 
-def test_a_wrong_kind_of_place_is_refused(export_nano: Export, open_place: OpenPlace) -> None:
-    socket = open_place(CPUS[-1]).socket
-    bundle = export_nano("int8")
-    before = os.environ.get("ADB_SERVER_SOCKET")
-    os.environ["ADB_SERVER_SOCKET"] = socket
-    try:
-        done = run_cli("device", "parity", str(bundle), "--where", "phone", check=False)
-    finally:
-        os.environ.pop("ADB_SERVER_SOCKET") if before is None else os.environ.update(ADB_SERVER_SOCKET=before)
+def test_a_device_of_another_kind_is_refused(
+    open_place: OpenPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real device that does not say that it is the emulated place: its word is taken out of what adb prints."""
+    adb = tmp_path / "adb"
+    adb.write_text(f'#!/bin/sh\n{adb_program()} "$@" | sed s/arm64-emulated//\n', encoding="utf-8")
+    adb.chmod(0o755)
+    monkeypatch.setenv("ADB_SERVER_SOCKET", open_place(CPUS[-1]).socket)
+    monkeypatch.setenv("ADB", str(adb))
+    done = run_cli("device", "parity", str(tmp_path), check=False)
     assert done.returncode == 2
-    assert "is of the kind arm64-emulated, and --where says phone" in done.stderr
+    assert done.stderr.startswith("mtp-export: error: 127.0.0.1:5601 is not the emulated ARM64 place")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""`mtp-export device`: parity on this machine, on an emulated ARM64 place or on a phone."""
+"""`mtp-export device`: parity on this machine or on the emulated ARM64 place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtp_runtime.errors import UserError
 if TYPE_CHECKING:
     from mtp_export.device.protocol import Answer, Request
 
-_PLACES = ("host", "arm64-emulated", "phone")
+_PLACES = ("host", "arm64-emulated")
 
 
 @click.group("device")
@@ -28,7 +28,13 @@ def command() -> None:
 @command.command("parity")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--serial", help="Device, as `adb devices` names it.  [the only one]")
-@click.option("--where", type=click.Choice(_PLACES), help="Kind of place: host takes no device.  [what the device is]")
+@click.option(
+    "--where",
+    type=click.Choice(_PLACES),
+    default="arm64-emulated",
+    show_default=True,
+    help="Where to run: host takes no device.",
+)
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with a text per line.  [held-out prompts]")
 @click.option("--limit", type=int, default=8, show_default=True, help="Use so many prompts, of all kinds in turn.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
@@ -40,7 +46,7 @@ def command() -> None:
 def parity(
     bundle: Path,
     serial: str | None,
-    where: str | None,
+    where: str,
     prompts: Path | None,
     limit: int,
     max_new_tokens: int,
@@ -79,7 +85,7 @@ def parity(
             on_line("on this machine")
             here = there = run_here(ask(str(bundle)))
         else:
-            there = _on_device(bundle, serial, where, silence_s, ask, on_line)
+            there = _on_device(bundle, serial, silence_s, ask, on_line)
             on_line("on this machine")
             here = run_here(ask(str(bundle)))
     report = compare(bundle, ask(str(bundle)), here, there)
@@ -97,24 +103,16 @@ def parity(
 def _on_device(
     bundle: Path,
     serial: str | None,
-    where: str | None,
     silence_s: float,
     ask: Callable[[str], Request],
     on_line: Callable[[str], None],
 ) -> Answer:
     from mtp_export.device.adb import Adb
-    from mtp_export.device.places import place_of, run_with_python
+    from mtp_export.device.places import check_emulated, run_with_python
     from mtp_export.device.transfer import send_bundle
 
     adb = Adb.open(serial, silence_s=silence_s)
-    found = place_of(adb)
-    if where is not None and where != found:
-        raise UserError(f"{adb.serial} is of the kind {found}, and --where says {where}: choose another --serial")
-    if found == "phone":
-        raise UserError(
-            f"{adb.serial} is a phone, which has no Python to run the prompts with: install the sample app and compare "
-            "its report (docs/device.md)"
-        )
+    check_emulated(adb)
     there = send_bundle(adb, bundle, lambda sent, total: on_line(f"pushing: {sent / 1e6:.0f} of {total / 1e6:.0f} MB"))
     return run_with_python(adb, ask(there.folder), lambda line: on_line(f"{adb.serial}: {line}"))
 

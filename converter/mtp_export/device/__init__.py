@@ -1,1 +1,1 @@
-"""The same prompts on this machine, on an emulated ARM64 place and on a phone, over adb."""
+"""The same prompts on this machine and on an emulated ARM64 place, over adb."""

@@ -114,9 +114,7 @@ class Adb:
         else:
             chosen = listed
         if not chosen:
-            raise AdbError(
-                "no device: plug in a phone with USB debugging on (docs/device.md), or start the emulated one"
-            )
+            raise AdbError("no device: start the emulated one (`python -m tools.arm64_device start`, docs/device.md)")
         if len(chosen) > 1:
             names = ", ".join(f"{device.serial} ({device.state})" for device in chosen)
             raise AdbError(f"several devices are connected: {names}: name one with --serial")

@@ -44,7 +44,7 @@ def title(place: PlaceDescription) -> str:
     """Name a place in a line; an emulated one never goes without the word."""
     if place.where == "arm64-emulated":
         return f"ARM64, emulated CPU, over adb: {place.cpu} by {place.emulator}"
-    return f"{'this machine' if place.where == 'host' else 'a phone'}: {place.cpu}"
+    return f"this machine: {place.cpu}"
 
 
 def request_for(
@@ -142,8 +142,6 @@ def _left_out(manifest: Manifest, there: Answer) -> list[str]:
     left_out = []
     if there.place.where == "arm64-emulated":
         left_out.append("speed: the CPU is emulated, and its times say nothing about a device's")
-    if not there.traces:
-        left_out.append("mtp_runtime: a phone has no Python, and LiteRT-LM alone runs there")
     if not there.stock:
         left_out.append(f"LiteRT-LM: it runs .litertlm files, and this bundle is {manifest.export_format}")
     return left_out

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.device.adb import FOLDER, Adb
-from mtp_export.device.protocol import Answer, Request, Where
+from mtp_export.device.protocol import Answer, Request
 from mtp_export.device.transfer import Sent, code_archive, send
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
@@ -63,6 +63,14 @@ def _runs(request: Path) -> str:
     return f"{FOLDER}/runs/{sha256_of(request)[:16]}"
 
 
-def place_of(adb: Adb) -> Where:
-    """What kind of place the device is; the emulated one says so itself, in its environment."""
-    return "arm64-emulated" if adb.shell("echo $MTP_PLACE").strip() == "arm64-emulated" else "phone"
+def check_emulated(adb: Adb) -> None:
+    """Check that the device is the emulated place, which says so itself in its environment.
+
+    Raises:
+        UserError: it is another device.
+    """
+    if adb.shell("echo $MTP_PLACE").strip() != "arm64-emulated":
+        raise UserError(
+            f"{adb.serial} is not the emulated ARM64 place, and has no Python with the runtimes to run the prompts: "
+            "start the place with `python -m tools.arm64_device start`, and name it with --serial (docs/device.md)"
+        )

@@ -10,7 +10,7 @@ import msgspec
 from mtp_export.stock_runtime import StockRun
 from mtp_runtime.trace import GenerationTrace
 
-Where = Literal["host", "arm64-emulated", "phone"]
+Where = Literal["host", "arm64-emulated"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]
 
 
@@ -68,10 +68,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     place: PlaceDescription
     traces: tuple[TraceRun, ...] = ()
     stock: tuple[StockAnswer, ...] = ()
-
-    def stock_run(self, num_draft_tokens: int) -> StockRun:
-        """Return LiteRT-LM's run with so many drafts."""
-        return next(answer.run for answer in self.stock if answer.num_draft_tokens == num_draft_tokens)
 
 
 def asked(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
