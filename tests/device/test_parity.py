@@ -24,9 +24,11 @@ RUNS = [
     ("cortex-a53", "int4", "tflite"),
     ("cortex-a76", "int8", "tflite"),
     ("cortex-a76", "int4", "tflite"),
-    ("cortex-a76", "int8", "onnx"),
+    ("cortex-a53", "int8", "onnx"),
 ]
 CPUS = ("cortex-a53", "cortex-a76")
+# LiteRT-LM 0.18.1 is compiled for CPUs with LSE atomics, and ends with an illegal instruction on one without.
+WITHOUT_LSE = ("cortex-a53",)
 Done = subprocess.CompletedProcess[str]
 
 
@@ -43,6 +45,7 @@ def runs(
         command = [str(Path(sys.executable).parent / "mtp-export"), "device", "parity", str(bundles[run]), "--json"]
         command += ["--where", "arm64-emulated", "--prompts", str(PROMPTS), "--threads", "1"]
         command += ["--max-new-tokens", str(MAX_NEW_TOKENS), "--output", str(output / "-".join(run))]
+        command += ["--no-stock"] if run[0] in WITHOUT_LSE else []
         environ = {**os.environ, "ADB_SERVER_SOCKET": sockets[run[0]]}
         return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
 
@@ -61,7 +64,7 @@ def test_the_emulated_device_says_the_same(runs: dict[tuple[str, str, str], Done
     assert (place["where"], place["machine"], place["cpu"]) == ("arm64-emulated", "aarch64", run[0])
     assert place["emulator"].startswith("qemu-aarch64")
     assert report["host"]["where"] == "host"
-    runners = ["mtp_runtime", "LiteRT-LM"] if run[2] == "tflite" else ["mtp_runtime"]
+    runners = ["mtp_runtime", "LiteRT-LM"] if run[2] == "tflite" and run[0] not in WITHOUT_LSE else ["mtp_runtime"]
     results = report["parity"]["results"]
     assert [(r["runner"], r["num_draft_tokens"]) for r in results] == [(name, k) for name in runners for k in (0, 4)]
     for result in results:

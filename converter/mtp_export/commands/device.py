@@ -38,6 +38,7 @@ def command() -> None:
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with a text per line.  [held-out prompts]")
 @click.option("--limit", type=int, default=8, show_default=True, help="Use so many prompts, of all kinds in turn.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write device-parity.json and .md there.  [the bundle]")
@@ -50,6 +51,7 @@ def parity(
     prompts: Path | None,
     limit: int,
     max_new_tokens: int,
+    no_stock: bool,
     threads: int,
     silence_s: float,
     output: Path | None,
@@ -79,7 +81,9 @@ def parity(
                 status.update(text)
 
         def ask(folder: str) -> Request:
-            return request_for(bundle, folder, chosen, max_new_tokens=max_new_tokens, threads=threads)
+            return request_for(
+                bundle, folder, chosen, max_new_tokens=max_new_tokens, stock=not no_stock, threads=threads
+            )
 
         if where == "host":
             on_line("on this machine")

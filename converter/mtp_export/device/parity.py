@@ -48,12 +48,12 @@ def title(place: PlaceDescription) -> str:
 
 
 def request_for(
-    bundle: Path, folder: str, prompts: Sequence[AskedPrompt], *, max_new_tokens: int, threads: int
+    bundle: Path, folder: str, prompts: Sequence[AskedPrompt], *, max_new_tokens: int, stock: bool, threads: int
 ) -> Request:
     """Ask for the bundle's runs without and with MTP; `folder` is where the place has the bundle."""
     manifest = read_manifest(bundle)
     container = manifest.files.get("litertlm")
-    runtimes: tuple[Runtime, ...] = ("mtp_runtime", "LiteRT-LM") if container else ("mtp_runtime",)
+    runtimes: tuple[Runtime, ...] = ("mtp_runtime", "LiteRT-LM") if container and stock else ("mtp_runtime",)
     return Request(
         bundle=folder,
         container=f"{folder}/{container.path}" if container else None,
@@ -142,6 +142,8 @@ def _left_out(manifest: Manifest, there: Answer) -> list[str]:
     left_out = []
     if there.place.where == "arm64-emulated":
         left_out.append("speed: the CPU is emulated, and its times say nothing about a device's")
-    if not there.stock:
+    if not there.stock and "litertlm" in manifest.files:
+        left_out.append("LiteRT-LM: --no-stock was given")
+    elif not there.stock:
         left_out.append(f"LiteRT-LM: it runs .litertlm files, and this bundle is {manifest.export_format}")
     return left_out
