@@ -19,12 +19,12 @@ from tests.golden.files import MAX_NEW_TOKENS, PROMPTS, read_traces
 
 pytestmark = pytest.mark.arm64
 
-RUNS = [
+RUNS = [  # those of one CPU together, in the order of CPUS
     ("cortex-a53", "int8", "tflite"),
     ("cortex-a53", "int4", "tflite"),
+    ("cortex-a53", "int8", "onnx"),
     ("cortex-a76", "int8", "tflite"),
     ("cortex-a76", "int4", "tflite"),
-    ("cortex-a53", "int8", "onnx"),
 ]
 CPUS = ("cortex-a53", "cortex-a76")
 # LiteRT-LM 0.18.1 is compiled for CPUs with LSE atomics, and ends with an illegal instruction on one without.
