@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 RECIPE ?= int8
 
-.PHONY: demo test lint check clean
+.PHONY: demo test programs lint check clean
 
 demo: $(STAMP)
 	$(BIN)/mtp-export --model nano --target tflite --recipe $(RECIPE) --output build/demo --force
@@ -17,8 +17,15 @@ demo: $(STAMP)
 	$(BIN)/mtp-export --model nano --target onnx --recipe $(RECIPE) --output build/demo-onnx --force
 	$(BIN)/mtp-export parity build/demo-onnx --limit 16 --threads 1
 
-test: $(STAMP)
+test: $(STAMP) programs
 	$(BIN)/python -m pytest
+
+# What tests of the device and of Kotlin call. Where it cannot be installed they are skipped, and say why.
+PROGRAMS = openjdk-17-jre-headless npm iproute2
+programs:
+	@for p in java npm ip; do command -v $$p >/dev/null || missing=1; done; [ -z "$$missing" ] || \
+	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $(PROGRAMS) >/dev/null; } || \
+	echo "no java, npm or ip, and apt-get cannot install them: some tests will be skipped"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

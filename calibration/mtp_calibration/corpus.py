@@ -54,5 +54,23 @@ def _parse(text: str) -> list[Prompt]:
     return prompts
 
 
+def in_turn(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of all kinds in turn, so that any number of them has all kinds alike; all for None.
+
+    Raises:
+        UserError: the limit is below 1.
+    """
+    if limit is None:
+        return list(prompts)
+    if limit < 1:
+        raise UserError(f"--limit is {limit}: give 1 or more")
+    seen: dict[str, int] = {}
+    ranked = []
+    for prompt in prompts:
+        seen[prompt.kind] = seen.get(prompt.kind, 0) + 1
+        ranked.append((seen[prompt.kind], prompt))
+    return [prompt for _, prompt in sorted(ranked, key=lambda item: item[0])][:limit]
+
+
 def of_kind(prompts: Sequence[Prompt], kind: str) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.kind == kind]

@@ -17,6 +17,7 @@ from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
     "bench": "mtp_export.commands.bench",
+    "device": "mtp_export.commands.device",
     "export": "mtp_export.commands.export",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",

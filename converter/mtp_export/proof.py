@@ -42,7 +42,7 @@ def prove(
         runs = _run(session, prompts, max_new_tokens, on_run)
         plain = runs[0]
         texts = [session.text_pieces(trace.tokens) for trace in plain]
-        tolerance = TOLERANCES.get(manifest.recipe, max(TOLERANCES.values()))
+        tolerance = tolerance_of(manifest.recipe)
 
         def compare(outputs: Sequence[Sequence[int]]) -> tuple[Comparison, ...]:
             return tuple(
@@ -82,7 +82,7 @@ def prove(
                     timeout_s=300.0 + len(prompts) * max_new_tokens * _SLOWEST_TOKEN_S,
                 )
                 drafts = manifest.num_draft_tokens if use_mtp else 0
-                results.append(_stock(run, drafts, prompts, plain, texts, tolerance))
+                results.append(stock_result(run, drafts, [prompt.id for prompt in prompts], plain, texts, tolerance))
     return ParityReport(
         model=manifest.model,
         recipe=manifest.recipe,
@@ -154,19 +154,29 @@ def _transformers(
     )
 
 
-def _stock(
+def tolerance_of(recipe: str) -> float:
+    """How far apart a recipe's two best logits may be for either to be right, in logits."""
+    return TOLERANCES.get(recipe, max(TOLERANCES.values()))
+
+
+def stock_result(
     run: StockRun,
     k: int,
-    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[str],
     plain: Sequence[GenerationTrace],
     pieces: Sequence[Sequence[str]],
     tolerance: float,
 ) -> RunnerResult:
+    """Judge stock LiteRT-LM's `run` by the reference's `plain` traces and the text that each of their tokens adds.
+
+    Raises:
+        UserError: it reads a prompt as other tokens than we do.
+    """
     comparisons = []
-    for prompt, trace, parts, output in zip(prompts, plain, pieces, run.outputs, strict=True):
+    for prompt, trace, parts, output in zip(prompt_ids, plain, pieces, run.outputs, strict=True):
         if output.prompt_ids != list(trace.prompt_ids)[-len(output.prompt_ids) :]:
-            raise UserError(f"prompt {prompt.id}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
-        found = compare_text(prompt.id, parts, output.text, margins=trace.margins, tolerance=tolerance)
+            raise UserError(f"prompt {prompt}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
+        found = compare_text(prompt, parts, output.text, margins=trace.margins, tolerance=tolerance)
         if found.verdict == "equal" and trace.finish_reason == "stop" and output.text != "".join(parts):
             # It went on where the model stops: the bundle's metadata has other stop tokens than its manifest.
             found = msgspec.structs.replace(found, first_difference=len(parts), verdict="different")

@@ -42,16 +42,12 @@ def command(
 
     Ends with exit code 1 on any difference that is not a stated near-tie.
     """
-    from mtp_calibration.corpus import heldout_prompts, read_prompts
+    from mtp_calibration.corpus import heldout_prompts, in_turn, read_prompts
     from mtp_export.proof import prove
 
     if checkpoint is not None and not checkpoint.is_dir():
         raise UserError(f"no checkpoint at {checkpoint}: give the folder that the bundle was exported from")
-    chosen = read_prompts(prompts) if prompts else heldout_prompts()
-    if limit is not None:
-        if limit < 1:
-            raise UserError(f"--limit is {limit}: give 1 or more")
-        chosen = _in_turn(chosen)[:limit]
+    chosen = in_turn(read_prompts(prompts) if prompts else heldout_prompts(), limit)
     console = Console(stderr=True)
     with console.status("opening") if console.is_terminal else contextlib.nullcontext() as status:
         report = prove(
@@ -75,16 +71,6 @@ def command(
     else:
         _print(report, folder)
     sys.exit(0 if report.passed else 1)
-
-
-def _in_turn(prompts: list) -> list:  # type: ignore[type-arg]  # Prompt is imported when the command runs
-    """Order prompts so that any number of the first ones has all kinds alike."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for prompt in prompts:
-        seen[prompt.kind] = seen.get(prompt.kind, 0) + 1
-        ranked.append((seen[prompt.kind], prompt))
-    return [prompt for _, prompt in sorted(ranked, key=lambda item: item[0])]
 
 
 def _embedded(bundle: Path) -> Path | None:

@@ -1,0 +1,120 @@
+package io.mtpexport.core
+
+import java.io.File
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertFailsWith
+import kotlin.test.assertTrue
+
+class JsonTest {
+    @Test
+    fun `values survive writing and reading`() {
+        val value = linkedMapOf(
+            "text" to "a\"\\\n\u0001ä😀", "whole" to 5L, "real" to -0.25, "yes" to true, "nothing" to null,
+            "list" to listOf(1L, emptyList<Any?>(), emptyMap<String, Any?>()),
+        )
+        assertEquals<Any?>(value, Json.parse(Json.write(value)))
+        assertEquals<Any?>("é/", Json.parse(" \"\\u00e9\\/\" "))
+        assertEquals<Any?>(1500.0, Json.parse("1.5e3"))
+    }
+
+    @Test
+    fun `what is no JSON is refused with its place`() {
+        val wrong = listOf("", "{", "[1,]", "{\"a\" 1}", "01", "nul", "\"\\x\"", "\"\n\"", "1 2", "\"\\u12", "[".repeat(1000))
+        for (text in wrong) {
+            val error = assertFailsWith<JsonException>(text.take(10)) { Json.parse(text) }
+            assertTrue(error.message!!.startsWith("JSON, character "), error.message)
+        }
+        assertFailsWith<JsonException> { Json.write(Double.NaN) }
+    }
+}
+
+class ManifestTest {
+    private val file = File.createTempFile("mtp", ".litertlm").apply { deleteOnExit(); writeText("container") }
+    private val sha = "4ed3bd90a5d9e4fdbd1a62c2d9ce6ae2cda33e3c6bf4a2a4aa37b73ca0d0b8ad"
+
+    private fun manifest(path: String = "nano.litertlm", version: Int = 1, hash: String = sha, size: Long = 9) =
+        Json.write(
+            mapOf(
+                "format_version" to version, "model" to "nano", "recipe" to "int8", "num_draft_tokens" to 4,
+                "context_length" to 1020,
+                "files" to mapOf("litertlm" to mapOf("path" to path, "sha256" to hash, "size_bytes" to size)),
+            ),
+        )
+
+    @Test
+    fun `a manifest is read`() {
+        val found = Manifest.parse(manifest())
+        assertEquals(Manifest("nano", "int8", 4, 1020, FileEntry("nano.litertlm", sha, 9)), found)
+    }
+
+    @Test
+    fun `a wrong manifest is refused and says why`() {
+        for (path in listOf("../x", "a/b", "", "..", "a\\b")) {
+            assertTrue("unsafe" in assertFailsWith<BundleException> { Manifest.parse(manifest(path)) }.message!!)
+        }
+        assertTrue("version 2" in assertFailsWith<BundleException> { Manifest.parse(manifest(version = 2)) }.message!!)
+        assertTrue("not valid" in assertFailsWith<BundleException> { Manifest.parse("[]") }.message!!)
+        assertTrue("model is null" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {\"litertlm\": {}}}") }.message!!)
+        assertTrue("--target tflite" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {}}") }.message!!)
+    }
+
+    @Test
+    fun `a file is held against size and hash`() {
+        val digest = java.security.MessageDigest.getInstance("SHA-256").digest("container".toByteArray())
+        val right = digest.joinToString("") { "%02x".format(it) }
+        Manifest.parse(manifest(hash = right)).check(file)
+        assertTrue("SHA-256" in assertFailsWith<BundleException> { Manifest.parse(manifest()).check(file) }.message!!)
+        assertTrue("9 bytes" in assertFailsWith<BundleException> { Manifest.parse(manifest(size = 8)).check(file) }.message!!)
+        assertFailsWith<BundleException> { Manifest.parse(manifest()).check(File("absent")) }
+    }
+}
+
+class RunTest {
+    private val prompts = listOf(Prompt("c", "code", "x"), Prompt("p", "prose", "y"))
+    private val log = mutableListOf<String>()
+
+    /** Twice as fast with MTP on code, as fast on prose; commits two tokens too many with MTP, as LiteRT-LM does. */
+    private fun open(useMtp: Boolean) = object : Generator {
+        override fun generate(prompt: String, maxNewTokens: Int): Output {
+            log += "$prompt $maxNewTokens $useMtp"
+            val speed = if (useMtp && prompt == "x") 2 else 1
+            val text = "t".repeat(if (useMtp) maxNewTokens + 2 else maxNewTokens)
+            return Output(text, text.length, 10.0 * text.length / speed, 5.0)
+        }
+
+        override fun close() {
+            log += "closed $useMtp"
+        }
+    }
+
+    @Test
+    fun `a variant is warmed up, run and closed before the next is opened`() {
+        RunProtocol(prompts, 20, 2, ::open).run()
+        val expected = listOf(false, true).flatMap { mtp ->
+            listOf("x 8 $mtp", "x 20 $mtp", "x 20 $mtp", "y 20 $mtp", "y 20 $mtp", "closed $mtp")
+        }
+        assertEquals(expected, log)
+    }
+
+    @Test
+    fun `the report tells the gain by kind of text`() {
+        val runs = RunProtocol(prompts, 20, 3, ::open).run()
+        val entry = FileEntry("n.litertlm", "00", 1)
+        val report = Report.build(Phone("m", "c", "s", "CPU"), Manifest("nano", "int8", 4, 1020, entry), prompts, runs)
+        val gains = report.need<List<*>>("speed").associate { (it as Map<*, *>)["kind"] to it.needDouble("mtp_gain") }
+        assertEquals(2.0, gains["code"]!!, 1e-9)
+        assertEquals(1.0, gains["prose"]!!, 1e-9)
+        assertEquals(4.0 / 3, gains["all"]!!, 1e-9)
+        assertTrue(report.need<List<*>>("prompts").all { (it as Map<*, *>)["same_text"] == true })
+        assertEquals("phone", (Json.parse(Json.write(report)) as Map<*, *>)["where"])
+        assertTrue(!Report.sameText("abc", "abd"))
+    }
+
+    @Test
+    fun `medians`() {
+        assertEquals(2.0, Statistics.median(listOf(3.0, 1.0, 2.0)))
+        assertEquals(2.5, Statistics.median(listOf(4.0, 1.0, 2.0, 3.0)))
+        assertFailsWith<IllegalArgumentException> { Statistics.median(emptyList()) }
+    }
+}

@@ -1,0 +1,62 @@
+package io.mtpexport.core
+
+import java.io.File
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertTrue
+
+/** The files that Python is held against too; `golden` is the system property with their folder. */
+private val golden = File(System.getProperty("golden") ?: error("run with -Dgolden=FOLDER of tests/golden"))
+
+private fun lines(name: String) = File(golden, name).readLines().map { Json.parse(it) as Map<*, *> }
+
+private fun Map<*, *>.doubles(key: String) = need<List<*>>(key).map { (it as Number).toDouble() }
+
+private fun Map<*, *>.ints(key: String) = need<List<*>>(key).map { (it as Number).toInt() }
+
+private fun Map<*, *>.strings(key: String) = need<List<*>>(key).map { it as String }
+
+class GoldenTest {
+    @Test
+    fun `the near-tie rule judges as Python's does`() {
+        val cases = lines("parity_cases.jsonl")
+        assertTrue(cases.size >= 10)
+        for (case in cases) {
+            val name = case.need<String>("name")
+            val margins = case.doubles("margins")
+            val tolerance = case.needDouble("tolerance")
+            val text = case["text"] as String?
+            val found = if (text != null) {
+                Parity.compareText(name, case.strings("pieces"), text, margins, tolerance)
+            } else {
+                Parity.compareTokens(
+                    name, case.ints("reference"), case.ints("tokens"), margins, tolerance, case.needInt("max_new_tokens"),
+                )
+            }
+            val expected = case.need<Map<*, *>>("expected")
+            assertEquals(expected.needInt("agreed"), found.agreed, name)
+            assertEquals(expected.needInt("compared"), found.compared, name)
+            assertEquals((expected["first_difference"] as Long?)?.toInt(), found.firstDifference, name)
+            assertEquals((expected["margin"] as Number?)?.toDouble(), found.margin, name)
+            assertEquals(expected.need<String>("verdict"), found.verdict.name.lowercase(), name)
+        }
+    }
+
+    @Test
+    fun `nano says with MTP what it says without`() {
+        val traces = lines("traces.jsonl").groupBy { it["recipe"] to it["prompt"] }
+        val prompts = Prompt.parseLines(File(golden, "prompts.jsonl").readText())
+        assertEquals(traces.keys.map { it.second }.toSet(), prompts.map { it.id }.toSet<Any?>())
+        for ((key, pair) in traces) {
+            val (plain, drafted) = pair.sortedBy { it.needInt("num_draft_tokens") }
+            val found = Parity.compareTokens(
+                key.toString(), plain.ints("tokens"), drafted.ints("tokens"), plain.doubles("margins"), 0.05, 24,
+            )
+            assertEquals(Verdict.EQUAL, found.verdict, found.toString())
+            val text = drafted.strings("pieces").joinToString("")
+            val asText = Parity.compareText(key.toString(), plain.strings("pieces"), text, plain.doubles("margins"), 0.05)
+            assertEquals(Verdict.EQUAL, asText.verdict, asText.toString())
+            assertTrue("accepted" in drafted.strings("origins"))
+        }
+    }
+}

@@ -1,0 +1,116 @@
+"""The side that runs the prompts: `python -m mtp_export.device.on_device REQUEST ANSWER`, here and on a device.
+
+It needs the reference runtime and stock LiteRT-LM, and nothing else of the converter. A line of progress for every
+generation goes to standard output, which is also how the other side knows that it lives.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun
+from mtp_export.stock_runtime import run_stock
+from mtp_runtime import Session
+from mtp_runtime.contract import read_manifest
+from mtp_runtime.errors import MtpError
+
+_PACKAGES = ("ai-edge-litert", "litert-lm-api", "numpy", "onnxruntime")
+# The architecture that /proc/cpuinfo's part numbers of Arm stand for, as far as the emulated place can be told to be.
+_ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
+_SLOWEST_TOKEN_S = 10.0  # emulation included; slower than this, LiteRT-LM is taken to hang
+
+
+def answer(request: Request) -> Answer:
+    """Do what `request` asks.
+
+    Raises:
+        MtpError: the bundle or a runtime fails.
+    """
+    manifest = read_manifest(Path(request.bundle))
+    traces: list[TraceRun] = []
+    stock: list[StockAnswer] = []
+    if "mtp_runtime" in request.runtimes:
+        # The transfer has compared every file with its hash; here they are compared with the manifest's sizes.
+        with Session.open(request.bundle, threads=request.threads, verify=False) as session:
+            traces = [_traces(session, request, depth) for depth in request.depths]
+    if "LiteRT-LM" in request.runtimes and request.container is not None:
+        for depth in request.depths:
+            print(f"LiteRT-LM, K = {depth}", flush=True)
+            run = run_stock(
+                Path(request.container),
+                [prompt.text for prompt in request.prompts],
+                max_new_tokens=request.max_new_tokens,
+                context_length=manifest.context_length,
+                use_mtp=depth > 0,
+                threads=request.threads,
+                timeout_s=300.0 + len(request.prompts) * request.max_new_tokens * _SLOWEST_TOKEN_S,
+            )
+            stock.append(StockAnswer(num_draft_tokens=depth, run=run))
+    return Answer(place=describe(), traces=tuple(traces), stock=tuple(stock))
+
+
+def describe() -> PlaceDescription:
+    """Describe the machine that this runs on."""
+    where: Literal["host", "arm64-emulated"] = (
+        "arm64-emulated" if os.environ.get("MTP_PLACE") == "arm64-emulated" else "host"
+    )
+    return PlaceDescription(
+        where=where,
+        machine=platform.machine(),
+        cpu=_cpu(),
+        system=platform.platform() if where == "host" else "Debian root behind adbd",
+        emulator=os.environ.get("MTP_EMULATOR") if where == "arm64-emulated" else None,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+    )
+
+
+def _traces(session: Session, request: Request, depth: int) -> TraceRun:
+    traces = []
+    for prompt in request.prompts:
+        print(f"mtp_runtime, K = {depth}, {prompt.id}", flush=True)
+        generation = session.generate(
+            prompt.text, max_new_tokens=request.max_new_tokens, num_draft_tokens=depth, with_margins=depth == 0
+        )
+        traces.append(generation.finish())
+    return TraceRun(num_draft_tokens=depth, traces=tuple(traces))
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    part = re.search(r"^CPU part\s*: (\S+)", info, re.MULTILINE)
+    if part:
+        return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
+    name = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
+    return name[1] if name else platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _main(request_path: str, answer_path: str) -> int:
+    request = msgspec.json.decode(Path(request_path).read_bytes(), type=Request)
+    try:
+        found = answer(request)
+    except MtpError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    part = Path(answer_path + ".part")
+    part.write_bytes(msgspec.json.encode(found))
+    part.rename(answer_path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

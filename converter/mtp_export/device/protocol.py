@@ -1,0 +1,75 @@
+"""What a place is asked to do and what it answers: JSON files, the same for every place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from mtp_export.stock_runtime import StockRun
+from mtp_runtime.trace import GenerationTrace
+
+Where = Literal["host", "arm64-emulated"]
+Runtime = Literal["mtp_runtime", "LiteRT-LM"]
+
+
+class AskedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prompt and the kind of text it is."""
+
+    id: str
+    kind: str
+    text: str
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Run `prompts` greedily through each of `runtimes`, with each of `depths` drafts a round (0: without MTP).
+
+    `bundle` is a folder on the machine that runs it; `container` the `.litertlm` in it, for LiteRT-LM.
+    """
+
+    bundle: str
+    container: str | None
+    prompts: tuple[AskedPrompt, ...]
+    max_new_tokens: int
+    depths: tuple[int, ...]
+    runtimes: tuple[Runtime, ...]
+    threads: int
+
+
+class PlaceDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where it ran. `emulator` is None on real hardware; timings of an emulated place say nothing about speed."""
+
+    where: Where
+    machine: str
+    cpu: str
+    system: str
+    emulator: str | None
+    versions: dict[str, str]
+
+
+class TraceRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The reference runtime's traces, one a prompt, with `num_draft_tokens` drafts a round."""
+
+    num_draft_tokens: int
+    traces: tuple[GenerationTrace, ...]
+
+
+class StockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Stock LiteRT-LM's run, without MTP (0) or with the bundle's K."""
+
+    num_draft_tokens: int
+    run: StockRun
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a place answers to a `Request`."""
+
+    place: PlaceDescription
+    traces: tuple[TraceRun, ...] = ()
+    stock: tuple[StockAnswer, ...] = ()
+
+
+def asked(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
+    """Take what a place needs of prompts that have more fields."""
+    return tuple(msgspec.convert(prompt, AskedPrompt, from_attributes=True) for prompt in prompts)

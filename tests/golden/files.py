@@ -1,0 +1,56 @@
+"""The golden files: prompts, traces of nano, and cases of the near-tie rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from mtp_runtime.acceptance import Origin
+from mtp_runtime.parity import Comparison
+from mtp_runtime.trace import FinishReason
+
+FOLDER = Path(__file__).parent
+PROMPTS = FOLDER / "prompts.jsonl"
+TRACES = FOLDER / "traces.jsonl"
+CASES = FOLDER / "parity_cases.jsonl"
+RECIPES = ("int8", "int4")
+MAX_NEW_TOKENS = 24
+
+
+class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A GenerationTrace without what changes from run to run, and with the text that each token adds."""
+
+    prompt: str
+    recipe: str
+    num_draft_tokens: int
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    margins: tuple[float, ...]
+    pieces: tuple[str, ...]
+    finish_reason: FinishReason
+
+
+class ParityCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Arguments of `compare_tokens`, or of `compare_text` where there is a text, and what it must say."""
+
+    name: str
+    reference: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    text: str | None = None
+    margins: tuple[float, ...]
+    tolerance: float
+    max_new_tokens: int
+    expected: Comparison | None = None
+
+
+def read_traces() -> list[GoldenTrace]:
+    """Every golden trace."""
+    return [msgspec.json.decode(line, type=GoldenTrace) for line in TRACES.read_text(encoding="utf-8").splitlines()]
+
+
+def read_cases() -> list[ParityCase]:
+    """Every case of the near-tie rule."""
+    return [msgspec.json.decode(line, type=ParityCase) for line in CASES.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,41 @@
+"""nano says here what the golden files say, and the near-tie rule judges their cases as it did."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtp_runtime.parity import compare_tokens
+from tests.conftest import Export
+from tests.golden.__main__ import judge, traces_of
+from tests.golden.files import MAX_NEW_TOKENS, RECIPES, read_cases, read_traces
+
+# Another processor's kernels round differently; the same tolerance as between any two places (mtp_export/proof.py).
+TOLERANCE = 0.05
+
+
+def test_cases_of_the_near_tie_rule() -> None:
+    cases = read_cases()
+    assert {case.expected.verdict for case in cases if case.expected} == {"equal", "near_tie", "different"}
+    for case in cases:
+        assert judge(case) == case.expected, case.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nano_says_what_it_said(export_nano: Export, recipe: str) -> None:
+    golden = [trace for trace in read_traces() if trace.recipe == recipe]
+    found = traces_of(recipe, export_nano(recipe))
+    assert [(t.prompt, t.num_draft_tokens) for t in golden] == [(t.prompt, t.num_draft_tokens) for t in found]
+    for old, new in zip(golden, found, strict=True):
+        assert old.prompt_ids == new.prompt_ids
+        verdict = compare_tokens(
+            old.prompt,
+            old.tokens,
+            new.tokens,
+            margins=old.margins,
+            tolerance=TOLERANCE,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        assert verdict.verdict != "different", f"{verdict}: if this is meant, python -m tests.golden writes them anew"
+        if verdict.verdict == "equal":
+            assert old.pieces == new.pieces
+            assert old.finish_reason == new.finish_reason
