@@ -16,6 +16,7 @@ import click
 from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
+    "calibrate": "mtp_export.commands.calibrate",
     "export": "mtp_export.commands.export",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",
