@@ -97,7 +97,7 @@ class FloatTarget:
 
         `values` stand in for the checkpoint's.
         """
-        values = self.values | dict(values or {})
+        values = {**self.values, **(values or {})}
         running = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
         *body, head = self._traced.calls
         for call, spent in zip(body, _spent_after(body, head), strict=True):
@@ -191,7 +191,7 @@ class FloatDrafter:
         self._graphs = [
             trace_drafter(spec, target, shape, position_offset=offset, row_scales=False) for offset in (0, 1)
         ]
-        self._read = [target.shared_cache_index(kind) for kind in (SLIDING, FULL)]
+        self.read = [f"kv_cache_{part}_{target.shared_cache_index(kind)}" for kind in (SLIDING, FULL) for part in "kv"]
         of_graph = parameters.drafter_parameters(pair.drafter, self._graphs[0], spec, RECIPES["f32"])
         self._weights = {name: _whole(p) for name, p in of_graph.items()}
         self._target_embedding, self._scale = embedding, math.sqrt(target.hidden_size)
@@ -214,10 +214,9 @@ class FloatDrafter:
         [T,backbone]
         """
         graph, count = self._graphs[offset], len(tokens)
-        names = [f"kv_cache_{part}_{i}" for i in self._read for part in "kv"]
         values = {
             name: F.pad(caches[name][:, :, : self.length], (0, 0, 0, max(0, self.length - caches[name].shape[2])))
-            for name in names
+            for name in self.read
         }
         embeddings = _token_rows(self._target_embedding, tokens) * self._scale
         seen = torch.arange(filled, filled + count)[:, None]
