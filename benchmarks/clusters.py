@@ -2,8 +2,8 @@
 
     python -m benchmarks.clusters [--vocab 262144 --hidden 1024 --clusters 2048 --threads 2]
 
-The embedding is seeded: 4096 directions of unequal weight with noise, which is how embeddings look to k-means. Goals: at
-most 600 s and 4 GiB on two cores, and the same clusters from the same input.
+The embedding is seeded: 4096 directions of unequal weight with noise, which is how embeddings look to k-means. Goals:
+at most 600 s and 4 GiB on two cores, and the same clusters from the same input.
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ def _head_findings(drafter: DrafterQuality) -> list[Finding]:
         )
     else:
         diagnosis = (
-            f"the scores of candidates are off by {drafter.score_error:.2g}: token_ordering and the clustered table are "
-            "in different orders"
+            f"the scores of candidates are off by {drafter.score_error:.2g}: token_ordering and the clustered table "
+            "are in different orders"
         )
     return [Finding(part="clustered head", diagnosis=diagnosis, remedy="export it again from this drafter")]
 
