@@ -17,10 +17,12 @@ from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
     "bench": "mtp_export.commands.bench",
+    "calibrate": "mtp_export.commands.calibrate",
     "device": "mtp_export.commands.device",
     "export": "mtp_export.commands.export",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",
+    "report": "mtp_export.commands.report",
     "run": "mtp_export.commands.run",
 }
 _DEFAULT = "export"

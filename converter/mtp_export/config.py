@@ -23,7 +23,8 @@ class ExportConfig:
 
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
-    graphs for so many sequences in one pass, beside those for one.
+    graphs for so many sequences in one pass, beside those for one. gate: keep the bundle only if it is measured to be
+    the same model still.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ExportConfig:
     workers: int
     embedder_recipe: str | None = None
     adapters: tuple[Path, ...] = ()
+    gate: bool = False
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.

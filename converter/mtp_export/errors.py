@@ -1,6 +1,6 @@
 """Errors of an export."""
 
-from mtp_runtime.errors import UserError
+from mtp_runtime.errors import MtpError, UserError
 
 
 class CheckpointError(UserError):
@@ -9,3 +9,7 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The output exists already, cannot be written, or the disk is full."""
+
+
+class GateError(MtpError):
+    """An exported bundle is not the model that it was made from any more, or not closely enough."""

@@ -21,7 +21,7 @@ from mtp_export.checkpoint import Checkpoint, hash_file, locate
 from mtp_export.compressed import check_runs
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
-from mtp_export.errors import CheckpointError, OutputError
+from mtp_export.errors import CheckpointError, GateError, OutputError
 from mtp_export.journal import Journal, identity
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
@@ -30,6 +30,7 @@ from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
+_GATE_PROMPTS = 16
 
 
 class Progress(Protocol):
@@ -89,6 +90,9 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, folder, journal, progress)
         clock.lap("bundle")
+        if config.gate:
+            _pass_gate(folder, pair, progress)
+            clock.lap("gate")
     return ExportResult(
         output=config.output,
         manifest=manifest,
@@ -148,6 +152,33 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         drafter_spec=drafter_spec,
         stop_token_ids=stop_ids,
     )
+
+
+def open_made_from(model: str, target: str | None, drafter: str | None, adapters: tuple[Path, ...]) -> Pair:
+    """Open the pair that a bundle of `model` was made from; None stands for the model's own.
+
+    Raises:
+        MtpError: as `open_pair` does, or the model is unknown.
+    """
+    config = ExportConfig(
+        model=model,
+        export_format="tflite",
+        target=target,
+        drafter=drafter,
+        recipe="f32",
+        drafter_recipe=None,
+        cache_length=None,
+        num_draft_tokens=1,
+        drafter_position_offset=1,
+        portable=False,
+        batch_size=1,
+        output=Path(),
+        force=False,
+        workers=1,
+        adapters=adapters,
+    )
+    config.check()
+    return open_pair(config)
 
 
 def _folder(given: str | None, published_id: str, part: str, find: Callable[[str], Path]) -> Path:
@@ -382,6 +413,24 @@ def manifest_of(
         files=files,
         signatures={graph.role: tuple(t.signature for t in graph.signatures) for graph in graphs},
     )
+
+
+def _pass_gate(folder: Path, pair: Pair, progress: Progress) -> None:
+    """Measure the finished bundle and write what was found into it.
+
+    Raises:
+        GateError: it is not the model any more, with the diagnosis.
+    """
+    # What measures a bundle needs this module's pair.
+    from mtp_calibration.calibrate import CALIBRATION_NAME, calibrate
+    from mtp_calibration.corpus import calibration_prompts, in_turn
+
+    found = calibrate(
+        folder, pair, in_turn(calibration_prompts(), _GATE_PROMPTS), on_stage=lambda name: progress.start(name, 0)
+    )
+    if not found.passed:
+        raise GateError(f"the bundle does not pass the gate and was not kept: {found.verdict.summary}")
+    (folder / CALIBRATION_NAME).write_text(found.to_json(), encoding="utf-8")
 
 
 def _hash_input(part: str, path: Path, progress: Progress) -> FileEntry:

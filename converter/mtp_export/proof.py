@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_calibration.corpus import Prompt
+from mtp_calibration.observe import text_of
 from mtp_export.stock_runtime import StockRun, run_stock
 from mtp_runtime import GenerationTrace, Session
 from mtp_runtime.errors import UserError
@@ -39,6 +40,7 @@ def prove(
     """
     with Session.open(path, threads=threads) as session:
         manifest = session.manifest
+        prompts = [msgspec.structs.replace(p, text=text_of(session, p), messages=()) for p in prompts]
         runs = _run(session, prompts, max_new_tokens, on_run)
         plain = runs[0]
         texts = [session.text_pieces(trace.tokens) for trace in plain]

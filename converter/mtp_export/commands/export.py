@@ -62,6 +62,7 @@ _OPTIONS = (
     click.option(
         "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
     ),
+    click.option("--gate", is_flag=True, help="Keep the bundle only if `calibrate` finds it to be the same model."),
     click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]"),
     click.option("--force", is_flag=True, help="Replace an existing bundle."),
     click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]"),
