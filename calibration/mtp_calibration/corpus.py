@@ -96,7 +96,7 @@ def _parse(text: str) -> list[Prompt]:
     return prompts
 
 
-def in_turn(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+def in_turn(prompts: Sequence[Prompt], limit: int | None = None) -> list[Prompt]:
     """The first `limit` prompts of all kinds in turn, so that any number of them has all kinds alike; all for None.
 
     Raises:
@@ -126,13 +126,3 @@ def for_tuning(prompts: Sequence[Prompt]) -> list[Prompt]:
 def held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The part of a set that is kept for measuring."""
     return [prompt for prompt in prompts if prompt.is_held_out]
-
-
-def in_turn(prompts: Sequence[Prompt], limit: int | None = None) -> list[Prompt]:
-    """Prompts in an order in which any number of the first ones has all kinds alike, at most `limit` of them."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for prompt in prompts:
-        seen[prompt.kind] = seen.get(prompt.kind, 0) + 1
-        ranked.append((seen[prompt.kind], prompt))
-    return [prompt for _, prompt in sorted(ranked, key=lambda item: item[0])][:limit]
