@@ -20,6 +20,7 @@ _COMMANDS = {
     "export": "mtp_export.commands.export",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",
+    "report": "mtp_export.commands.report",
     "run": "mtp_export.commands.run",
 }
 _DEFAULT = "export"
