@@ -1,7 +1,7 @@
 """The clustered head on real states of the drafter: what is lost by scoring few clusters, which centroids lose least,
 how many clusters are enough, and which position convention the drafter was trained with.
 
-A round is taken to begin after every token of a text. Shapes: N states, D the drafter's hidden size, C clusters.
+A round is taken to begin after every token of an answer. Shapes: N states, D the drafter's hidden size, C clusters.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_calibration.corpus import Prompt
 from mtp_calibration.float_pair import FloatDrafter, FloatTarget, lookup_name
-from mtp_calibration.observe import accepted
+from mtp_calibration.observe import Text, accepted
 from mtp_export.pipeline import Pair
-from mtp_runtime.tokenizer import Tokenizer
 
 _DEPTH = 4  # chained steps of a round
 _ENOUGH = 0.995  # of the accepted drafts that all clusters would give
 _DEVIATIONS = 3.0  # standard errors by which a position convention must be better to be chosen
-_MAX_TOKENS = 192
 _SEED = 0
 
 
@@ -50,11 +47,10 @@ class PositionTest(msgspec.Struct, frozen=True, kw_only=True):
 class Rounds:
     """What target and drafter say of some texts, ready to be asked about heads and positions."""
 
-    def __init__(self, pair: Pair, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> None:
-        """Run the float target once; of prompts in messages, the contents are taken as text."""
-        contents = [p.text or "\n".join(str(m.get("content", "")) for m in p.messages) for p in prompts]
-        encoded = [tokenizer.encode(text)[:_MAX_TOKENS] for text in contents]
-        self.texts = [ids for ids in encoded if len(ids) > 2]
+    def __init__(self, pair: Pair, texts: Sequence[Text]) -> None:
+        """Run the float target once over the texts; rounds begin in their answers."""
+        self.texts = [text.ids for text in texts]
+        self._first = [text.start for text in texts]
         target = FloatTarget(pair, max(len(ids) for ids in self.texts))
         self.drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
         read = self.drafter.read
@@ -67,14 +63,14 @@ class Rounds:
     def accepted(self, top_k: int, offset: int) -> list[int]:
         """Accepted drafts of the round after each token of each text."""
         counts = []
-        for ids, (choices, states, caches) in zip(self.texts, self._said, strict=True):
-            tokens, following, chains = list(ids[1:]), states[:-1], []
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+            tokens, following, chains = list(ids[first:]), states[first - 1 : -1], []
             for _ in range(_DEPTH):
-                hidden, following = self.drafter.step(tokens, following, caches, 1, offset)
+                hidden, following = self.drafter.step(tokens, following, caches, first, offset)
                 tokens = self.drafter.best(hidden, top_k)
                 chains.append(tokens)
             drafts = zip(*chains, strict=True)
-            counts += [accepted(one, at, ids, choices) for at, one in enumerate(drafts, 1)]
+            counts += [accepted(one, at, ids, choices) for at, one in enumerate(drafts, first)]
         return counts
 
     @torch.no_grad()
@@ -82,15 +78,15 @@ class Rounds:
         """Head inputs of chained steps along the texts, the dense first choice at each, and the target's choice there
         (-1 where the text has ended). Shapes: -> [N,D], [N], [N]"""
         hidden, wanted = [], []
-        for ids, (choices, states, caches) in zip(self.texts, self._said, strict=True):
-            following = states[:-1]
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+            following = states[first - 1 : -1]
             for step in range(_DEPTH):
                 # Along the text: later steps are fed what a drafter that is right would have said.
-                shifted = [*ids[1 + step :], *([ids[-1]] * step)]
-                found, following = self.drafter.step(shifted, following, caches, 1, offset)
-                kept = len(ids) - 1 - step
+                shifted = [*ids[first + step :], *([ids[-1]] * step)]
+                found, following = self.drafter.step(shifted, following, caches, first, offset)
+                kept = max(0, len(ids) - first - step)
                 hidden.append(found[:kept])
-                wanted.append(torch.from_numpy(np.asarray(choices[1 + step :])))
+                wanted.append(torch.from_numpy(np.asarray(choices[first + step :])))
         joined = torch.cat(hidden)
         best = torch.cat([(block @ self.drafter.embedding.T).argmax(-1) for block in joined.split(256)])
         return joined, best, torch.cat(wanted)

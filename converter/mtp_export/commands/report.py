@@ -35,8 +35,8 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Write one HTML page about a bundle: sizes, quality (if `calibrate` was run), how drafts fare by kind of prompt and
-    K on this device, when they pay, and examples with the origin of each token."""
+    """Write one HTML page about a bundle: sizes, quality (if `calibrate` was run), how drafts fare by kind of prompt
+    and K on this device, when they pay, and examples with the origin of each token."""
     for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{option} is {value}: give 1 or more")

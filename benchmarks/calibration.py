@@ -1,0 +1,133 @@
+"""Is a bundle of nano still nano, are damaged ones told, and how do its drafts fare?
+
+    python -m benchmarks.calibration [--prompts 16]
+
+For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8 bundle
+with the gate's diagnosis. The clustered head by number of clusters, centroids as shipped and as built for a dense head,
+and both position conventions, over the bundle's own answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from benchmarks.bundles import exported
+from benchmarks.machine import write_result
+from mtp_calibration import head
+from mtp_calibration.acceptance import advice, measure_acceptance
+from mtp_calibration.calibrate import calibrate
+from mtp_calibration.clusters import balanced_clusters, cluster_means
+from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, in_turn
+from mtp_calibration.observe import continued
+from mtp_export.pipeline import Pair, open_made_from
+from mtp_runtime import Session
+from tests.damage import damaged, doubled_scales, other_position, turned_centroids
+
+DAMAGES = {
+    "one layer's scales times 2": doubled_scales("layers.3.mlp.gate_proj.weight"),
+    "the same where a norm hides it": doubled_scales("layers.7.self_attn.o_proj.weight"),
+    "centroids in another order": turned_centroids,
+    "the other position convention": other_position,
+}
+TOP_KS = (4, 8, 16, 24, 128)
+
+
+def main() -> int:
+    """Measure, print and write the result; return 1 if a sound bundle fails or a damaged one passes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    prompts = in_turn(calibration_prompts(), options.prompts)
+    pair = open_made_from("nano", None, None, ())
+    figures: dict[str, Any] = {"prompts": len(prompts), "recipes": {}, "damaged": {}}
+    for recipe in ("int8", "int4"):
+        figures["recipes"][recipe] = quality(exported(1024, recipe), pair, prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, damage) in enumerate(DAMAGES.items()):
+            bundle = damaged(exported(1024, "int8"), Path(scratch) / str(number), damage)
+            found = calibrate(bundle, pair, prompts[:4], max_new_tokens=32)
+            figures["damaged"][name] = {"passed": found.passed, "said": found.verdict.summary}
+            print(f"{name}: {found.verdict.summary}", flush=True)
+    figures |= drafts(exported(1024, "int8"), pair, prompts)
+    print(f"written: {write_result('calibration', figures)}")
+    sound = all(row["passed"] for row in figures["recipes"].values())
+    return 0 if sound and not any(row["passed"] for row in figures["damaged"].values()) else 1
+
+
+def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = calibrate(bundle, pair, prompts)
+    measured = found.quality
+    row = {
+        "passed": found.passed,
+        "tokens": measured.tokens,
+        "kl_per_token": measured.kl_per_token,
+        "weights_kl_per_token": measured.weights_kl_per_token,
+        "top1_agreement": measured.top1_agreement,
+        "perplexity": measured.perplexity,
+        "float_perplexity": measured.float_perplexity,
+        "answers_that_part": sum(d.first is not None for d in measured.divergences),
+        "layers": {effect.layer: effect.kl for effect in measured.layers},
+        "drafter": msgspec.to_builtins(measured.drafter),
+        "structured": msgspec.to_builtins(measured.structured),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(found.recipe, {k: v for k, v in row.items() if k != "layers"}, flush=True)
+    return row
+
+
+def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
+    """Acceptance, heads and positions; built heads are refined on prompts that none is judged on."""
+    options = {"max_tokens": 192, "max_new_tokens": 96}
+    with Session.open(bundle, threads=1) as session:
+        rows, costs, _ = measure_acceptance(session, prompts, max_new_tokens=64, on_prompt=lambda name: None)
+        judged = [continued(session, prompt, **options) for prompt in in_turn(heldout_prompts(), 16)]
+        tuning = [continued(session, prompt, **options) for prompt in for_tuning(calibration_prompts())]
+    rounds = head.Rounds(pair, judged)
+    shipped = head.top_k_curve(rounds, 1, TOP_KS)
+    position = head.position_test(rounds, 1)
+    built = dense_head(rounds, head.Rounds(pair, tuning))
+    for name, curve in (("as shipped", shipped), ("built", built)):
+        for row in curve:
+            print(f"{name}: {row}", flush=True)
+    print(position, advice(rows), sep="\n", flush=True)
+    return {
+        "acceptance": msgspec.to_builtins(rows),
+        "costs": msgspec.to_builtins(costs),
+        "advice": advice(rows),
+        "shipped_head": msgspec.to_builtins(shipped),
+        "built_head": msgspec.to_builtins(built),
+        "fewest_clusters_that_are_enough": head.enough(shipped),
+        "position": msgspec.to_builtins(position),
+    }
+
+
+def dense_head(rounds: head.Rounds, tuning: head.Rounds) -> list[head.TopKRow]:
+    """nano's drafter as if it had no clusters: built from its embedding, refined on the states of other texts."""
+    clusters = len(rounds.drafter.centroids)
+    ordering = balanced_clusters(rounds.drafter.embedding.clone(), clusters)
+    for one in (rounds, tuning):
+        drafter = one.drafter
+        drafter.ordering = ordering
+        drafter.cluster_of_token[ordering] = torch.arange(clusters)[:, None].expand_as(ordering)
+        drafter.centroids = cluster_means(drafter.embedding, ordering)
+    spec = tuning.drafter.spec
+    eighth = dataclasses.replace(spec.head, top_k=clusters // 8)
+    tuning.drafter.spec = dataclasses.replace(spec, head=eighth)
+    hidden, best, _ = tuning.states(1)
+    rounds.drafter.centroids = head.refined_centroids(tuning.drafter, hidden, best)
+    return head.top_k_curve(rounds, 1, TOP_KS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
