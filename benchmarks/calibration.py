@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibration [--prompts 16]
 
-For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8 bundle
-with the gate's diagnosis. The clustered head by number of clusters, centroids as shipped and as built for a dense head,
+For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8
+bundle with the diagnosis. The clustered head by number of clusters, centroids as shipped and as built for a dense head,
 and both position conventions, over the bundle's own answers.
 """
 

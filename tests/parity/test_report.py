@@ -1,0 +1,58 @@
+"""The report of a real bundle, opened in a real browser where there is one (Debian's chromium)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Export, run_cli
+
+
+@pytest.fixture(scope="module")
+def folder(export_nano: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a bundle, written elsewhere, on two prompts one of which is full of markup."""
+    output = tmp_path_factory.mktemp("report")
+    prompts = output / "prompts.jsonl"
+    lines = [
+        {"kind": "<b>bold</b>", "text": "<script>document.title = 'x'</script>"},
+        {"kind": "code", "text": "def f("},
+    ]
+    prompts.write_text("\n".join(json.dumps(line) for line in lines))
+    run_cli("report", str(export_nano("int8")), "--prompts", str(prompts), "--output", str(output), "--device", "A & B")
+    return output
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_it_shows(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"<(script|link|img|iframe)|https?://|url\(|@import", page)
+    assert "&lt;script&gt;document.title" in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "A &amp; B" in page
+    report = json.loads((folder / "report.json").read_text())
+    assert [(row["kind"], row["num_draft_tokens"]) for row in report["rows"]][4:] == [("code", k) for k in (1, 2, 3, 4)]
+    for row in report["rows"]:
+        assert len(row["accepted_at"]) == row["num_draft_tokens"]
+        assert row["accepted_at"] == sorted(row["accepted_at"], reverse=True)
+    for example in report["examples"]:
+        assert len(example["pieces"]) == len(example["origins"]) == 64
+        assert "accepted" in example["origins"]
+
+
+def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    # Without a network; whoever runs this may be root.
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    options = ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=2000"]
+    page = f"file://{folder / 'report.html'}"
+    done = subprocess.run([*command, *options, page], capture_output=True, text=True, timeout=60, check=True)
+    assert "<title>nano, int8, tflite</title>" in done.stdout
+    assert len(re.findall(r'<span class="accepted">', done.stdout)) > 10
+    assert done.stdout.count("<polyline") >= 6
+    assert "Uncaught" not in done.stderr
