@@ -111,7 +111,7 @@ def _speed(runs: Sequence[GenerationStats]) -> float:
 
 def advice(rows: Sequence[KindRow]) -> str:
     """For which kinds drafts pay, and with which K, by the expected speed-up."""
-    best = {}
+    best: dict[str, KindRow] = {}
     for row in rows:
         if row.kind not in best or row.expected_speed_up > best[row.kind].expected_speed_up:
             best[row.kind] = row

@@ -37,7 +37,7 @@ def balanced_clusters(
     if count < 1 or vocab % count:
         raise UserError(f"{count} clusters do not divide a vocabulary of {vocab}: give a divisor of it")
     size = vocab // count
-    for block in rows.split(_BLOCK):
+    for block in torch.split(rows, _BLOCK):
         F.normalize(block, dim=-1, out=block)
     generator = torch.Generator().manual_seed(seed)
     means = rows[torch.randperm(vocab, generator=generator)[:count]].clone()
@@ -56,7 +56,7 @@ def _assign(rows: Tensor, means: Tensor, size: int) -> Tensor:
     while (left := (assigned < 0).nonzero()[:, 0]).numel():
         open_ = (room > 0).nonzero()[:, 0]
         few = min(_NEAREST, len(open_))
-        nearest = [(rows[block] @ means[open_].T).topk(few, -1) for block in left.split(_BLOCK)]
+        nearest = [(rows[block] @ means[open_].T).topk(few, -1) for block in torch.split(left, _BLOCK)]
         asked = torch.cat([block.indices for block in nearest])
         settled = _settle(torch.cat([block.values for block in nearest]), asked, room[open_])
         placed = settled >= 0

@@ -88,7 +88,7 @@ class Rounds:
                 hidden.append(found[:kept])
                 wanted.append(torch.from_numpy(np.asarray(choices[first + step :])))
         joined = torch.cat(hidden)
-        best = torch.cat([(block @ self.drafter.embedding.T).argmax(-1) for block in joined.split(256)])
+        best = torch.cat([(block @ self.drafter.embedding.T).argmax(-1) for block in torch.split(joined, 256)])
         return joined, best, torch.cat(wanted)
 
 

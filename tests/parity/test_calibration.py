@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mtp_export import pipeline
 from mtp_export.embedded import EMBEDDED
+from mtp_export.errors import GateError
 from tests.conftest import Export, run_cli
 from tests.damage import Damage, damaged, doubled_scales, other_position, turned_centroids
 
@@ -58,6 +60,35 @@ def test_a_missed_bar_names_the_worst_layers(export_nano: Export, tmp_path: Path
     assert done.returncode == 1
     assert "KL per token is" in done.stderr
     assert "expected at most 0.0001; worst layers: layer 3 (KL" in done.stderr
+
+
+class Stages:
+    """The stages that an export tells of."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def start(self, stage: str, total: int) -> None:
+        self.names.append(stage)
+
+    def advance(self, done: int) -> None:
+        raise AssertionError("the gate counts nothing")
+
+
+def test_an_export_keeps_no_bundle_that_misses_the_gate(
+    export_nano: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last stage of `export --gate`, on the folder that would take the output's name."""
+    monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 2)
+    pair = pipeline.open_made_from("nano", None, None, ())
+    bundle = damaged(export_nano("int8"), tmp_path / "bundle", turned_centroids)
+    with pytest.raises(GateError, match="was not kept: clustered head: .* centroids are in another order"):
+        pipeline._pass_gate(bundle, pair, Stages())
+    sound = damaged(export_nano("int8"), tmp_path / "sound", lambda folder: None)
+    stages = Stages()
+    pipeline._pass_gate(sound, pair, stages)
+    assert json.loads((sound / "calibration.json").read_text())["passed"] is True
+    assert "the bundle against the float model" in stages.names
 
 
 def test_another_checkpoint_is_refused(export_nano: Export, tmp_path: Path) -> None:
