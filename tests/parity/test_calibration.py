@@ -82,7 +82,7 @@ def test_an_export_keeps_no_bundle_that_misses_the_gate(
     monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 2)
     pair = pipeline.open_made_from("nano", None, None, ())
     bundle = damaged(export_nano("int8"), tmp_path / "bundle", turned_centroids)
-    with pytest.raises(GateError, match="was not kept: clustered head: .* centroids are in another order"):
+    with pytest.raises(GateError, match=r"was not kept: clustered head: .* centroids are in another order"):
         pipeline._pass_gate(bundle, pair, Stages())
     sound = damaged(export_nano("int8"), tmp_path / "sound", lambda folder: None)
     stages = Stages()
