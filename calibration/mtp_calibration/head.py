@@ -82,7 +82,7 @@ class Rounds:
             following = states[first - 1 : -1]
             for step in range(_DEPTH):
                 # Along the text: later steps are fed what a drafter that is right would have said.
-                shifted = [*ids[first + step :], *([ids[-1]] * step)]
+                shifted = [*ids[first + step :], *([ids[-1]] * step)][: len(ids) - first]
                 found, following = self.drafter.step(shifted, following, caches, first, offset)
                 kept = max(0, len(ids) - first - step)
                 hidden.append(found[:kept])
@@ -143,7 +143,7 @@ def position_test(rounds: Rounds, default: int) -> PositionTest:
 
 
 def refined_centroids(
-    drafter: FloatDrafter, hidden: Tensor, best: Tensor, *, steps: int = 600, batch: int = 256
+    drafter: FloatDrafter, hidden: Tensor, best: Tensor, *, steps: int = 2000, batch: int = 256
 ) -> Tensor:
     """Centroids that score the cluster of the dense first choice highest, starting from the drafter's own.
 
