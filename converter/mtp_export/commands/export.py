@@ -58,6 +58,12 @@ _OPTIONS = (
         show_default=True,
         help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
     ),
+    click.option(
+        "--delegate",
+        default="cpu",
+        show_default=True,
+        help="TFLite: gpu for a drafter that a GPU takes too; slower on the CPU.",
+    ),
     click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
     click.option(
         "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."

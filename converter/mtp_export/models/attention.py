@@ -149,7 +149,7 @@ class Attend(nn.Module):
         query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
         scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
         weights = torch.softmax(scores + mask, -1).reshape(1, groups, rows, length)
-        out = (weights @ values).reshape(1, num_heads, num_tokens, head_dim)
+        out = ops.matmul(weights, values).reshape(1, num_heads, num_tokens, head_dim)
         out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
         return {"attended": self.self_attn.o_proj(out)}
 
