@@ -17,6 +17,7 @@ from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
     "export": "mtp_export.commands.export",
+    "inspect": "mtp_export.commands.inspect",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",
     "run": "mtp_export.commands.run",

@@ -1,4 +1,4 @@
-"""What a GPU backend takes of a TFLite graph, said without a GPU: operators by form, and a table of forms that were run.
+"""What a GPU backend takes of a TFLite graph, said without a GPU: operators by form, and a table of forms that ran.
 
 A form is what a delegate decides by: the operator, of each tensor its type, rank and which axes have size 1, whether it
 is constant and how it is quantised, and the options. `tools/gpu_check` cuts one operator of each form out of real
@@ -19,8 +19,11 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
-from mtp_runtime.errors import BundleError
+from mtp_runtime.bundle import Bundle
+from mtp_runtime.errors import BundleError, UserError
 
+# The embedders' tables stay on the CPU: a token reads one row of each.
+DELEGATED_ROLES = ("target", "drafter")
 _OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 _TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
 # Options that say nothing about what is computed, or are repeated by a tensor.
@@ -167,7 +170,7 @@ def delegate_table(backend: str) -> DelegateTable:
     stored = json.loads(files("mtp_export").joinpath(f"delegates/{backend}.json").read_text(encoding="utf-8"))
     return DelegateTable(
         backend=backend,
-        learnt={key: stored[key] for key in ("machine", "versions", "commit")},
+        learnt={key: stored[key] for key in ("machine", "versions", "commit")} | {"forms": len(stored["forms"])},
         reasons={row["form"]: None if row["delegated"] else row["reason"] for row in stored["forms"]},
     )
 
@@ -183,6 +186,19 @@ def refusals(graph: Graph, table: DelegateTable) -> list[Refusal]:
         Refusal(form=form, reason=table.reasons.get(form) or _untried(table), signatures=dict(count))
         for form, count in counts.items()
     ]
+
+
+def inspect_bundle(path: Path, table: DelegateTable) -> dict[str, list[Refusal]]:
+    """What a backend would not take of the graphs that it has to take whole, by role.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UserError: it is no TFLite bundle.
+    """
+    with Bundle.open(path, verify=False) as bundle:
+        if bundle.manifest.export_format != "tflite":
+            raise UserError(f"{path} is an {bundle.manifest.export_format} bundle: a delegate takes TFLite graphs")
+        return {role: refusals(open_graph(bundle.path(role)), table) for role in DELEGATED_ROLES}
 
 
 def _untried(table: DelegateTable) -> str:

@@ -127,8 +127,10 @@ def _clustered_table(
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
         return ordering()[start:stop].astype(np.int32)
 
+    places = functools.cache(lambda: np.argsort(ordering(), axis=None).astype(np.int32))
+
     def token_places(start: int, stop: int) -> NDArray[np.int32]:
-        return np.argsort(ordering(), axis=None)[start:stop].astype(np.int32)
+        return places()[start:stop]
 
     parameters = {
         _ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids),

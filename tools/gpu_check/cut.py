@@ -116,7 +116,13 @@ def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArra
 
 
 def _integers(
-    graph: Graph, name: str, subgraph: Any, operator: Any, slot: int, shape: tuple[int, ...], random: np.random.Generator
+    graph: Graph,
+    name: str,
+    subgraph: Any,
+    operator: Any,
+    slot: int,
+    shape: tuple[int, ...],
+    random: np.random.Generator,
 ) -> NDArray[Any]:
     if name == "RESHAPE" and slot == 1:  # a shape made at run time: that of the output
         out = subgraph.tensors[int(operator.outputs[0])].shape

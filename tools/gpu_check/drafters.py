@@ -40,11 +40,13 @@ def with_drafter(path: Path, drafter: str, output: Path, seed: int = 0) -> Path:
                     continue
                 done.add(tensor.buffer)
                 data = np.frombuffer(graph.constant(tensor) or b"", np.int32 if drafter != "noise" else np.int8)
-                changed = random.permutation(data) if drafter != "noise" else random.integers(-127, 128, data.shape, np.int8)
+                changed = (
+                    random.permutation(data) if drafter != "noise" else random.integers(-127, 128, data.shape, np.int8)
+                )
                 file.seek(section.begin + buffer.offset)
                 file.write(changed.astype(data.dtype).tobytes())
     if not done:
-        raise BundleError(f"{path.name} has no drafter that can be changed to {drafter!r}: export it with --delegate gpu")
+        raise BundleError(f"{path.name}: its drafter cannot be changed to {drafter!r}: export with --delegate gpu")
     return output
 
 

@@ -111,10 +111,33 @@ def command(dry_run: bool, as_json: bool, debug: bool, **options: Any) -> None:
         from mtp_export.pipeline import export
 
         result = export(config, bars)
+    left = _left_to_cpu(config)
     if as_json:
-        click.echo(json.dumps(_as_json(result)))
+        click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
     else:
         _print(result)
+    if left:
+        names = ", ".join(
+            f"{count} {name} of the {role}" for role, found in left.items() for name, count in found.items()
+        )
+        remedy = f"see `mtp-export inspect {click.format_filename(config.output)}`"
+        if config.delegate == "cpu":
+            remedy = f"export with --delegate gpu for one, or {remedy}"
+        click.echo(f"mtp-export: note: for the CPU alone, a GPU does not take {names}: {remedy}", err=True)
+
+
+def _left_to_cpu(config: ExportConfig) -> dict[str, dict[str, int]]:
+    """Operators that keep a bundle from a GPU, by graph and name; empty where it is for none."""
+    if config.export_format != "tflite":
+        return {}
+    from mtp_export.delegation import delegate_table, inspect_bundle
+
+    left: dict[str, dict[str, int]] = {}
+    for role, refused in inspect_bundle(config.output, delegate_table("gpu")).items():
+        for refusal in refused:
+            name, count = refusal.form.partition("(")[0], sum(refusal.signatures.values())
+            left.setdefault(role, {})[name] = left.get(role, {}).get(name, 0) + count
+    return left
 
 
 class _Bars:
