@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
 from mtp_calibration.corpus import heldout_prompts
+from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
 from tools.gpu_check.machine import described
 from tools.gpu_check.probe import collect, run_probes, write_probes
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("checks", nargs="*", choices=["probe", "equality", []], default=["probe", "equality"])
     parser.add_argument("--bundles", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--recipes", default=",".join(EQUALITY_RECIPES), help="for equality")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
@@ -74,6 +76,7 @@ def equality(options: argparse.Namespace) -> int:
             bundle(options.bundles, recipe, "gpu"),
             prompts,
             max_new_tokens=options.max_new_tokens,
+            drafters=options.drafters.split(","),
             on_run=lambda name: print(name, file=sys.stderr, flush=True),
         )
     counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}

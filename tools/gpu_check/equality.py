@@ -17,7 +17,12 @@ TOLERANCES = {"fp32": 0.05, "fp16": 0.25}
 
 
 def check_equality(
-    bundle: Path, prompts: Sequence[str], *, max_new_tokens: int, on_run: Callable[[str], None]
+    bundle: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    drafters: Sequence[str] = DRAFTERS,
+    on_run: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Run a bundle on the GPU, plainly and with each drafter, in fp32 and fp16; a row of figures for each run.
 
@@ -31,7 +36,7 @@ def check_equality(
         cpu = [_on_cpu(session, prompt, max_new_tokens) for prompt in prompts]
         for activations, tolerance in TOLERANCES.items():
             plain: list[str] = []
-            for drafter in ("", *DRAFTERS):
+            for drafter in ("", *drafters):
                 on_run(f"{bundle.name}: GPU, {activations}, {drafter or 'plain'}")
                 path = with_drafter(container, drafter, Path(folder) / "changed.litertlm") if drafter else container
                 run = run_stock(
