@@ -1,7 +1,8 @@
-"""python -m tools.gpu_check [probe] [equality] --bundles FOLDER
+"""python -m tools.gpu_check [probe] [equality] [speed] --bundles FOLDER
 
 On a machine with a GPU and a Vulkan driver: which operators its backend takes (the table that `mtp-export inspect`
-reads), and whether stock LiteRT-LM says there with drafts what it says without. Without a name, all of it.
+reads), whether stock LiteRT-LM says there with drafts what it says without, and what a token and a round take at
+E2B's size. Without a name, all of it.
 FOLDER/nano-RECIPE-DELEGATE are the bundles; those that are missing are exported there first.
 """
 
@@ -21,7 +22,9 @@ from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
 from tools.gpu_check.machine import described
 from tools.gpu_check.probe import collect, run_probes, write_probes
+from tools.gpu_check.speed import check_speed
 
+CHECKS = ("probe", "equality", "speed")
 RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
 EQUALITY_RECIPES = ("f32", "int8", "int4")
 TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
@@ -30,12 +33,13 @@ TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
 def main() -> int:
     """Run what was named; return 1 if an output differs by more than a near-tie."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", choices=["probe", "equality", []], default=["probe", "equality"])
+    parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--bundles", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--recipes", default=",".join(EQUALITY_RECIPES), help="for equality")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--model", choices=("e2b", "e4b"), default="e2b", help="for speed")
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
     options = parser.parse_args()
     code = 0
@@ -43,6 +47,10 @@ def main() -> int:
         probe(options)
     if "equality" in options.checks:
         code = equality(options)
+    if "speed" in options.checks:
+        figures = check_speed(options.model, options.bundles)
+        write(RESULTS / f"gpu_speed_{options.model}.json", {**described(options.commit), **figures})
+        print(json.dumps(figures, indent=1))
     return code
 
 
