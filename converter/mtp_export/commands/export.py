@@ -114,8 +114,8 @@ def command(dry_run: bool, as_json: bool, debug: bool, **options: Any) -> None:
     left = _left_to_cpu(config)
     if as_json:
         click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
-    else:
-        _print(result)
+        return
+    _print(result)
     if left:
         names = ", ".join(
             f"{count} {name} of the {role}" for role, found in left.items() for name, count in found.items()
