@@ -51,7 +51,8 @@ def export_nano(
     tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
 ) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` converts and exports it again, elsewhere. `export_format`
-    is `tflite`, `onnx` (with graphs for eight sequences too), or `onnx-portable` for ONNX in standard operations."""
+    is `tflite`, `tflite-gpu` for `--delegate gpu`, `onnx` (with graphs for eight sequences too), or `onnx-portable` for
+    ONNX in standard operations."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
@@ -59,7 +60,11 @@ def export_nano(
         if not output.exists():
             name = export_format.partition("-")[0]
             arguments = ("--model", "nano", "--target", name, "--recipe", recipe, "--output", str(output))
-            variants = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
+            variants = {
+                "onnx": ("--batch-size", "8"),
+                "onnx-portable": ("--portable",),
+                "tflite-gpu": ("--delegate", "gpu"),
+            }
             environment = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))} if fresh else {}
             printed[output] = run_cli(*arguments, "--json", *variants.get(export_format, ()), environment=environment)
         return output

@@ -20,6 +20,7 @@ _COMMANDS = {
     "calibrate": "mtp_export.commands.calibrate",
     "device": "mtp_export.commands.device",
     "export": "mtp_export.commands.export",
+    "inspect": "mtp_export.commands.inspect",
     "parity": "mtp_export.commands.parity",
     "plan": "mtp_export.commands.plan",
     "report": "mtp_export.commands.report",

@@ -11,6 +11,7 @@ from mtp_export.arch.gemma4 import PAIRS
 from mtp_runtime.errors import UserError
 
 EXPORT_FORMATS = ("tflite", "onnx")
+DELEGATES = ("cpu", "gpu")
 _MAX_DRAFT_TOKENS = 16
 _MAX_BATCH_SIZE = 8
 MIN_CACHE_LENGTH = 32
@@ -23,8 +24,8 @@ class ExportConfig:
 
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
-    graphs for so many sequences in one pass, beside those for one. gate: keep the bundle only if it is measured to be
-    the same model still.
+    graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps the drafter to operations that
+    a GPU takes. gate: keep the bundle only if it is measured to be the same model still.
     """
 
     model: str
@@ -43,6 +44,7 @@ class ExportConfig:
     workers: int
     embedder_recipe: str | None = None
     adapters: tuple[Path, ...] = ()
+    delegate: str = "cpu"
     gate: bool = False
 
     def check(self) -> None:
@@ -54,6 +56,7 @@ class ExportConfig:
         one_of("--model", self.model, PAIRS)
         one_of("--target", self.export_format, EXPORT_FORMATS)
         one_of("--recipe", self.recipe, RECIPES)
+        one_of("--delegate", self.delegate, DELEGATES)
         for option, recipe in (("drafter", self.drafter_recipe), ("embedder", self.embedder_recipe)):
             if recipe is not None:
                 one_of(f"--{option}-recipe", recipe, RECIPES)
@@ -66,6 +69,8 @@ class ExportConfig:
         for option, given in (("--portable", self.portable), ("--batch-size", self.batch_size > 1)):
             if given and self.export_format != "onnx":
                 raise UserError(f"{option} is for --target onnx, got --target {self.export_format}")
+        if self.delegate != "cpu" and self.export_format != "tflite":
+            raise UserError(f"--delegate {self.delegate} is for --target tflite, got --target {self.export_format}")
         if self.portable and self.batch_size > 1:
             raise UserError("--batch-size needs ONNX Runtime's own attention: leave --portable out")
 

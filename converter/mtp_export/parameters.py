@@ -17,6 +17,7 @@ from mtp_export.weights import Parameter, quantise
 
 _EMBEDDING = "model.embed_tokens.weight"
 _ORDERING = "masked_embedding.token_ordering"
+_PLACES = "masked_embedding.token_places"
 _TABLE = "masked_embedding.table"
 _ROW_SCALES = "masked_embedding.row_scales"
 _CENTROIDS = "masked_embedding.centroids.weight"
@@ -84,7 +85,7 @@ def drafter_parameters(
     Raises:
         CheckpointError: as for the target.
     """
-    derived = {_TABLE, _ROW_SCALES, _ORDERING}
+    derived = {_TABLE, _ROW_SCALES, _ORDERING, _PLACES}
     stored = {name: shape for name, shape in graph.weights.items() if name not in derived}
     embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
     check_tensors(checkpoint, stored | embedding, "")
@@ -92,7 +93,7 @@ def drafter_parameters(
         name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe)) for name, shape in stored.items()
     }
     table = _clustered_table(checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights)
-    return parameters | table
+    return {name: value for name, value in (parameters | table).items() if name in graph.weights}
 
 
 def token_ordering(checkpoint: Checkpoint, spec: DrafterSpec) -> NDArray[np.int64]:
@@ -146,7 +147,15 @@ def _clustered_table(
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
         return ordering()[start:stop].astype(np.int32)
 
-    parameters = {_ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids)}
+    places = functools.cache(lambda: np.argsort(ordering(), axis=None).astype(np.int32))
+
+    def token_places(start: int, stop: int) -> NDArray[np.int32]:
+        return places()[start:stop]
+
+    parameters = {
+        _ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids),
+        _PLACES: Parameter(shape=(spec.vocab_size,), format=FLOAT32, rows=token_places),
+    }
     if not row_scales:
         return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}
     # int8 whatever the recipe: the kernels that multiply gathered rows as they are exist for int8 alone.

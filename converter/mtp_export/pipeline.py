@@ -256,6 +256,7 @@ def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[T
             shape,
             position_offset=config.drafter_position_offset,
             row_scales=drafter_recipe(config) != "f32",
+            delegated=config.delegate == "gpu",
         ),
     ]
 

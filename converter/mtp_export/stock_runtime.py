@@ -28,6 +28,8 @@ class _Request(msgspec.Struct, kw_only=True):
     context_length: int
     use_mtp: bool
     threads: int
+    backend: str
+    activations: str | None
 
 
 class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,9 +46,11 @@ class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StockRun(msgspec.Struct, frozen=True, kw_only=True):
-    """All prompts of one engine. `acceptance_rate` is accepted per drafted tokens, None without MTP."""
+    """All prompts of one engine. `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what
+    creating the engine took."""
 
     outputs: list[StockOutput]
+    load_ms: float = 0.0
     acceptance_rate: float | None = None
 
     @property
@@ -64,9 +68,12 @@ def run_stock(
     context_length: int,
     use_mtp: bool,
     threads: int = 2,
+    backend: str = "cpu",
+    activations: str | None = None,
     timeout_s: float = 600.0,
 ) -> StockRun:
-    """Run stock LiteRT-LM greedily over `prompts`, without a chat template, on the CPU.
+    """Run stock LiteRT-LM greedily over `prompts`, without a chat template, on the CPU or, with `backend` gpu, on the
+    GPU, there with `activations` in fp32 or fp16 (None: its own choice).
 
     With MTP the runtime may say up to K tokens more than `max_new_tokens`, all of its last round: compare prefixes.
 
@@ -83,6 +90,8 @@ def run_stock(
             context_length=context_length,
             use_mtp=use_mtp,
             threads=threads,
+            backend=backend,
+            activations=activations,
         )
         command = [sys.executable, "-m", "mtp_export.stock_runtime"]
         try:
@@ -118,15 +127,19 @@ def _main() -> None:
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.INFO)
     greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
     outputs = []
+    on_gpu = request.backend == "gpu"
+    started = time.perf_counter()
     with litert_lm.Engine(
         request.model_path,
-        backend=litert_lm.Backend.CPU(thread_count=request.threads),
+        backend=litert_lm.Backend.GPU() if on_gpu else litert_lm.Backend.CPU(thread_count=request.threads),
+        activation_data_type=litert_lm.ActivationDataType.from_str(request.activations or ""),
         max_num_tokens=request.context_length,
         enable_speculative_decoding=request.use_mtp,
         enable_benchmark=True,
         # Its caches of packed weights, which it would otherwise leave beside the model.
         cache_dir=str(Path(request.answer_path).parent),
     ) as engine:
+        load_ms = 1000.0 * (time.perf_counter() - started)
         for prompt in request.prompts:
             with engine.create_session(
                 apply_prompt_template=False, sampler_config=greedy, max_output_tokens=request.max_new_tokens
@@ -143,7 +156,7 @@ def _main() -> None:
                         decode_ms=decode_ms,
                     )
                 )
-    Path(request.answer_path).write_bytes(msgspec.json.encode(StockRun(outputs=outputs)))
+    Path(request.answer_path).write_bytes(msgspec.json.encode(StockRun(outputs=outputs, load_ms=load_ms)))
 
 
 if __name__ == "__main__":

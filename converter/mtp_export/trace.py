@@ -287,12 +287,19 @@ def _attention(
 
 
 def trace_drafter(
-    spec: DrafterSpec, target: TargetSpec, shape: GraphShape, *, position_offset: int, row_scales: bool
+    spec: DrafterSpec,
+    target: TargetSpec,
+    shape: GraphShape,
+    *,
+    position_offset: int,
+    row_scales: bool,
+    delegated: bool = False,
 ) -> TracedGraph:
-    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0."""
+    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. `delegated` keeps to
+    operations that a GPU takes."""
     builder = GraphBuilder("drafter")
     for length in shape.attention_lengths:
-        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
+        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales, delegated)
     return builder.graph()
 
 
@@ -304,6 +311,7 @@ def _draft_pass(
     length: int,
     position_offset: int,
     row_scales: bool,
+    delegated: bool,
 ) -> None:
     owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
     caches = {f"kv_cache_{p}_{i}": target.cache_shape(i, cache_length) for i in owners.values() for p in "kv"}
@@ -328,7 +336,12 @@ def _draft_pass(
         feed_forward = {"x": x, "attended": attended}
         _feed_forward(builder, spec, width, feed_forward, f"x_{i}", prefix)
         x = f"x_{i}"
-    builder.call("head", lambda: DrafterHead(spec, row_scales=row_scales), {"x": x}, prefix={"norm": "model."})
+    builder.call(
+        "head",
+        lambda: DrafterHead(spec, row_scales=row_scales, delegated=delegated),
+        {"x": x},
+        prefix={"norm": "model."},
+    )
     name = "draft" if length == cache_length else f"draft_{length}"
     outputs = {n: n for n in ("logits", "projected_activations")}
     builder.finish(name, "draft", outputs, num_tokens=1, attention_length=length)

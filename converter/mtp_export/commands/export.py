@@ -58,6 +58,12 @@ _OPTIONS = (
         show_default=True,
         help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
     ),
+    click.option(
+        "--delegate",
+        default="cpu",
+        show_default=True,
+        help="TFLite: gpu for a drafter that a GPU takes too; slower on the CPU.",
+    ),
     click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
     click.option(
         "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
@@ -107,10 +113,33 @@ def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: 
         from mtp_export.pipeline import export
 
         result = export(config, bars, resume=resume)
+    left = _left_to_cpu(config)
     if as_json:
-        click.echo(json.dumps(_as_json(result)))
-    else:
-        _print(result)
+        click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
+        return
+    _print(result)
+    if left:
+        names = ", ".join(
+            f"{count} {name} of the {role}" for role, found in left.items() for name, count in found.items()
+        )
+        remedy = f"see `mtp-export inspect {click.format_filename(config.output)}`"
+        if config.delegate == "cpu":
+            remedy = f"export with --delegate gpu for one, or {remedy}"
+        click.echo(f"mtp-export: note: for the CPU alone, a GPU does not take {names}: {remedy}", err=True)
+
+
+def _left_to_cpu(config: ExportConfig) -> dict[str, dict[str, int]]:
+    """Operators that keep a bundle from a GPU, by graph and name; empty where it is for none."""
+    if config.export_format != "tflite":
+        return {}
+    from mtp_export.delegation import delegate_table, inspect_bundle
+
+    left: dict[str, dict[str, int]] = {}
+    for role, refused in inspect_bundle(config.output, delegate_table("gpu")).items():
+        for refusal in refused:
+            name, count = refusal.form.partition("(")[0], sum(refusal.signatures.values())
+            left.setdefault(role, {})[name] = left.get(role, {}).get(name, 0) + count
+    return left
 
 
 class _Bars:

@@ -107,6 +107,12 @@ def _matmul_transposed(lctx: Any, x: Any, y: Any) -> Any:
     return _tfl(lctx, "tfl.batch_matmul", [x, y], adj_x=False, adj_y=True, asymmetric_quantize_inputs=False)
 
 
+@lowerings.lower(torch.ops.mtp.matmul.default)
+def _matmul(lctx: Any, x: Any, y: Any) -> Any:
+    # torch.matmul drops an axis of `y` that has one element, and of such a product the GPU makes something else.
+    return _tfl(lctx, "tfl.batch_matmul", [x, y], adj_x=False, adj_y=False, asymmetric_quantize_inputs=False)
+
+
 @lowerings.lower(torch.ops.mtp.top_k.default)
 def _top_k(lctx: Any, x: Any, k: int) -> Any:
     (indices,) = utils.node_meta_to_ir_types(lctx.node)
@@ -123,8 +129,7 @@ def _scatter(lctx: Any, indices: Any, values: Any, size: int) -> Any:
 
 @lowerings.lower(torch.ops.mtp.update_cache.default)
 def _update_cache(lctx: Any, cache: Any, rows: Any, position: Any) -> Any:
-    i32 = ir.IntegerType.get_signless(32)
     first = stablehlo.slice(position, start_indices=[0], limit_indices=[1], strides=[1])
-    start = stablehlo.reshape(ir.RankedTensorType.get([], i32), first)
-    zero = _constant(0)
-    return stablehlo.dynamic_update_slice(cache, rows, [zero, zero, start, zero])
+    # In one vector from the start: stablehlo's operation wants numbers without axes, and a GPU takes none.
+    start = stablehlo.concatenate([_constant([0, 0]), first, _constant([0])], dimension=0)
+    return _tfl(lctx, "tfl.dynamic_update_slice", [cache, rows, start])

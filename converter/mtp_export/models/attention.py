@@ -12,8 +12,9 @@ from mtp_export.arch.spec import SLIDING, DecoderSpec, LayerType
 from mtp_export.models import ops
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, rotate
 
-# Added to the score of a key once per position that it lies beyond the window; large against any score.
-_BEYOND_WINDOW = 1e9
+# Taken off the score of a key once per position that it lies beyond the window; large against any score, and within
+# float16: there 1e9 is infinite, and 0 times that no number.
+_BEYOND_WINDOW = 1e4
 
 
 def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
@@ -149,7 +150,7 @@ class Attend(nn.Module):
         query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
         scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
         weights = torch.softmax(scores + mask, -1).reshape(1, groups, rows, length)
-        out = (weights @ values).reshape(1, num_heads, num_tokens, head_dim)
+        out = ops.matmul(weights, values).reshape(1, num_heads, num_tokens, head_dim)
         out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
         return {"attended": self.self_attn.o_proj(out)}
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mtp_export.arch.spec import DrafterSpec
 from mtp_export.models.attention import PositionTables
 from mtp_export.models.clustered_head import ClusteredHead
+from mtp_export.models.delegated_head import DelegatedClusteredHead
 from mtp_export.models.layers import RMSNorm
 
 
@@ -32,10 +33,11 @@ class DrafterPrologue(nn.Module):
 class DrafterHead(nn.Module):
     """Final norm, clustered head, and the projection back to the target's width that the next step is fed."""
 
-    def __init__(self, spec: DrafterSpec, *, row_scales: bool) -> None:
+    def __init__(self, spec: DrafterSpec, *, row_scales: bool, delegated: bool) -> None:
         super().__init__()
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.masked_embedding = ClusteredHead(spec.head, spec.hidden_size, row_scales=row_scales)
+        head = DelegatedClusteredHead if delegated else ClusteredHead
+        self.masked_embedding = head(spec.head, spec.hidden_size, row_scales=row_scales)
         self.post_projection = nn.Linear(spec.hidden_size, spec.backbone_hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -68,6 +68,17 @@ def _(x: Tensor, y: Tensor) -> Tensor:
     return y.new_empty((*y.shape[:-2], x.shape[-2], y.shape[-1]), dtype=torch.float32)
 
 
+@torch.library.custom_op("mtp::matmul", mutates_args=())
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y over the last two axes. Shapes: x [...,M,N], y [...,N,D] -> [...,M,D]"""
+    return x @ y
+
+
+@matmul.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], y.shape[-1]))
+
+
 @torch.library.custom_op("mtp::top_k", mutates_args=())
 def top_k(x: Tensor, k: int) -> Tensor:
     """Indices of the k largest values of the last axis, best first. Shapes: x [1,N] -> [1,k] int32"""

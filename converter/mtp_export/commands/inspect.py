@@ -1,0 +1,48 @@
+"""`mtp-export inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mtp_export.config import DELEGATES, one_of
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--delegate", default="gpu", show_default=True, help="Backend that is to take the graphs: gpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
+    """Say which operators of a bundle a backend would not take, and why; no GPU is needed.
+
+    A GPU backend runs target and drafter only if it takes every operator of theirs. Ends with exit code 1 if it does
+    not. What is said follows from operators that were run on a real one (docs/gpu.md).
+    """
+    one_of("--delegate", delegate, [name for name in DELEGATES if name != "cpu"])
+    from mtp_export.delegation import delegate_table, inspect_bundle
+
+    table = delegate_table(delegate)
+    found = inspect_bundle(bundle, table)
+    whole = not any(found.values())
+    if as_json:
+        graphs = {
+            role: [{"form": r.form, "reason": r.reason, "signatures": dict(r.signatures)} for r in refused]
+            for role, refused in found.items()
+        }
+        document = {"bundle": str(bundle), "delegate": delegate, "wholly_delegated": whole, "graphs": graphs}
+        click.echo(json.dumps(document | {"learnt": table.learnt}))
+    else:
+        for role, refused in found.items():
+            count = sum(sum(r.signatures.values()) for r in refused)
+            click.echo(f"{role}: {f'{count} operators are left to the CPU' if count else 'wholly delegated'}")
+            for r in refused:
+                places = ", ".join(f"{name} {n}" for name, n in r.signatures.items())
+                click.echo(f"  {r.form}\n    {r.reason}\n    in {places}")
+        machine = table.learnt["machine"]
+        click.echo(f"learnt on {machine['gpu']}, driver {machine['driver']}, {table.learnt['forms']} forms")
+    if not whole:
+        sys.exit(1)

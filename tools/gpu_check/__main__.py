@@ -1,0 +1,108 @@
+"""python -m tools.gpu_check [probe] [equality] [speed] --bundles FOLDER
+
+On a machine with a GPU and a Vulkan driver: which operators its backend takes (the table that `mtp-export inspect`
+reads), whether stock LiteRT-LM says there with drafts what it says without, and what a token and a round take at
+E2B's size. Without a name, all of it.
+FOLDER/nano-RECIPE-DELEGATE are the bundles; those that are missing are exported there first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS, ROOT
+from mtp_calibration.corpus import heldout_prompts
+from tools.gpu_check.drafters import DRAFTERS
+from tools.gpu_check.equality import check_equality
+from tools.gpu_check.machine import described
+from tools.gpu_check.probe import collect, run_probes, write_probes
+from tools.gpu_check.speed import check_speed
+
+CHECKS = ("probe", "equality", "speed")
+RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
+EQUALITY_RECIPES = ("f32", "int8", "int4")
+TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
+
+
+def main() -> int:
+    """Run what was named; return 1 if an output differs by more than a near-tie."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--bundles", type=Path, default=ROOT / "build" / "gpu_check")
+    parser.add_argument("--recipes", default=",".join(EQUALITY_RECIPES), help="for equality")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--model", choices=("e2b", "e4b"), default="e2b", help="for speed")
+    parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
+    options = parser.parse_args()
+    code = 0
+    if "probe" in options.checks:
+        probe(options)
+    if "equality" in options.checks:
+        code = equality(options)
+    if "speed" in options.checks:
+        figures = check_speed(options.model, options.bundles)
+        write(RESULTS / f"gpu_speed_{options.model}.json", {**described(options.commit), **figures})
+        print(json.dumps(figures, indent=1))
+    return code
+
+
+def bundle(folder: Path, recipe: str, delegate: str) -> Path:
+    """A bundle of nano, exported if it is not there."""
+    path = folder / f"nano-{recipe}-{delegate}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "mtp_export.cli", "--model", "nano", "--target", "tflite", "--recipe", recipe]
+        subprocess.run([*command, "--delegate", delegate, "--output", str(path), "--json"], check=True)
+    return path
+
+
+def probe(options: argparse.Namespace) -> None:
+    """Run an operator of each form of our graphs, and write the table."""
+    wanted = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
+    graphs = [path for name in wanted for path in sorted(bundle(options.bundles, *name).glob("*.tflite"))]
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        write_probes(collect(graphs), Path(folder))
+        rows = run_probes(Path(folder))
+    write(TABLE, {**described(options.commit), "forms": rows})
+    print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")
+
+
+def equality(options: argparse.Namespace) -> int:
+    """Run nano with drafts and without, and write the result."""
+    prompts = [prompt.text for prompt in heldout_prompts()][: options.prompts]
+    rows: list[dict[str, Any]] = []
+    for recipe in options.recipes.split(","):
+        rows += check_equality(
+            bundle(options.bundles, recipe, "gpu"),
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            drafters=options.drafters.split(","),
+            on_run=lambda name: print(name, file=sys.stderr, flush=True),
+        )
+    counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
+    write(RESULTS / "gpu_equality.json", {**described(options.commit), **counts, "runs": rows})
+    for row in rows:
+        found = row["against_plain"]
+        print(
+            f"{row['recipe']:5} {row['activations']} drafter {row['drafter']:18} equal {found['equal']:2} near-ties "
+            f"{found['near_ties']} different {found['different']}; as the CPU {row['against_cpu']['equal']}; "
+            f"{row['tokens_per_second']} tok/s, acceptance {row['acceptance_rate']}"
+        )
+    return int(any(row["against_plain"]["different"] for row in rows))
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

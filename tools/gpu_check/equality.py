@@ -1,0 +1,113 @@
+"""What stock LiteRT-LM says on the GPU: with drafts as without them, whatever the drafter, and as the CPU says it?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtp_export.stock_runtime import StockRun, run_stock
+from mtp_runtime import Session
+from tools.gpu_check.drafters import DRAFTERS, with_drafter
+
+# The CPU's margin between the two best logits (soft-capped at ±30) up to which a difference is a near-tie. In fp32 it
+# is the one of `mtp-export parity`; float16 has a step of 0.008 at logits of 8 to 16, and sums of it make more.
+TOLERANCES = {"fp32": 0.05, "fp16": 0.25}
+
+
+def check_equality(
+    bundle: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    drafters: Sequence[str] = DRAFTERS,
+    on_run: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Run a bundle on the GPU, plainly and with each drafter, in fp32 and fp16; a row of figures for each run.
+
+    Texts are held against plain decoding on the GPU in the same precision, and against our runtime on the CPU. A
+    difference is told with the CPU's margin at its place.
+    """
+    rows = []
+    with Session.open(bundle) as session, tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        container, length = session.bundle.path("litertlm"), session.manifest.context_length
+        on_run(f"{bundle.name}: CPU")
+        cpu = [_on_cpu(session, prompt, max_new_tokens) for prompt in prompts]
+        for activations, tolerance in TOLERANCES.items():
+            plain: list[str] = []
+            for drafter in ("", *drafters):
+                on_run(f"{bundle.name}: GPU, {activations}, {drafter or 'plain'}")
+                path = with_drafter(container, drafter, Path(folder) / "changed.litertlm") if drafter else container
+                run = run_stock(
+                    path,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    context_length=length,
+                    use_mtp=bool(drafter),
+                    backend="gpu",
+                    activations=activations,
+                )
+                texts = [output.text for output in run.outputs]
+                plain = plain or texts
+                rows.append(
+                    {"recipe": session.manifest.recipe, "activations": activations, "drafter": drafter or "none"}
+                    | _speed(run)
+                    | {"against_plain": _verdicts(session, prompts, plain, texts, tolerance)}
+                    | {"against_cpu": _verdicts(session, prompts, cpu, texts, tolerance)}
+                )
+    return rows
+
+
+def _on_cpu(session: Session, prompt: str, max_new_tokens: int) -> str:
+    trace = session.generate(prompt, max_new_tokens=max_new_tokens, num_draft_tokens=0).finish()
+    return "".join(session.text_pieces(trace.tokens))
+
+
+def _speed(run: StockRun) -> dict[str, Any]:
+    return {
+        "tokens_per_second": round(run.tokens_per_second, 1),
+        "acceptance_rate": run.acceptance_rate,
+        "load_ms": round(run.load_ms),
+    }
+
+
+def _verdicts(
+    session: Session, prompts: Sequence[str], expected: Sequence[str], found: Sequence[str], tolerance: float
+) -> dict[str, Any]:
+    """How many texts are equal as far as both go, and the margin at each first difference."""
+    margins = []
+    agreed = compared = 0
+    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+        tokens, same, both = first_difference(session, prompt, ours, theirs)
+        agreed, compared = agreed + same, compared + both
+        if same < both:
+            ids = [*session.tokenize(prompt), *tokens[:same]]
+            trace = session.generate(
+                ids, max_new_tokens=1, num_draft_tokens=0, stop_token_ids=(), with_margins=True
+            ).finish()
+            margins.append(round(trace.margins[0], 4))
+    return {
+        "equal": len(prompts) - len(margins),
+        "near_ties": sum(margin <= tolerance for margin in margins),
+        "different": sum(margin > tolerance for margin in margins),
+        "tokens_agreed": agreed,
+        "tokens_compared": compared,
+        "margins": sorted(margins),
+    }
+
+
+def first_difference(session: Session, prompt: str, expected: str, found: str) -> tuple[list[int], int, int]:
+    """The tokens of the expected text, how many of them lead the found one, and how many both texts are long enough
+    for: with drafts a runtime says its last round whole, and ends earlier where it meets a stop token."""
+    tokens = session.tokenize(prompt + expected)[len(session.tokenize(prompt)) :]
+    pieces = session.text_pieces(tokens)
+    start = agreed = 0
+    for piece in pieces:
+        if start >= len(found):
+            return tokens, agreed, agreed
+        if not found.startswith(piece, start):
+            break
+        start += len(piece)
+        agreed += 1
+    return tokens, agreed, len(pieces)
