@@ -50,7 +50,7 @@ def restored(values: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[n
 
 def rows_of(parameter: Parameter, start: int, stop: int) -> NDArray[np.float32]:
     """Rows of a parameter as a bundle would have them, in float32. Shapes: -> [stop - start, …]"""
-    rows = parameter.rows(start, stop)
+    rows: NDArray[np.float32] = parameter.rows(start, stop)
     if parameter.format.bits == FLOAT32.bits or parameter.unit_scale:
         return rows
     return restored(*quantise(rows, parameter.format))

@@ -143,7 +143,7 @@ def position_test(rounds: Rounds, default: int) -> PositionTest:
 
 
 def refined_centroids(
-    drafter: FloatDrafter, hidden: Tensor, best: Tensor, *, steps: int = 2000, batch: int = 256
+    drafter: FloatDrafter, hidden: Tensor, best: Tensor, *, steps: int = 600, batch: int = 256
 ) -> Tensor:
     """Centroids that score the cluster of the dense first choice highest, starting from the drafter's own.
 

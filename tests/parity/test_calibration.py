@@ -68,10 +68,10 @@ class Stages:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
         self.names.append(stage)
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, name: str = "") -> None:
         raise AssertionError("the gate counts nothing")
 
 

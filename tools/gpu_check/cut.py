@@ -100,7 +100,7 @@ def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArra
         seen.add(index)
         tensor = subgraph.tensors[index]
         shape = tuple(int(n) for n in tensor.shape) if tensor.shape is not None else ()
-        dtype = NUMPY[tensor.type]
+        dtype: Any = NUMPY[tensor.type]
         if dtype == np.int32:
             value = _integers(graph, place.name, subgraph, operator, slot, shape, random)
         elif dtype == np.int8:

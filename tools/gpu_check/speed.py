@@ -46,7 +46,7 @@ def check_speed(model: str, folder: Path) -> dict[str, Any]:
             )
             # The first output pays for compiling shaders.
             ms.append(statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:]))
-            row = {"activations": activations, "mtp": use_mtp, "acceptance": run.acceptance_rate}
+            row: dict[str, Any] = {"activations": activations, "mtp": use_mtp, "acceptance": run.acceptance_rate}
             rows.append(row | {"load_ms": round(run.load_ms), "token_or_round_ms": round(ms[-1], 2)})
         rows[-1]["gain"] = gains(ms[0], ms[1], manifest.num_draft_tokens)
     return {"model": model, "recipe": "int4", "num_draft_tokens": manifest.num_draft_tokens, "rows": rows}
