@@ -90,8 +90,7 @@ class Graph:
     def name_of(self, operator: Any) -> str:
         """TFLite's name of an operator."""
         code = self.model.operatorCodes[operator.opcodeIndex]
-        name: str = _OPERATORS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
-        return name
+        return str(_OPERATORS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN"))
 
     def signature_names(self) -> Sequence[str]:
         """The name of every subgraph's signature; its number where it has none."""

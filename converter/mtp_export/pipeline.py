@@ -74,6 +74,8 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     config.check()
     with staged_folder(config.output, force=config.force, resume=resume) as folder:
         pair = open_pair(config)
+        if config.gate:
+            _check_floats(pair)
         journal = Journal(folder, _made_of(config, pair))
         shape = graph_shape(config, pair)
         contents = texts.read_texts(pair.target, pair.target_spec)
@@ -178,7 +180,22 @@ def open_made_from(model: str, target: str | None, drafter: str | None, adapters
         adapters=adapters,
     )
     config.check()
-    return open_pair(config)
+    pair = open_pair(config)
+    _check_floats(pair)
+    return pair
+
+
+def _check_floats(pair: Pair) -> None:
+    """Check that a pair is in floats: what measures a bundle holds it against them.
+
+    Raises:
+        CheckpointError: it is stored as integers.
+    """
+    if pair.target.formats:
+        raise CheckpointError(
+            f"{pair.target.folder / 'config.json'}: the target is stored as integers, and there are no floats to hold a "
+            "bundle against: leave --gate out, and compare with `mtp-export parity`"
+        )
 
 
 def _folder(given: str | None, published_id: str, part: str, find: Callable[[str], Path]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -24,8 +25,9 @@ from mtp_export.checkpoint import Checkpoint, TensorInfo
 from mtp_export.commands.export import command, config_of
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import FORMATS, graph_shape, open_pair, pair_parameters
+from mtp_export.pipeline import FORMATS, export, graph_shape, open_pair, pair_parameters
 from tests.unit.test_adapters import save_adapter
+from tests.unit.test_checkpoint import NothingSlow
 from tests.unit.tiny_files import copy_pair, rewrite_json, rewrite_tensors
 from tools.synthesize import layout, quantised
 from tools.synthesize.__main__ import synthesize
@@ -223,6 +225,12 @@ def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path
         assert (kinds["embed_tokens"], kinds["embed_tokens_per_layer"]) == ((2, 0), (2, 32))
         assert (kinds["up_proj"], kinds["per_layer_model_projection"]) == ((4, 0), (8, 0))
     assert len(found) == len(kinds), "a module is stored in one way in all layers"
+
+
+def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_path: Path) -> None:
+    config = dataclasses.replace(config_for(target, tmp_path / "out", target.folder.parent / "drafter"), gate=True)
+    with pytest.raises(CheckpointError, match="the target is stored as integers, and there are no floats"):
+        export(config, NothingSlow())
 
 
 def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) -> None:

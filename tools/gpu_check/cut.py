@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mtp_export.delegation import Graph, Operator
 
 SIGNATURE = "op"
-NUMPY = {
+NUMPY: dict[int, np.dtype[Any]] = {
     schema.TensorType.FLOAT32: np.dtype(np.float32),
     schema.TensorType.FLOAT16: np.dtype(np.float16),
     schema.TensorType.INT32: np.dtype(np.int32),

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ def write_probes(forms: Mapping[str, tuple[Graph, Operator]], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for number, (form, (graph, operator)) in enumerate(forms.items()):
         (folder / f"{number:04}.tflite").write_bytes(cut_out(graph, operator))
-        np.savez(folder / f"{number:04}.npz", allow_pickle=False, **inputs_for(graph, operator))
+        np.savez(folder / f"{number:04}.npz", **cast(dict[str, Any], inputs_for(graph, operator)))
         (folder / f"{number:04}.txt").write_text(form, encoding="utf-8")
 
 
