@@ -193,8 +193,8 @@ def _check_floats(pair: Pair) -> None:
     """
     if pair.target.formats:
         raise CheckpointError(
-            f"{pair.target.folder / 'config.json'}: the target is stored as integers, and there are no floats to hold a "
-            "bundle against: leave --gate out, and compare with `mtp-export parity`"
+            f"{pair.target.folder / 'config.json'}: the target is stored as integers, and there are no floats to hold "
+            "a bundle against: leave --gate out, and compare with `mtp-export parity`"
         )
 
 
