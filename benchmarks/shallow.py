@@ -1,6 +1,6 @@
 """`mtp-export` for a pair of `tools.synthesize --depth`, which has fewer layers than the model that it is named after.
 
-    python -m benchmarks.shallow --model e2b --checkpoint DIR --drafter DIR …
+    python -m benchmarks.shallow export --model e2b --checkpoint DIR --drafter DIR …
 
 The model's own specs are replaced by what the checkpoint's config says; all else is the command's.
 """
