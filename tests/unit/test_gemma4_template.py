@@ -92,6 +92,7 @@ CONVERSATIONS: dict[str, tuple[list[Message], dict[str, Any], str]] = {
 def test_a_conversation_becomes_the_expected_text(template: str, name: str) -> None:
     messages, options, expected = CONVERSATIONS[name]
     found = render_chat(template, messages, bos_token="<bos>", **options)
+    found = found.replace("<|think|>\n", "<|think|>")  # later editions end the line there
     # Some sizes' templates open and close an empty thought where thinking is off.
     assert found.removesuffix("<|channel>thought\n<channel|>") == expected
 
