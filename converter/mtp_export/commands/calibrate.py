@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mtp_export.commands.checks import check_bundle_options
 from mtp_runtime.errors import UserError
 
 _PROMPTS = 16
@@ -54,11 +55,7 @@ def command(
 
     Ends with exit code 1 if a bar is missed or something is wrong, with the diagnosis.
     """
-    for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens), ("--threads", threads)):
-        if value < 1:
-            raise UserError(f"{option} is {value}: give 1 or more")
-    if not bundle.is_dir():
-        raise UserError(f"{bundle} is no folder: give the folder that mtp-export wrote")
+    check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
     console = Console(stderr=True)
     with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
         found = _calibrate(

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mtp_export.commands.checks import check_bundle_options
 from mtp_runtime.errors import UserError
 
 
@@ -37,11 +38,7 @@ def command(
 ) -> None:
     """Write one HTML page about a bundle: sizes, quality (if `calibrate` was run), how drafts fare by kind of prompt
     and K on this device, when they pay, and examples with the origin of each token."""
-    for option, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens), ("--threads", threads)):
-        if value < 1:
-            raise UserError(f"{option} is {value}: give 1 or more")
-    if not bundle.is_dir():
-        raise UserError(f"{bundle} is no folder: give the folder that mtp-export wrote")
+    check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
     console = Console(stderr=True)
     with console.status("opening") if console.is_terminal else contextlib.nullcontext() as status:
         report = _report(
