@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.fetched.cache import cache_folder
+
 Export = Callable[..., Path]
 
 
@@ -28,8 +30,10 @@ def run_cli(
 
 @pytest.fixture(scope="session", autouse=True)
 def segments_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exports share converted segments with each other, and not with what other runs of the tests left."""
+    """Exports share converted segments with each other, and not with what other runs of the tests left. What was
+    downloaded stays where it is."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTP_CACHE", str(cache_folder()))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
