@@ -103,7 +103,8 @@ def _tensor_map(schema: Any, name: bytes, index: int) -> Any:
 
 def _open_onnx(path: Path, folder: Path) -> Callable[[], object]:
     import onnx
-    import onnxruntime as ort
+
+    from mtp_runtime.onnx_graphs import open_graph
 
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -124,9 +125,6 @@ def _open_onnx(path: Path, folder: Path) -> Callable[[], object]:
     cut.write_bytes(model.SerializeToString())
     data = path.with_name(f"{path.name}.data")
     shutil.copyfile(data, folder / data.name)  # a fiftieth of a bundle; a link out of its folder would be refused
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False  # those of the opened bundle
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(cut), options, providers=["CPUExecutionProvider"])
+    session = open_graph(cut, threads=1)  # on the threads of the opened bundle
     feed = {given[0]: np.random.default_rng(0).standard_normal((1, 1, width), np.float32)}
     return lambda: session.run(None, feed)

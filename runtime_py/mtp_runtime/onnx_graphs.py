@@ -12,6 +12,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,15 +87,11 @@ class OnnxGraphs:
             BundleError: a graph is missing or contradicts the manifest.
             BackendError: ONNX Runtime refuses a graph.
         """
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = _ERRORS_ONLY
         sessions = {}
         try:
-            _share_threads(threads)
             for role, spec in _signatures(bundle.manifest, sequences).items():
                 path = str(bundle.path(batch_role(role) if sequences > 1 and role in BATCH_ROLES else role))
-                sessions[role] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                sessions[role] = open_graph(path, threads)
                 _check_graph(sessions[role], role, spec)
         except (RuntimeError, ValueError) as error:
             # onnxruntime's own errors have no common base of theirs; all are RuntimeErrors or ValueErrors of pybind.
@@ -348,11 +345,16 @@ class DraftRun(_Run):
 _pools: list[int] = []  # the one that was made, if any: it cannot be made twice, nor change its size
 
 
-def _share_threads(threads: int) -> None:
-    """Make the process-wide pool, unless it is there."""
+def open_graph(path: Path | str, threads: int) -> ort.InferenceSession:
+    """Load a graph for the CPU, onto the process's one thread pool, whose first user sizes it: once it is there, ONNX
+    Runtime refuses sessions with pools of their own."""
     if not _pools:
         ort.set_global_thread_pool_sizes(threads, 1)
         _pools.append(threads)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = _ERRORS_ONLY
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _signatures(manifest: Manifest, sequences: int) -> dict[str, GraphSignature]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
 from mtp_export.onnx_weights import write_onnx
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_export.weights import Parameter, quantise
+from mtp_runtime.onnx_graphs import open_graph
 
 SPEC = ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128)
 HIDDEN, BATCH = 32, 3
@@ -117,7 +117,7 @@ def test_onnx_runtime_computes_the_same(rows: ClusteredHead, hidden: Tensor, tmp
     (lowered,) = lower([graph], 1, portable=True)
     parameters = {f"head.{name}": parameter_of(value.numpy()) for name, value in head.state_dict().items()}
     write_onnx(lowered, parameters, tmp_path / "head.onnx")
-    session = ort.InferenceSession(tmp_path / "head.onnx", providers=["CPUExecutionProvider"])
+    session = open_graph(tmp_path / "head.onnx", threads=1)
     ids, scores, best = session.run(["candidates", "scores", "best"], {"x": hidden.numpy()})
     expected_ids, expected, expected_best = (value.numpy() for value in head(hidden))
     np.testing.assert_array_equal(ids, expected_ids)

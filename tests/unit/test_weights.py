@@ -261,9 +261,8 @@ def test_the_same_in_onnx_with_a_scale_repeated_for_each_block(
 
 def run_against_torch(graph: TracedGraph, parameters: dict[str, Parameter], path: Path) -> None:
     """ONNX Runtime multiplies what is stored; its activations are rounded to int8."""
-    import onnxruntime as ort
-
     from mtp_export.trace import run_signature
+    from mtp_runtime.onnx_graphs import open_graph
 
     def restored(parameter: Parameter) -> torch.Tensor:
         rows = parameter.rows(0, parameter.shape[0])
@@ -275,7 +274,7 @@ def run_against_torch(graph: TracedGraph, parameters: dict[str, Parameter], path
     inputs = {s.name: generator.standard_normal(s.fixed_shape).astype(np.float32) for s in traced.signature.inputs}
     weights = {name: restored(p) for name, p in parameters.items()}
     expected = run_signature(graph, traced, weights, {n: torch.from_numpy(v) for n, v in inputs.items()})
-    (out,) = ort.InferenceSession(str(path)).run(None, inputs)
+    (out,) = open_graph(path, threads=1).run(None, inputs)
     reference = expected[traced.outputs["out"]].numpy()
     assert np.abs(out - reference).max() < 0.05 * np.abs(reference).max()
 
