@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from mtp_runtime import Bundle, Session
@@ -13,27 +14,42 @@ from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
 
 
-@pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
-def test_every_runtime_says_the_same(export_nano: Export, recipe: str, tmp_path: Path) -> None:
-    """32 held-out prompts, 128 tokens: our runtime with every K, stock LiteRT-LM without and with MTP, and for the
-    float bundle transformers, against our runtime without MTP."""
+@pytest.mark.parametrize(("recipe", "prompts"), [("f32", 8), ("int8", 32), ("int4", 8)])
+def test_every_runtime_says_the_same(export_nano: Export, recipe: str, prompts: int, tmp_path: Path) -> None:
+    """Held-out prompts, 128 tokens: our runtime with every K, stock LiteRT-LM without and with MTP, and for the float
+    bundle transformers, against our runtime without MTP. To the token, near-ties not excepted: see the next test.
+    `mtp-export parity` without --limit runs all 32."""
     bundle = export_nano(recipe)
-    done = run_cli("parity", str(bundle), "--output", str(tmp_path), "--json", check=False)
+    done = run_cli("parity", str(bundle), "--limit", str(prompts), "--output", str(tmp_path), "--json", check=False)
     report = json.loads(done.stdout)
-    assert report["passed"], (tmp_path / "parity.md").read_text()
-    assert done.returncode == 0
+    assert (report["passed"], done.returncode) == (True, 0), (tmp_path / "parity.md").read_text()
     runners = [(r["runner"], r["num_draft_tokens"]) for r in report["results"]]
     ours = [("mtp_runtime", k) for k in range(5)]
     reference = [("transformers", 0)] if recipe == "f32" else []
     assert runners == ours + reference + [("LiteRT-LM", 0), ("LiteRT-LM", 4)]
     for result in report["results"]:
-        assert len(result["comparisons"]) == 32
         verdicts = [c["verdict"] for c in result["comparisons"]]
-        # Near-ties are rare; many of them would be noise that is no rounding.
-        assert verdicts.count("near_tie") <= 3, (tmp_path / "parity.md").read_text()
-        print(f"{recipe}: {result['runner']} K={result['num_draft_tokens']}: {verdicts.count('near_tie')} near-ties")
+        assert verdicts == ["equal"] * prompts, (tmp_path / "parity.md").read_text()
         if result["num_draft_tokens"]:
             assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
+
+
+@pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
+def test_a_token_has_the_same_bits_in_every_pass(export_nano: Export, recipe: str) -> None:
+    """Whether it is decoded alone or verified at any row, before the window is full, while it fills and long after: so
+    drafts cannot change what is said, even at a tie (docs/decisions/0011)."""
+    with Session.open(export_nano(recipe)) as session:
+        backend, vocab = session.backend, session.manifest.vocab_size
+        tokens = np.random.default_rng(0).integers(100, vocab, 1000).tolist()
+        for filled in (3, 126, 131, 254, 509, 900):
+            backend.kv_cache.rewind(0)
+            backend.prefill(tokens[:filled])
+            together = backend.verify(tokens[filled : filled + 5])
+            for row in range(5):
+                alone = backend.verify(tokens[filled + row : filled + row + 1])
+                np.testing.assert_array_equal(alone.logits[0], together.logits[row], f"{filled} + {row}")
+                np.testing.assert_array_equal(alone.activations[0], together.activations[row])
+                backend.kv_cache.advance(1)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])

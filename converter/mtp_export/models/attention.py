@@ -17,14 +17,24 @@ from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, 
 _BEYOND_WINDOW = 1e4
 
 
-def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The slots that queries at consecutive positions see through a window, their own included.
+# Kernels sum a row in lanes, element i in lane i modulo at most this. Where a position always falls into the same lane,
+# a token's sums come out the same to the last bit, whichever pass it is in and whichever row of it: without that, drafts
+# could change what the target says at a near-tie.
+_LANES = 64
 
-    Shapes: input_pos [T] int32 -> [min(S, window - 1 + T)] int32
+
+def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
+    """The slots that queries at consecutive positions see through a window, their own included, and the slots before
+    them down to a multiple of _LANES.
+
+    Shapes: input_pos [T] int32 -> [min(S, window - 1 + T, rounded up so that any start fits)] int32
     """
-    length = min(cache_length, window - 1 + input_pos.shape[0])
-    start = torch.clamp(input_pos[:1] - (window - 1), min=0)
-    return start + torch.arange(length, dtype=torch.int32)
+    seen = window - 1 + input_pos.shape[0]
+    length = min(cache_length, -(-(seen + _LANES - 1) // _LANES) * _LANES)
+    # A table, not a division: every delegate looks up, not every one divides integers.
+    starts = [[min(max(at - window + 1, 0) // _LANES * _LANES, cache_length - length)] for at in range(cache_length)]
+    start: Tensor = ops.gather(torch.tensor(starts, dtype=torch.int32), input_pos[:1], 0)
+    return start.reshape(1) + torch.arange(length, dtype=torch.int32)
 
 
 def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) -> Tensor:
@@ -33,9 +43,9 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
     visible: Tensor = ops.gather(mask, slots, 3)
-    if input_pos.shape[0] == 1:
-        return visible  # the slots of one query are its window
-    distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
+    # Counted from the first slot: the numbers stay small enough for float16.
+    query = (input_pos - slots[:1]).to(torch.float32).reshape(1, 1, -1, 1)
+    distance = query - torch.arange(slots.shape[0], dtype=torch.float32)
     return visible + torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
 
 
