@@ -17,9 +17,8 @@ from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, 
 _BEYOND_WINDOW = 1e4
 
 
-# Kernels sum a row in lanes, element i in lane i modulo at most this. Where a position always falls into the same lane,
-# a token's sums come out the same to the last bit, whichever pass it is in and whichever row of it: without that, drafts
-# could change what the target says at a near-tie.
+# Kernels sum a row in lanes, element i in lane i modulo at most this. Where a position always falls into the same one,
+# a token's sums come out the same to the last bit in every pass: else drafts could change what is said at a tie.
 _LANES = 64
 
 
