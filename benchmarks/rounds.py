@@ -1,6 +1,6 @@
 """What a pass and a round of a bundle take, and what MTP would gain at an imposed acceptance; as JSON.
 
-    python -m benchmarks.rounds BUNDLE [--threads 2] [--filled 500] [--new-tokens 48]
+    python -m benchmarks.rounds BUNDLE [--threads 2] [--filled 500] [--new-tokens 48] [--start-only]
 
 Acceptance is a property of weights and text, and synthetic weights have none. So drafts are imposed: the drafter runs
 and costs what it costs, and its word is replaced by the target's own next one with a chance of alpha, by a wrong one
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--filled", type=int, default=500, help="positions that are filled before passes are timed")
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--start-only", action="store_true", help="open, say a few tokens and time no more")
     options = parser.parse_args()
     started = time.perf_counter()
     with Session.open(options.bundle, threads=options.threads, verify=False) as session:
@@ -39,6 +40,9 @@ def main() -> int:
         started = time.perf_counter()
         session.generate(prompt, max_new_tokens=8, stop_token_ids=()).finish()
         figures["first_answer_s"] = round(time.perf_counter() - started, 2)
+        if options.start_only:
+            print(json.dumps(figures | {"memory_bytes": memory()}))
+            return 0
         passes = {name: round(timing.median_ms, 3) for name, timing in time_passes(session, prompt).items()}
         figures |= {"memory_bytes": memory(), "passes_ms": passes}
         figures |= rounds(session, prompt, options.new_tokens)
