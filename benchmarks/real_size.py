@@ -3,7 +3,8 @@
     python -m benchmarks.real_size --model e2b|e4b --target tflite|onnx [--recipe int4] [--depth 1/8] [--keep]
 
 Synthesises the pair (kept in the folder for the next run), plans and exports it, opens it twice in the reference
-runtime, runs it with drafts on and off, and runs a TFLite pair in stock LiteRT-LM likewise. Needs some 30 GB of disk
+runtime, runs it with drafts on and off, and runs a TFLite pair in stock LiteRT-LM likewise; of an ONNX pair it says what
+a pass spends its time on. Needs some 30 GB of disk
 for E2B and 45 for E4B. Goals: at most 1.5 GiB of anonymous memory, 120 s for E2B and 240 s for E4B; equal output.
 """
 
@@ -84,6 +85,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             figures["second_start"] = rounds(bundle, options.threads, "--start-only")
             if options.target == "tflite":
                 figures["stock"] = stock(bundle, options.threads)
+            else:
+                parts = run("benchmarks.breakdown", str(bundle), "--threads", str(options.threads), "--json")
+                figures["parts_ms"] = json.loads(parts)
         finally:
             if not options.keep:
                 shutil.rmtree(bundle, ignore_errors=True)
