@@ -3,9 +3,9 @@
     python -m benchmarks.real_size --model e2b|e4b --target tflite|onnx [--recipe int4] [--depth 1/8] [--keep]
 
 Synthesises the pair (kept in the folder for the next run), plans and exports it, opens it twice in the reference
-runtime, runs it with drafts on and off, and runs a TFLite pair in stock LiteRT-LM likewise; of an ONNX pair it says what
-a pass spends its time on. Needs some 30 GB of disk
-for E2B and 45 for E4B. Goals: at most 1.5 GiB of anonymous memory, 120 s for E2B and 240 s for E4B; equal output.
+runtime, runs it with drafts on and off, and runs a TFLite pair in stock LiteRT-LM likewise; of an ONNX pair it says
+what a pass spends its time on. Needs some 30 GB of disk for E2B and 45 for E4B. Goals: at most 1.5 GiB of anonymous
+memory, 120 s for E2B and 240 s for E4B; equal output.
 """
 
 from __future__ import annotations
