@@ -1,0 +1,190 @@
+"""Which scheme is fastest for which matrix, and which number of tokens is still cheap? E2B's matrices, one at a time.
+
+    python -m benchmarks.matrices [--threads 2]
+
+Enough copies of a matrix to be out of the caches, as in a model; times are medians of turns, as multiples of what int4
+by row takes for one token. `fused` is one product in place of two or three of the same input. From the sum over all
+matrices of the target follows what K drafts gain at an acceptance of 0.8 with each scheme, the drafter left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
+from torch import Tensor, nn
+
+from benchmarks.machine import write_result
+from mtp_calibration.recipes import INT4, INT8, WeightFormat
+from mtp_export.lower import onnx as lower_onnx
+from mtp_export.lower import tflite as lower_tflite
+from mtp_export.onnx_weights import write_onnx
+from mtp_export.trace import GraphBuilder, TracedGraph
+from mtp_export.weights import Parameter, write_graph
+from mtp_runtime.onnx_graphs import open_graph
+from mtp_runtime.quiet import native_log_held_back
+from mtp_runtime.timing import expected_committed
+
+TOKENS = (1, 2, 3, 4, 5, 6, 8)
+ALPHA = 0.8
+BYTES = 64 << 20  # of int4, more than the caches hold
+HIDDEN, WIDE, QUERY, KEY, VOCAB = 1536, 12288, 2048, 256, 262144
+# Input width, output widths, and how many of them E2B's target has: 20 of 35 layers are wide, the others half as wide.
+CASES = {
+    "gate, up": (HIDDEN, (WIDE, WIDE), 20 + 15 / 2),
+    "gate, up fused": (HIDDEN, (2 * WIDE,), 0),
+    "down": (WIDE, (HIDDEN,), 20 + 15 / 2),
+    "q, k, v": (HIDDEN, (QUERY, KEY, KEY), 15),
+    "q, k, v fused": (HIDDEN, (QUERY + 2 * KEY,), 0),
+    "o": (QUERY, (HIDDEN,), 35),
+    "head": (HIDDEN, (VOCAB,), 1),
+}
+SCHEMES = {
+    "LiteRT int4": ("tflite", INT4),
+    "LiteRT int4 blocks of 32": ("tflite", WeightFormat(bits=4, block_size=32)),
+    "LiteRT int8": ("tflite", INT8),
+    "ONNX int4 blocks of 32": ("onnx", WeightFormat(bits=4, block_size=32)),
+    "ONNX int8 blocks of 32": ("onnx", WeightFormat(bits=8, block_size=32)),
+}
+Step = Callable[[], object]
+
+
+class Products(nn.Module):
+    """The sum of the products of one input with copies of its matrices, each output by itself."""
+
+    def __init__(self, width: int, outputs: tuple[int, ...], copies: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(
+            nn.ModuleList(nn.Linear(width, n, bias=False) for n in outputs) for _ in range(copies)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        sums: list[Tensor] = []
+        for copy in self.copies:
+            products = [linear(x) for linear in copy]  # type: ignore[union-attr]
+            sums = [a + b for a, b in zip(sums, products, strict=True)] if sums else products
+        return {f"y{i}": value for i, value in enumerate(sums)}
+
+
+def main() -> int:
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=9)
+    options = parser.parse_args()
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for case, (width, outputs, _) in CASES.items():
+        copies = max(1, BYTES // (width * sum(outputs) // 2))
+        with tempfile.TemporaryDirectory() as folder:
+            steps = {
+                name: steps_of(case, copies, name, Path(folder), options.threads)
+                for name, (target, _) in SCHEMES.items()
+                if target == "tflite" or "fused" not in case
+            }
+            table[case] = timed(steps, options.turns, copies)
+        least = table[case]["LiteRT int4"]["1"]
+        for name, row in table[case].items():
+            print(f"{case:14} {name:24}", *(f"{row[str(m)] / least:6.2f}" for m in TOKENS), f"  (1 is {least:.0f} us)")
+    whole = {name: {str(m): total(table, name, m) for m in TOKENS} for name in SCHEMES}
+    for name, row in whole.items():
+        gains = {m - 1: expected_committed(ALPHA, m - 1) * row["1"] / row[str(m)] for m in TOKENS[1:]}
+        ratios = " ".join(f"{row[str(m)] / row['1']:.2f}" for m in TOKENS)
+        best = max(gains, key=lambda k: gains[k])
+        print(f"{name:26} {row['1'] / 1000:6.1f} ms a token; by tokens {ratios}; best K = {best}: {gains[best]:.2f}")
+    print(f"written: {write_result('matrices', {'threads': options.threads, 'us': table, 'target_us': whole})}")
+    return 0
+
+
+def total(table: dict[str, dict[str, dict[str, float]]], scheme: str, tokens: int) -> float:
+    """Microseconds of all matrices of the target that are counted in CASES."""
+    return round(sum(count * table[case][scheme][str(tokens)] for case, (_, _, count) in CASES.items() if count), 1)
+
+
+def trace(width: int, outputs: tuple[int, ...], copies: int, tokens: Iterable[int]) -> TracedGraph:
+    """The products for numbers of tokens, as signatures that share their weights."""
+    builder = GraphBuilder("products")
+    for count in tokens:
+        builder.start({"x": ((1, count, width), torch.float32)})
+        builder.call(f"products_{count}", partial(Products, width, outputs, copies), {"x": "x"})
+        named = {name: name for name in builder.segments[f"products_{count}"].outputs}
+        builder.finish(f"m{count}", "decode", named, num_tokens=count, attention_length=0)
+    return builder.graph()
+
+
+def steps_of(case: str, copies: int, name: str, folder: Path, threads: int) -> dict[int, Step]:
+    """One call for every number of tokens."""
+    width, outputs, _ = CASES[case]
+    target, scheme = SCHEMES[name]
+    x = {m: np.random.default_rng(m).standard_normal((1, m, width), np.float32) for m in TOKENS}
+    if target == "tflite":
+        graph = trace(width, outputs, copies, TOKENS)
+        (lowered,) = lower_tflite.lower([graph], 1)
+        path = folder / f"{scheme.bits}-{scheme.block_size}.tflite"
+        write_graph(lowered, parameters(graph, scheme), path)
+        return litert_steps(path, threads, x)
+    steps: dict[int, Step] = {}
+    for m in TOKENS:
+        graph = trace(width, outputs, copies, (m,))
+        (lowered_onnx,) = lower_onnx.lower([graph], 1, portable=False)
+        path = folder / f"{scheme.bits}-{scheme.block_size}-{m}.onnx"
+        write_onnx(lowered_onnx, parameters(graph, scheme), path)
+        steps[m] = partial(open_graph(path, threads).run, None, {"x": x[m]})
+    return steps
+
+
+def parameters(graph: TracedGraph, scheme: WeightFormat) -> dict[str, Parameter]:
+    """Weights of one random block, again and again: time does not depend on them."""
+    block = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+
+    def rows(width: int, start: int, stop: int) -> Any:
+        return np.resize(block, (stop - start, width))
+
+    return {
+        name: Parameter(shape=shape, format=scheme, rows=partial(rows, shape[1]), unit_scale=False)
+        for name, shape in graph.weights.items()
+    }
+
+
+def litert_steps(path: Path, threads: int, x: dict[int, Any]) -> dict[int, Step]:
+    """One run of every signature with its buffers bound."""
+    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+    steps: dict[int, Step] = {}
+    with native_log_held_back():
+        model = CompiledModel.from_file(str(path), options=options)
+        for m, values in x.items():
+            index = model.get_signature_index(f"m{m}")
+            order = model.get_signature_by_index(index)
+            inputs = [model.create_input_buffer_by_name(f"m{m}", name) for name in order["inputs"]]
+            outputs = [model.create_output_buffer_by_name(f"m{m}", name) for name in order["outputs"]]
+            inputs[0].write(values)
+            steps[m] = partial(model.run_by_index, index, inputs, outputs)
+    return steps
+
+
+def timed(steps: dict[str, dict[int, Step]], turns: int, copies: int) -> dict[str, dict[str, float]]:
+    """Median microseconds of one copy, by scheme and number of tokens; all take turns, the first of which packs."""
+    times: dict[str, dict[int, list[float]]] = {name: {m: [] for m in TOKENS} for name in steps}
+    for _ in range(turns + 1):
+        for name, by_tokens in steps.items():
+            for m, step in by_tokens.items():
+                started = time.perf_counter()
+                step()
+                times[name][m].append(1e6 * (time.perf_counter() - started) / copies)
+    return {
+        name: {str(m): round(statistics.median(taken[1:]), 1) for m, taken in by_tokens.items()}
+        for name, by_tokens in times.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
