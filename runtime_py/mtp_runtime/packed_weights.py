@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mtp_runtime.contract import FileEntry
+from mtp_runtime.user_cache import user_cache
 
 _SUFFIX = ".xnnpack_cache"
 _UNUSED_S = 30 * 86400.0  # after which a file is removed
@@ -54,8 +55,8 @@ class PackedWeights:
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/mtp-export/packed`, by default below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtp-export" / "packed"
+    """The folder `packed` of the user's cache."""
+    return user_cache() / "packed"
 
 
 def _name(graph: FileEntry) -> str:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mtp_runtime.user_cache import user_cache
+
 
 def cache_folder() -> Path:
     """Where prepared folders are: `MTP_CACHE`, or mtp-export in the user's cache folder."""
     given = os.environ.get("MTP_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtp-export"
+    base = Path(given) if given else user_cache()
     base.mkdir(parents=True, exist_ok=True)
     return base
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_export.lower.workers import results_in_order
+from mtp_runtime.user_cache import user_cache
 
 # What turns a segment into bytes, beside our own code.
 _LIBRARIES = ("torch", "litert-torch", "litert-converter", "onnx", "onnxscript")
@@ -56,8 +57,7 @@ def _fingerprint() -> bytes:
 
 
 def _path(depends_on: bytes) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mtp-export" / "segments" / hashlib.sha256(depends_on).hexdigest()
+    return user_cache() / "segments" / hashlib.sha256(depends_on).hexdigest()
 
 
 def _read(path: Path) -> bytes | None:
