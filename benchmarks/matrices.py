@@ -62,6 +62,9 @@ Step = Callable[[], object]
 class Products(nn.Module):
     """The sum of the products of one input with copies of its matrices, each output by itself."""
 
+    each: int
+    linears: nn.ModuleList
+
     def __init__(self, width: int, outputs: tuple[int, ...], copies: int) -> None:
         super().__init__()
         self.copies = nn.ModuleList(
@@ -69,11 +72,11 @@ class Products(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        sums: list[Tensor] = []
-        for copy in self.copies:
-            products = [linear(x) for linear in copy]  # type: ignore[union-attr]
-            sums = [a + b for a, b in zip(sums, products, strict=True)] if sums else products
-        return {f"y{i}": value for i, value in enumerate(sums)}
+        sums: dict[str, Tensor] = {}
+        for number, linear in enumerate(self.linears):
+            name, product = f"y{number % self.each}", linear(x)
+            sums[name] = sums[name] + product if name in sums else product
+        return sums
 
 
 def main() -> int:
