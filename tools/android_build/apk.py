@@ -13,15 +13,23 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.android_build.toolchain import KOTLIN, CompileError, toolchain
+from tools.android_build.toolchain import KOTLIN, CompileError, Toolchain, toolchain
 from tools.fetched.cache import prepared
 from tools.fetched.debian import fetch
 
+DEMO = Path(__file__).resolve().parents[2] / "android_demo"
 _PLATFORM = ("sid", "libandroid-23-java")  # Android 6's API, the newest that any Debian has
 _DEXER = ("bullseye", "dalvik-exchange")  # newer releases have none
 _TOOLS = "bookworm"
 _TOOL_PACKAGES = (
-    *("aapt", "android-libaapt", "android-libandroidfw", "android-libbacktrace", "android-libbase", "android-libcutils"),
+    *(
+        "aapt",
+        "android-libaapt",
+        "android-libandroidfw",
+        "android-libbacktrace",
+        "android-libbase",
+        "android-libcutils",
+    ),
     *("android-liblog", "android-libutils", "android-libziparchive", "apksigner", "libapksig-java", "libbsd0"),
     *("libexpat1", "libmd0", "libpng16-16", "libprotobuf-lite32", "libzopfli1", "p7zip-full", "zipalign"),
 )
@@ -45,13 +53,23 @@ class Packager:
         _run([*command, f"--min-sdk-version={_MIN_SDK}", f"--output={output}", *map(str, classes)])
 
     def package(self, manifest: Path, assets: Path, dexes: Sequence[Path], output: Path) -> None:
-        """Write a signed APK with the manifest, the assets, `dexes` and Kotlin's library, signed with a key of its own."""
+        """Write an APK with the manifest, the assets, `dexes` and Kotlin's library, signed with a key of its own."""
         work = output.parent
         unaligned, aligned, keys = work / "unaligned.apk", work / "aligned.apk", work / "throwaway.jks"
         named = work / manifest.name
         text = manifest.read_text(encoding="utf-8")
         named.write_text(text.replace("<manifest ", f'<manifest package="{APPLICATION}" ', 1), encoding="utf-8")
-        command = [self._tool("aapt"), "package", "-f", "-M", str(named), "-I", str(self.android_jar), "-A", str(assets)]
+        command = [
+            self._tool("aapt"),
+            "package",
+            "-f",
+            "-M",
+            str(named),
+            "-I",
+            str(self.android_jar),
+            "-A",
+            str(assets),
+        ]
         command += ["--min-sdk-version", str(_MIN_SDK), "--target-sdk-version", str(_TARGET_SDK), "-F", str(unaligned)]
         self._call(command)
         with zipfile.ZipFile(unaligned, "a", zipfile.ZIP_DEFLATED) as apk:
@@ -59,7 +77,7 @@ class Packager:
                 apk.write(dex, f"classes{number if number > 1 else ''}.dex")
         self._call([self._tool("zipalign"), "-f", "4", str(unaligned), str(aligned)])
         keytool = ["keytool", "-genkeypair", "-keystore", str(keys), *_KEY, "-dname", "CN=throwaway"]
-        _run([*keytool, "-keyalg", "RSA", "-keysize", "2048", "-validity", "1"])
+        _run([*keytool, "-keyalg", "EC", "-validity", "1"])
         secrets = ["--ks", str(keys), "--ks-pass", "pass:throwaway"]
         self.apksigner("sign", *secrets, "--min-sdk-version", str(_MIN_SDK), "--out", str(output), str(aligned))
 
@@ -72,15 +90,35 @@ class Packager:
         return str(self._folder / "tools/usr/lib/android-sdk/build-tools/debian" / name)
 
     def _call(self, command: list[str]) -> None:
-        libraries = self._folder / "tools/usr/lib/x86_64-linux-gnu"
-        _run(command, {"LD_LIBRARY_PATH": f"{libraries}:{libraries}/android:{libraries.parent}/p7zip"})
+        libraries = self._folder / "tools/usr/lib"
+        folders = [libraries, *(libraries / name for name in ("p7zip", "x86_64-linux-gnu", "x86_64-linux-gnu/android"))]
+        _run(command, {"LD_LIBRARY_PATH": ":".join(map(str, folders))})
+
+
+def build_apk(kotlin: Toolchain, packager: Packager, core: Path, work: Path) -> Path:
+    """Type-check the app and its instrumented tests with the signatures of LiteRT-LM's API, and package the app without
+    those and without the tests, with the compiled `core`.
+
+    Raises:
+        CompileError: the app does not compile, or cannot be packaged.
+    """
+    app, classes, dex, apk = DEMO / "app/src", work / "classes", work / "app.dex", work / "app.apk"
+    sources = [app / "main/kotlin", app / "androidTest/kotlin", DEMO / "litertlm-api/src"]
+    kotlin.compile(sources, classes, classpath=[core, packager.android_jar])
+    shutil.rmtree(classes / "com")
+    for test in (classes / "io/mtpexport/app").glob("*Test*.class"):
+        test.unlink()
+    packager.dex([core, classes], dex)
+    assets = DEMO.parent / "calibration/mtp_calibration/prompts"
+    packager.package(app / "main/AndroidManifest.xml", assets, [dex], apk)
+    return apk
 
 
 def packager() -> Packager:
     """Return the packager, fetching and preparing it if it is not cached.
 
     Raises:
-        FetchError: Java is not installed, or a part cannot be fetched.
+        FetchError: Java or npm is not installed, or a part cannot be fetched.
     """
     kotlin = toolchain()
     parts = [*_PLATFORM, *_DEXER, _TOOLS, *_TOOL_PACKAGES, KOTLIN]
