@@ -70,7 +70,8 @@ def _check_report(report: AppReport, bundle: Path) -> None:
         thermal=("0", "0"),
     )
     for theirs, ours in zip(report.speed, found.kinds, strict=True):
-        assert (theirs.kind, theirs.mtp_gain) == (ours.kind, pytest.approx(ours.mtp_gain))
+        assert theirs.kind == ours.kind
+        assert theirs.mtp_gain == pytest.approx(ours.mtp_gain)
         assert theirs.tokens_per_second_on == pytest.approx(ours.tokens_per_second_on)
     assert [kind.same_text for kind in found.kinds] == [2, 1, 1]
     # Of the test's generator: 10 ms a token without MTP, half its drafts kept, and twice as fast on one of two prompts.

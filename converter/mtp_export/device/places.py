@@ -71,23 +71,22 @@ def describe(adb: Adb) -> PlaceDescription:
     """
     where, emulator, machine = adb.shell('echo "$MTP_PLACE"; echo "$MTP_EMULATOR"; uname -m').splitlines()
     if where == "arm64-emulated":
-        cpu = cpu_name(adb.shell("cat /proc/cpuinfo"))
-        system = "Debian root behind adbd"
-        return PlaceDescription(where=where, machine=machine, cpu=cpu, system=system, emulator=emulator, versions={})
-    names = (
-        "ro.product.manufacturer",
-        "ro.product.model",
-        "ro.build.version.release",
-        "ro.soc.model",
-        "ro.board.platform",
-    )
-    told = adb.try_shell(" && ".join(f"getprop {name}" for name in names))
+        return PlaceDescription(
+            where="arm64-emulated",
+            machine=machine,
+            cpu=cpu_name(adb.shell("cat /proc/cpuinfo")),
+            system="Debian root behind adbd",
+            emulator=emulator,
+            versions={},
+        )
+    names = ("product.manufacturer", "product.model", "build.version.release", "soc.model", "board.platform")
+    told = adb.try_shell(" && ".join(f"getprop ro.{name}" for name in names))
     if told.code != 0:
         raise UserError(
             f"{adb.serial} is not the emulated ARM64 place, and no Android phone either, as it has no getprop: start "
             "the place with `python -m tools.arm64_device start`, and name it with --serial (docs/device.md)"
         )
-    maker, model, release, soc, board = told.output.splitlines()
+    maker, model, release, soc, board = told.output.split("\n")  # the last may be empty
     return PlaceDescription(
         where="phone",
         machine=machine,
