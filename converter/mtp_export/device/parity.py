@@ -156,7 +156,7 @@ def _left_out(manifest: Manifest, there: Answer) -> list[str]:
     if there.place.where == "arm64-emulated":
         left_out.append("speed: the CPU is emulated, and its times say nothing about a device's")
     if not there.traces:
-        left_out.append("the reference runtime: a phone has no Python to run it")
+        left_out.append("the reference runtime: --binary and --app run LiteRT-LM alone")
     if not there.stock and "litertlm" in manifest.files:
         left_out.append("LiteRT-LM: --no-stock was given")
     elif not there.stock:
