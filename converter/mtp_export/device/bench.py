@@ -106,7 +106,8 @@ def summarise(
     kinds: dict[str, list[int]] = {"all": list(range(len(prompts)))}
     for number, prompt in enumerate(prompts):
         kinds.setdefault(prompt.kind, []).append(number)
-    passes = {"decode": Timing.of([o.decode_ms / o.num_tokens for o in plain.run.outputs], 1)} if timed else {}
+    per_token_ms = [output.decode_ms / output.num_tokens for output in plain.run.outputs if output.num_tokens]
+    passes = {"decode": Timing.of(per_token_ms, 1)} if timed and per_token_ms else {}
     rounds = _rounds(manifest, bundle, plain.run, variants) if timed else []
     return DeviceBench(
         bundle=bundle.name,

@@ -8,6 +8,7 @@ import com.google.ai.edge.litertlm.Engine
 import com.google.ai.edge.litertlm.EngineConfig
 import com.google.ai.edge.litertlm.ExperimentalApi
 import com.google.ai.edge.litertlm.ExperimentalFlags
+import com.google.ai.edge.litertlm.LiteRtLmJniException
 import com.google.ai.edge.litertlm.LogSeverity
 import com.google.ai.edge.litertlm.Message
 import com.google.ai.edge.litertlm.MessageCallback
@@ -53,7 +54,12 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
                 cacheDir = cache.apply { mkdirs() }.path,
             ),
         )
-        engine.initialize()
+        try {
+            engine.initialize()
+        } catch (error: LiteRtLmJniException) {
+            memory.close()
+            throw error
+        }
         loadMs = (System.nanoTime() - started) / 1e6
     }
 
@@ -109,7 +115,8 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
 
     private fun output(text: String, conversation: Conversation): Output {
         val told = conversation.getBenchmarkInfo()
-        val decodeMs = 1000.0 * told.lastDecodeTokenCount / told.lastDecodeTokensPerSecond
+        val speed = told.lastDecodeTokensPerSecond
+        val decodeMs = if (speed > 0) 1000.0 * told.lastDecodeTokenCount / speed else 0.0
         return Output(text, told.lastDecodeTokenCount, decodeMs, 1000.0 * told.timeToFirstTokenInSecond)
     }
 

@@ -8,13 +8,11 @@ import android.os.Bundle
 import android.provider.OpenableColumns
 import android.view.WindowManager
 import io.mtpexport.core.Bundles
-import io.mtpexport.core.Processor
 import io.mtpexport.core.Prompt
 import io.mtpexport.core.Report
 import io.mtpexport.core.Request
 import io.mtpexport.core.RunProtocol
 import io.mtpexport.core.VariantRun
-import java.io.File
 import java.io.FileNotFoundException
 import java.util.concurrent.Executors
 
@@ -41,8 +39,8 @@ class MainActivity : Activity() {
         val (found, problems) = Bundles.list(bundles())
         screen.show(found)
         screen.status(
-            (problems + if (found.isEmpty()) "no bundle: add its manifest.json and its .litertlm, or push its folder to ${bundles()}" else null)
-                .filterNotNull().joinToString("\n"),
+            if (found.isEmpty() && problems.isEmpty()) "no bundle: add its manifest.json and its .litertlm, or push its folder to ${bundles()}"
+            else problems.joinToString("\n"),
         )
     }
 
@@ -58,8 +56,7 @@ class MainActivity : Activity() {
         inBackground {
             say("copying and checking")
             val files = chosen.associate { uri -> nameOf(uri) to { contentResolver.openInputStream(uri) ?: throw FileNotFoundException("$uri") } }
-            val name = files.keys.firstOrNull { it.endsWith(".litertlm") }?.removeSuffix(".litertlm") ?: "bundle"
-            Bundles.import(File(bundles(), name), files)
+            Bundles.import(bundles(), files)
             runOnUiThread(::listBundles)
         }
     }
@@ -90,7 +87,7 @@ class MainActivity : Activity() {
         val engine = open ?: return@inBackground say("load a bundle first")
         runOnUiThread { screen.append("\n> $message\n") }
         val output = engine.answer(message) { piece -> runOnUiThread { screen.append(piece) } }
-        val speed = 1000 * output.numTokens / output.decodeMs
+        val speed = if (output.decodeMs > 0) 1000 * output.numTokens / output.decodeMs else 0.0
         say(listOf("%.1f tokens/s, first after %.0f ms".format(speed, output.firstTokenMs)) + engine.warnings())
     }
 

@@ -36,15 +36,15 @@ object Bundles {
         return Bundle(folder, Manifest.parse(manifest.readText()))
     }
 
-    /** Copy what a file chooser gave into [folder], and check it against its manifest: [files] are names with contents. */
-    fun import(folder: File, files: Map<String, () -> InputStream>): Bundle {
+    /** Copy what a file chooser gave into a folder of [root], checked by its manifest: [files] are names with contents. */
+    fun import(root: File, files: Map<String, () -> InputStream>): Bundle {
         val manifest = Manifest.parse(
             (files[MANIFEST] ?: throw BundleException("choose the bundle's $MANIFEST and its .litertlm together"))()
                 .use { it.readBytes().decodeToString() },
         )
         val name = manifest.container.path
         val container = files[name] ?: throw BundleException("$MANIFEST names $name, and ${files.keys} were chosen: choose both")
-        folder.mkdirs()
+        val folder = File(root, name.removeSuffix(".litertlm")).apply { mkdirs() }
         write(File(folder, name)) { out -> container().use { it.copyTo(out) } }
         try {
             manifest.check(File(folder, name))

@@ -54,6 +54,8 @@ class Engine(val engineConfig: EngineConfig) : AutoCloseable {
     }
 }
 
+class LiteRtLmJniException(message: String) : RuntimeException(message)
+
 enum class LogSeverity { INFO }
 
 abstract class Conversation : AutoCloseable {
