@@ -54,7 +54,7 @@ class Asked:
             raise UserError(f"{alone} runs LiteRT-LM alone, and --no-stock leaves it out: leave one of them out")
         if self.where == "phone" and not alone:
             raise UserError("a phone has no Python: run LiteRT-LM there with --app or --binary PATH (docs/device.md)")
-        if self.backend == "gpu" and not alone and self.where == "arm64-emulated":
+        if self.backend == "gpu" and self.where == "arm64-emulated":
             raise UserError("the emulated ARM64 place has no GPU: leave out --backend gpu")
 
     def request(self, folder: str) -> Request:

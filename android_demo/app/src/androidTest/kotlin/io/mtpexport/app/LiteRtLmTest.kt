@@ -27,7 +27,8 @@ class LiteRtLmTest : Instrumentation() {
     }
 
     private fun test(): List<String> {
-        val bundle = Bundles.list(targetContext.bundles()).first.firstOrNull() ?: return listOf("no bundle in ${targetContext.bundles()}")
+        val root = targetContext.bundles()
+        val bundle = Bundles.list(root).first.firstOrNull() ?: return listOf("no bundle in $root")
         bundle.manifest.check(bundle.container)
         val (off, _) = said(bundle, useMtp = false)
         val (on, rate) = said(bundle, useMtp = true)
@@ -45,7 +46,8 @@ class LiteRtLmTest : Instrumentation() {
         return output to engine.notes().acceptanceRate
     }
 
-    private fun report(problems: List<String>) = if (problems.isEmpty()) "OK\n" else problems.joinToString("\n", "FAILED\n", "\n")
+    private fun report(problems: List<String>) =
+        if (problems.isEmpty()) "OK\n" else problems.joinToString("\n", "FAILED\n", "\n")
 
     private companion object {
         const val TOKENS = 32

@@ -38,7 +38,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         val path = bundle.container.path
         // Without this gate an engine that is asked for MTP only fails, deep in native code.
         if (useMtp && !Capabilities(path).use { it.hasSpeculativeDecodingSupport() }) {
-            throw BundleException("LiteRT-LM sees no drafter in ${bundle.container.name}: export it again, or go on without MTP")
+            throw BundleException("${bundle.container.name} has no drafter that LiteRT-LM sees: export it again, or go without MTP")
         }
         Engine.setNativeMinLogSeverity(LogSeverity.INFO)
         // Global, and read when an engine is created.

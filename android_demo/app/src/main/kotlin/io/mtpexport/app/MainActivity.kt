@@ -38,10 +38,8 @@ class MainActivity : Activity() {
     private fun listBundles() {
         val (found, problems) = Bundles.list(bundles())
         screen.show(found)
-        screen.status(
-            if (found.isEmpty() && problems.isEmpty()) "no bundle: add its manifest.json and its .litertlm, or push its folder to ${bundles()}"
-            else problems.joinToString("\n"),
-        )
+        val none = "no bundle: add its manifest.json and its .litertlm, or push its folder to ${bundles()}"
+        screen.status(if (found.isEmpty() && problems.isEmpty()) none else problems.joinToString("\n"))
     }
 
     private fun choose() {
@@ -55,8 +53,12 @@ class MainActivity : Activity() {
         val chosen = if (clip != null) List(clip.itemCount) { clip.getItemAt(it).uri } else listOfNotNull(data.data)
         inBackground {
             say("copying and checking")
-            val files = chosen.associate { uri -> nameOf(uri) to { contentResolver.openInputStream(uri) ?: throw FileNotFoundException("$uri") } }
-            Bundles.import(bundles(), files)
+            Bundles.import(
+                bundles(),
+                chosen.associate { uri ->
+                    nameOf(uri) to { contentResolver.openInputStream(uri) ?: throw FileNotFoundException("$uri") }
+                },
+            )
             runOnUiThread(::listBundles)
         }
     }

@@ -42,7 +42,9 @@ class Screen(
             onSend(message.text.toString())
             message.text.clear()
         }
-        val top = row(button("Load") { choice()?.let(onLoad) }, button("Compare") { choice()?.let(onCompare) }, button("Add…", onAdd))
+        val load = button("Load") { choice()?.let(onLoad) }
+        val compare = button("Compare") { choice()?.let(onCompare) }
+        val top = row(load, compare, button("Add…", onAdd))
         val scroll = ScrollView(activity).apply { addView(column(table, chat)) }
         val all = column(bundles, row(gpu, mtp), top, status)
         all.addView(scroll, LinearLayout.LayoutParams(MATCH_PARENT, 0, 1f))

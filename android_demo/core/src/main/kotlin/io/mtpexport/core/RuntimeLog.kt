@@ -10,5 +10,7 @@ object RuntimeLog {
 
     /** What runs elsewhere than it was asked to, in the runtime's own words. */
     fun warnings(log: String): List<String> =
-        log.lines().filter { it.contains("falling back to CPU", ignoreCase = true) }.map { it.replace(PREFIX, "").trim() }.distinct()
+        log.lines().filter { it.contains("falling back to CPU", ignoreCase = true) }
+            .map { it.replace(PREFIX, "").trim() }
+            .distinct()
 }

@@ -157,7 +157,10 @@ class RunTest {
             log += "closed $useMtp"
         }
 
-        override fun notes() = Notes(9.0, if (useMtp) 0.5 else null, 1000, listOf("w")).also { check(log.last() == "closed $useMtp") }
+        override fun notes(): Notes {
+            check(log.last() == "closed $useMtp")
+            return Notes(9.0, if (useMtp) 0.5 else null, 1000, listOf("w"))
+        }
     }
 
     @Test
