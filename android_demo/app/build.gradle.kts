@@ -10,7 +10,7 @@ android {
     defaultConfig {
         applicationId = "io.mtpexport.demo"
         minSdk = 26
-        targetSdk = 35
+        targetSdk = 34 // from 35 on an app is drawn under the bars of the system
         versionCode = 1
         versionName = "0.1.0"
         testInstrumentationRunner = "io.mtpexport.app.LiteRtLmTest"

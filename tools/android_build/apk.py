@@ -33,7 +33,7 @@ _TOOL_PACKAGES = (
     *("android-liblog", "android-libutils", "android-libziparchive", "apksigner", "libapksig-java", "libbsd0"),
     *("libexpat1", "libmd0", "libpng16-16", "libprotobuf-lite32", "libzopfli1", "p7zip-full", "zipalign"),
 )
-_MIN_SDK, _TARGET_SDK = 26, 35
+_MIN_SDK, _TARGET_SDK = 26, 34  # from 35 on an app is drawn under the bars of the system
 APPLICATION = "io.mtpexport.demo"  # Gradle, too, puts it into the manifest
 _KEY = ("-storepass", "throwaway", "-keypass", "throwaway", "-alias", "throwaway")
 
