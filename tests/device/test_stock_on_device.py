@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from mtp_export.benching import BenchReport
-from mtp_export.device.adb import FOLDER, Adb
+from mtp_export.device.adb import FOLDER, Adb, AdbError
+from mtp_export.device.app import read_report
 from mtp_export.device.bench import DeviceBench
 from mtp_export.device.binary import parse_output
 from mtp_runtime.bundle import sha256_of
@@ -151,3 +152,10 @@ def test_what_a_program_prints() -> None:
         parse_output("output: a", "E: no memory")
     with pytest.raises(BackendError, match="told no text"):
         parse_output("a", figures)
+
+
+def test_what_the_app_answers_where_it_cannot() -> None:
+    with pytest.raises(AdbError, match=r"^the app could not run it: the bundle takes 2490 MB"):
+        read_report(b'{"error": "the bundle takes 2490 MB and 2000 MB are free"}')
+    with pytest.raises(AdbError, match=r"not readable .*: build and install android_demo again"):
+        read_report(b'{"model": "nano"}')
