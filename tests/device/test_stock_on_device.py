@@ -155,5 +155,5 @@ def test_what_a_program_prints() -> None:
 def test_what_the_app_answers_where_it_cannot() -> None:
     with pytest.raises(AdbError, match=r"^the app could not run it: the bundle takes 2490 MB"):
         read_report(b'{"error": "the bundle takes 2490 MB and 2000 MB are free"}')
-    with pytest.raises(AdbError, match=r"not readable .*: build and install android_demo again"):
+    with pytest.raises(AdbError, match=r"not this version's .*: build and install android_demo again"):
         read_report(b'{"model": "nano"}')
