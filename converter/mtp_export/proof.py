@@ -176,7 +176,8 @@ def stock_result(
     """
     comparisons = []
     for prompt, trace, parts, output in zip(prompt_ids, plain, pieces, run.outputs, strict=True):
-        if output.prompt_ids != list(trace.prompt_ids)[-len(output.prompt_ids) :]:
+        read = output.prompt_ids
+        if read is not None and read != list(trace.prompt_ids)[-len(read) :]:
             raise UserError(f"prompt {prompt}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
         found = compare_text(prompt, parts, output.text, margins=trace.margins, tolerance=tolerance)
         if found.verdict == "equal" and trace.finish_reason == "stop" and output.text != "".join(parts):

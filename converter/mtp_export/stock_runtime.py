@@ -35,23 +35,27 @@ class _Request(msgspec.Struct, kw_only=True):
 class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one prompt got.
 
-    `prompt_ids` is how the runtime itself reads the prompt, its start token not included. `decode_ms` is the wall time
-    of the whole decode call, which the first token is part of.
+    `prompt_ids` is how the runtime itself reads the prompt, its start token not included; None where it does not tell.
+    `decode_ms` is the time of the whole decode call, which the first token is part of; `first_token_ms` that from the
+    start of the prompt's pass to the first token, as the runtime measures it.
     """
 
     text: str
-    prompt_ids: list[int]
     num_tokens: int
     decode_ms: float
+    first_token_ms: float
+    prompt_ids: list[int] | None = None
 
 
 class StockRun(msgspec.Struct, frozen=True, kw_only=True):
     """All prompts of one engine. `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what
-    creating the engine took."""
+    creating the engine took. `warnings` say what fell back to another processor, in the runtime's own words."""
 
     outputs: list[StockOutput]
     load_ms: float = 0.0
     acceptance_rate: float | None = None
+    peak_memory_bytes: int | None = None
+    warnings: list[str] = []
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,13 +108,19 @@ def run_stock(
         if done.returncode != 0 or not answer_path.exists():
             raise BackendError(f"stock LiteRT-LM failed (exit {done.returncode}): {last_complaint(log)}")
         run = msgspec.json.decode(answer_path.read_bytes(), type=StockRun)
-    return msgspec.structs.replace(run, acceptance_rate=parse_acceptance_rate(log))
+    return msgspec.structs.replace(run, acceptance_rate=parse_acceptance_rate(log), warnings=parse_warnings(log))
 
 
 def parse_acceptance_rate(log: str) -> float | None:
     """Return the acceptance that the engine logs as it closes, None where it logs none. 0.18.1 tells no counts."""
     found = re.findall(r"MTP Drafter - Success rate: ([0-9.e+-]+)$", log, re.MULTILINE)
     return float(found[-1]) if found else None
+
+
+def parse_warnings(log: str) -> list[str]:
+    """Return the lines of a log that say what runs elsewhere than it was asked to."""
+    lines = [line for line in log.splitlines() if "falling back to cpu" in line.lower()]
+    return list(dict.fromkeys(re.sub(r"^.*?\.(?:cc|h|cpp):\d+\] ", "", line).strip() for line in lines))
 
 
 def last_complaint(log: str) -> str:
@@ -148,15 +158,20 @@ def _main() -> None:
                 started = time.perf_counter()
                 responses = session.run_decode()
                 decode_ms = 1000.0 * (time.perf_counter() - started)
+                told = session.get_benchmark_info()
                 outputs.append(
                     StockOutput(
                         text=responses.texts[0] if responses.texts else "",
                         prompt_ids=engine.tokenize(prompt),
-                        num_tokens=session.get_benchmark_info().last_decode_token_count,
+                        num_tokens=told.last_decode_token_count,
                         decode_ms=decode_ms,
+                        first_token_ms=1000.0 * told.time_to_first_token_in_second,
                     )
                 )
-    Path(request.answer_path).write_bytes(msgspec.json.encode(StockRun(outputs=outputs, load_ms=load_ms)))
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    peak_bytes = 1024 * int(peak[1]) if peak else None
+    run = StockRun(outputs=outputs, load_ms=load_ms, peak_memory_bytes=peak_bytes)
+    Path(request.answer_path).write_bytes(msgspec.json.encode(run))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_killed_when_memory_is_low(place: Place) -> None:
 
 def test_disk_full(place: Place, tmp_path: Path) -> None:
     device, file = Adb.open(), random_file(tmp_path / "weights", 8 << 20)
-    device.shell(f"mkdir -p {FOLDER} && fallocate -l 1020M {FOLDER}/fill")
+    device.shell(f"rm -rf {FOLDER} && mkdir -p {FOLDER} && fallocate -l 1020M {FOLDER}/fill")
     try:
         with pytest.raises(AdbError, match=r"has \d MB free in .* and 8 MB are to be sent: free some space"):
             send(device, [file], f"{FOLDER}/full")

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent
 PROMPTS = FOLDER / "prompts.jsonl"
 TRACES = FOLDER / "traces.jsonl"
 CASES = FOLDER / "parity_cases.jsonl"
+LOG = FOLDER / "runtime_log.jsonl"
 RECIPES = ("int8", "int4")
 MAX_NEW_TOKENS = 24
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from mtp_export.stock_runtime import parse_acceptance_rate, parse_warnings
 from mtp_runtime.parity import compare_tokens
 from tests.conftest import Export
 from tests.golden.__main__ import judge, traces_of
-from tests.golden.files import MAX_NEW_TOKENS, RECIPES, read_cases, read_traces
+from tests.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_traces
 
 # Another processor's kernels round differently; the same tolerance as between any two places (mtp_export/proof.py).
 TOLERANCE = 0.05
@@ -18,6 +20,15 @@ def test_cases_of_the_near_tie_rule() -> None:
     assert {case.expected.verdict for case in cases if case.expected} == {"equal", "near_tie", "different"}
     for case in cases:
         assert judge(case) == case.expected, case.name
+
+
+def test_the_log_of_the_stock_runtime() -> None:
+    cases = [msgspec.json.decode(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
+    for case in cases:
+        assert parse_acceptance_rate(case["line"]) == case["acceptance_rate"]
+        assert parse_warnings(case["line"]) == case["warnings"]
+    everything = "\n".join(case["line"] for case in [*cases, *cases])
+    assert parse_warnings(everything) == [warning for case in cases for warning in case["warnings"]]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,6 +13,9 @@ from tools.fetched.debian import FetchError, fetch
 
 KOTLIN = "2.4.20"
 _JAVA = 17
+# What the dexer reads, and what Android 8 runs: classes of Java 8, lambdas and texts made without invokedynamic.
+_OLD_CLASSES = ("-jvm-target", "1.8", "-Xlambdas=class", "-Xsam-conversions=class", "-Xstring-concat=inline")
+_SHORT = ("-Xmx1g", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")  # a JVM that ends before optimising pays
 _JUNIT = ("junit4", "libhamcrest-java")
 
 
@@ -23,8 +26,9 @@ class Toolchain:
         """Take the prepared folder; `toolchain` gives it."""
         self._kotlin = folder / "node_modules/kotlin-compiler/lib"
         java = folder / "root/usr/share/java"
-        jars = [self._kotlin / f"{name}.jar" for name in ("kotlin-stdlib", "kotlin-test", "kotlin-test-junit")]
-        self._classpath = [*jars, java / "junit4.jar", java / "hamcrest.jar"]
+        self.stdlib = self._kotlin / "kotlin-stdlib.jar"
+        jars = [self._kotlin / f"{name}.jar" for name in ("kotlin-test", "kotlin-test-junit")]
+        self._classpath = [self.stdlib, *jars, java / "junit4.jar", java / "hamcrest.jar"]
 
     def compile(self, sources: Sequence[Path], output: Path, *, classpath: Sequence[Path] = ()) -> str:
         """Compile Kotlin files to classes in `output`, warnings being errors, and return what the compiler said.
@@ -32,8 +36,8 @@ class Toolchain:
         Raises:
             CompileError: it does not compile.
         """
-        command = ["java", "-Xmx1g", "-cp", f"{self._kotlin}/*", "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"]
-        command += ["-no-stdlib", "-no-reflect", "-Werror", "-jvm-target", str(_JAVA), "-d", str(output)]
+        command = ["java", *_SHORT, "-cp", f"{self._kotlin}/*", "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"]
+        command += ["-no-stdlib", "-no-reflect", "-Werror", *_OLD_CLASSES, "-d", str(output)]
         command += ["-classpath", _joined([*classpath, *self._classpath]), *map(str, sources)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -44,7 +48,7 @@ class Toolchain:
         self, names: Sequence[str], classpath: Sequence[Path], **properties: str
     ) -> subprocess.CompletedProcess[str]:
         """Run JUnit classes in a JVM with system `properties`."""
-        command = ["java", *(f"-D{name}={value}" for name, value in properties.items())]
+        command = ["java", *_SHORT, *(f"-D{name}={value}" for name, value in properties.items())]
         command += ["-cp", _joined([*classpath, *self._classpath]), "org.junit.runner.JUnitCore", *names]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 

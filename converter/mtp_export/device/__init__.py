@@ -1,1 +1,1 @@
-"""The same prompts on this machine and on an emulated ARM64 place, over adb."""
+"""The same prompts on this machine and on a device behind adb: an emulated ARM64 place, or a phone."""

@@ -150,14 +150,18 @@ class Adb:
             return Ended(code, "\n".join(lines), errors.read().decode("utf-8", errors="replace"))
 
     def shell(self, command: str, *, stdin: Iterable[bytes] = (), on_line: Callable[[str], None] | None = None) -> str:
-        """Run `command` as `try_shell` does and return its output.
+        """Run `command` as `run` does and return its output."""
+        return self.run(command, stdin=stdin, on_line=on_line).output
+
+    def run(self, command: str, *, stdin: Iterable[bytes] = (), on_line: Callable[[str], None] | None = None) -> Ended:
+        """Run `command` as `try_shell` does, which must end well.
 
         Raises:
             AdbError: it failed, was killed, does not exist, or the device went away.
         """
         ended = self.try_shell(command, stdin=stdin, on_line=on_line)
         if ended.code == 0:
-            return ended.output
+            return ended
         name = command.split()[-1] if len(command.split()) == 1 else _program_of(command)
         if ended.code is None:
             raise AdbError(_explained(ended.errors, self.serial, lost=True))

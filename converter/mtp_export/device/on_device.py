@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Literal
 
 import msgspec
 
-from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
 from mtp_export.stock_runtime import run_stock
 from mtp_runtime import Session
 from mtp_runtime.contract import read_manifest
 from mtp_runtime.errors import MtpError
 
 _PACKAGES = ("ai-edge-litert", "litert-lm-api", "numpy", "onnxruntime")
-# The architecture that /proc/cpuinfo's part numbers of Arm stand for, as far as the emulated place can be told to be.
-_ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
 _SLOWEST_TOKEN_S = 10.0  # emulation included; slower than this, LiteRT-LM is taken to hang
 
 
@@ -51,6 +48,7 @@ def answer(request: Request) -> Answer:
                 context_length=manifest.context_length,
                 use_mtp=depth > 0,
                 threads=request.threads,
+                backend=request.backend,
                 timeout_s=300.0 + len(request.prompts) * request.max_new_tokens * _SLOWEST_TOKEN_S,
             )
             stock.append(StockAnswer(num_draft_tokens=depth, run=run))
@@ -65,7 +63,7 @@ def describe() -> PlaceDescription:
     return PlaceDescription(
         where=where,
         machine=platform.machine(),
-        cpu=_cpu(),
+        cpu=cpu_name(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")),
         system=platform.platform() if where == "host" else "Debian root behind adbd",
         emulator=os.environ.get("MTP_EMULATOR") if where == "arm64-emulated" else None,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -81,15 +79,6 @@ def _traces(session: Session, request: Request, depth: int) -> TraceRun:
         )
         traces.append(generation.finish())
     return TraceRun(num_draft_tokens=depth, traces=tuple(traces))
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    part = re.search(r"^CPU part\s*: (\S+)", info, re.MULTILINE)
-    if part:
-        return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
-    name = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
-    return name[1] if name else platform.processor()
 
 
 def _version(package: str) -> str:

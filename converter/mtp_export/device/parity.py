@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Request, Runtime, TraceRun
+from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Processor, Request, Runtime, TraceRun
 from mtp_export.proof import stock_result, tolerance_of
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
@@ -44,11 +44,18 @@ def title(place: PlaceDescription) -> str:
     """Name a place in a line; an emulated one never goes without the word."""
     if place.where == "arm64-emulated":
         return f"ARM64, emulated CPU, over adb: {place.cpu} by {place.emulator}"
-    return f"this machine: {place.cpu}"
+    return f"{'a phone' if place.where == 'phone' else 'this machine'}: {place.cpu}"
 
 
 def request_for(
-    bundle: Path, folder: str, prompts: Sequence[AskedPrompt], *, max_new_tokens: int, stock: bool, threads: int
+    bundle: Path,
+    folder: str,
+    prompts: Sequence[AskedPrompt],
+    *,
+    max_new_tokens: int,
+    stock: bool,
+    backend: Processor,
+    threads: int,
 ) -> Request:
     """Ask for the bundle's runs without and with MTP; `folder` is where the place has the bundle."""
     manifest = read_manifest(bundle)
@@ -61,8 +68,14 @@ def request_for(
         max_new_tokens=max_new_tokens,
         depths=(0, manifest.num_draft_tokens),
         runtimes=runtimes,
+        backend=backend,
         threads=threads,
     )
+
+
+def reference_request(request: Request) -> Request:
+    """Ask for that part of a request that others are compared with."""
+    return msgspec.structs.replace(request, depths=(0,), runtimes=("mtp_runtime",))
 
 
 def compare(bundle: Path, request: Request, here: Answer, there: Answer) -> DeviceReport:
@@ -142,6 +155,8 @@ def _left_out(manifest: Manifest, there: Answer) -> list[str]:
     left_out = []
     if there.place.where == "arm64-emulated":
         left_out.append("speed: the CPU is emulated, and its times say nothing about a device's")
+    if not there.traces:
+        left_out.append("the reference runtime: --binary and --app run LiteRT-LM alone")
     if not there.stock and "litertlm" in manifest.files:
         left_out.append("LiteRT-LM: --no-stock was given")
     elif not there.stock:

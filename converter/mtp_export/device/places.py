@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.device.adb import FOLDER, Adb
-from mtp_export.device.protocol import Answer, Request
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, Where, cpu_name
 from mtp_export.device.transfer import Sent, code_archive, send
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
@@ -47,7 +47,7 @@ def run_with_python(adb: Adb, request: Request, on_line: Callable[[str], None] =
         home = send(adb, [code], f"{FOLDER}/code/{code.sha256[:16]}").folder
         asked = Path(folder) / "request.json"
         asked.write_bytes(msgspec.json.encode(request))
-        request_there = send(adb, [Sent(asked, sha256_of(asked), asked.stat().st_size)], _runs(asked)).folder
+        request_there = send(adb, [Sent.of(asked)], _runs(asked)).folder
         answer_there = f"{request_there}/answer.json"
         adb.shell(
             f"cd {request_there} && rm -f answer.json && "
@@ -63,14 +63,48 @@ def _runs(request: Path) -> str:
     return f"{FOLDER}/runs/{sha256_of(request)[:16]}"
 
 
-def check_emulated(adb: Adb) -> None:
-    """Check that the device is the emulated place, which says so itself in its environment.
+def describe(adb: Adb) -> PlaceDescription:
+    """Describe a device by its own word.
 
     Raises:
-        UserError: it is another device.
+        UserError: it is neither the emulated place nor an Android phone.
     """
-    if adb.shell("echo $MTP_PLACE").strip() != "arm64-emulated":
-        raise UserError(
-            f"{adb.serial} is not the emulated ARM64 place, and has no Python with the runtimes to run the prompts: "
-            "start the place with `python -m tools.arm64_device start`, and name it with --serial (docs/device.md)"
+    where, emulator, machine = adb.shell('echo "$MTP_PLACE"; echo "$MTP_EMULATOR"; uname -m').splitlines()
+    if where == "arm64-emulated":
+        return PlaceDescription(
+            where="arm64-emulated",
+            machine=machine,
+            cpu=cpu_name(adb.shell("cat /proc/cpuinfo")),
+            system="Debian root behind adbd",
+            emulator=emulator,
+            versions={},
         )
+    names = ("product.manufacturer", "product.model", "build.version.release", "soc.model", "board.platform")
+    told = adb.try_shell(" && ".join(f"getprop ro.{name}" for name in names))
+    if told.code != 0:
+        raise UserError(
+            f"{adb.serial} is not the emulated ARM64 place, and no Android phone either, as it has no getprop: start "
+            "the place with `python -m tools.arm64_device start`, and name it with --serial (docs/device.md)"
+        )
+    maker, model, release, soc, board = told.output.split("\n")  # the last may be empty
+    return PlaceDescription(
+        where="phone",
+        machine=machine,
+        cpu=soc or board,
+        system=f"{maker} {model}, Android {release}",
+        emulator=None,
+        versions={"android": release},
+    )
+
+
+def check_where(adb: Adb, place: PlaceDescription, where: Where) -> None:
+    """Check that the device is what was asked for: a report is never stamped with another place.
+
+    Raises:
+        UserError: it is another.
+    """
+    if place.where == where:
+        return
+    if place.where == "phone":
+        raise UserError(f"{adb.serial} is a phone ({place.system}): say --where phone, with --app or --binary PATH")
+    raise UserError(f"{adb.serial} is the emulated ARM64 place, and no phone: leave out --where phone")

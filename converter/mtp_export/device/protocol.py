@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,8 +11,11 @@ import msgspec
 from mtp_export.stock_runtime import StockRun
 from mtp_runtime.trace import GenerationTrace
 
-Where = Literal["host", "arm64-emulated"]
+Where = Literal["host", "arm64-emulated", "phone"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]
+Processor = Literal["cpu", "gpu"]
+# The architecture that /proc/cpuinfo's part numbers of Arm stand for, as far as the emulated place can be told to be.
+_ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
 
 
 class AskedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +29,8 @@ class AskedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Run `prompts` greedily through each of `runtimes`, with each of `depths` drafts a round (0: without MTP).
 
-    `bundle` is a folder on the machine that runs it; `container` the `.litertlm` in it, for LiteRT-LM.
+    `bundle` is a folder on the machine that runs it; `container` the `.litertlm` in it, for LiteRT-LM, which runs it on
+    `backend`; the reference runtime has the CPU alone.
     """
 
     bundle: str
@@ -34,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_new_tokens: int
     depths: tuple[int, ...]
     runtimes: tuple[Runtime, ...]
+    backend: Processor
     threads: int
 
 
@@ -70,6 +76,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stock: tuple[StockAnswer, ...] = ()
 
 
-def asked(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
+def asked_prompts(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
     """Take what a place needs of prompts that have more fields."""
     return tuple(msgspec.convert(prompt, AskedPrompt, from_attributes=True) for prompt in prompts)
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Name the processor that a text like Linux's /proc/cpuinfo describes."""
+    part = re.search(r"^CPU part\s*: (\S+)", cpuinfo, re.MULTILINE)
+    if part:
+        return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
+    name = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
+    return name[1] if name else "a processor that does not tell its name"

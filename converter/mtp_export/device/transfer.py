@@ -16,6 +16,7 @@ from typing import NamedTuple
 from mtp_export.device.adb import FOLDER, Adb, AdbError
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
+from mtp_runtime.errors import UserError
 
 _PIECE_BYTES = 1 << 20
 
@@ -26,6 +27,11 @@ class Sent(NamedTuple):
     path: Path
     sha256: str
     size_bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> Sent:
+        """Describe a file by what it is now."""
+        return cls(path, sha256_of(path), path.stat().st_size)
 
 
 class Transferred(NamedTuple):
@@ -43,10 +49,27 @@ def send_bundle(adb: Adb, bundle: Path, on_bytes: Callable[[int, int], None] = l
     """
     manifest: Manifest = read_manifest(bundle)
     files = [Sent(bundle / entry.path, entry.sha256, entry.size_bytes) for entry in manifest.files.values()]
-    own = bundle / MANIFEST_NAME
-    files.append(Sent(own, sha256_of(own), own.stat().st_size))
+    files.append(Sent.of(bundle / MANIFEST_NAME))
     # The manifest holds the hash of every other file.
     return send(adb, files, f"{FOLDER}/bundles/{files[-1].sha256[:16]}", on_bytes)
+
+
+def send_container(
+    adb: Adb, bundle: Path, root: str, on_bytes: Callable[[int, int], None] = lambda sent, total: None
+) -> Transferred:
+    """Have what LiteRT-LM needs of a bundle on the device, the `.litertlm` and the manifest, in a folder under `root`.
+
+    Raises:
+        MtpError: the bundle has no `.litertlm`, the device has no room, or it went away.
+    """
+    manifest: Manifest = read_manifest(bundle)
+    entry = manifest.files.get("litertlm")
+    if entry is None:
+        raise UserError(
+            f"{bundle.name} is for {manifest.export_format}, and LiteRT-LM runs .litertlm files: export it for tflite"
+        )
+    files = [Sent(bundle / entry.path, entry.sha256, entry.size_bytes), Sent.of(bundle / MANIFEST_NAME)]
+    return send(adb, files, f"{root}/{files[-1].sha256[:16]}", on_bytes)
 
 
 def send(
@@ -83,7 +106,7 @@ def code_archive(folder: Path) -> Sent:
                     archive.writestr(zipfile.ZipInfo(f"{root.name}/{inside.as_posix()}"), path.read_bytes())
     path = folder / "code.zip"
     path.write_bytes(data.getvalue())
-    return Sent(path, sha256_of(path), path.stat().st_size)
+    return Sent.of(path)
 
 
 def _offset(file: Sent, there: dict[str, int]) -> int:

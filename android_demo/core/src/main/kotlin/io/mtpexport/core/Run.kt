@@ -5,8 +5,46 @@ data class Prompt(val id: String, val kind: String, val text: String) {
     companion object {
         /** Read a JSONL of prompts, as `mtp-export` does. */
         fun parseLines(text: String): List<Prompt> = text.lines().filter { it.isNotBlank() }.mapIndexed { i, line ->
-            val json = Json.parse(line) as? Map<*, *> ?: throw JsonException("prompt ${i + 1} is no object")
-            Prompt(json["id"] as? String ?: "line-${i + 1}", json["kind"] as? String ?: "any", json.need("text"))
+            parse(Json.parse(line), "line-${i + 1}")
+        }
+
+        /** The first [limit] prompts of all kinds in turn. */
+        fun inTurn(prompts: List<Prompt>, limit: Int): List<Prompt> {
+            val byKind = prompts.groupBy { it.kind }.values
+            return List(byKind.maxOf { it.size }) { i -> byKind.mapNotNull { it.getOrNull(i) } }.flatten().take(limit)
+        }
+
+        fun parse(json: Any?, name: String): Prompt {
+            json as? Map<*, *> ?: throw JsonException("prompt $name is no object")
+            return Prompt(json["id"] as? String ?: name, json["kind"] as? String ?: "any", json.need("text"))
+        }
+    }
+}
+
+enum class Processor(val word: String) { CPU("cpu"), GPU("gpu") }
+
+/** What the runner asks of the app: `mtp_export/device/app.py` writes it. */
+data class Request(
+    val bundle: String,
+    val prompts: List<Prompt>,
+    val maxNewTokens: Int,
+    val repetitions: Int,
+    val processor: Processor,
+    val threads: Int,
+) {
+    companion object {
+        fun parse(text: String): Request {
+            val json = Json.parse(text) as? Map<*, *> ?: throw JsonException("a request is an object")
+            val word = json.need<String>("backend")
+            return Request(
+                bundle = json.need("bundle"),
+                prompts = json.need<List<*>>("prompts").mapIndexed { i, prompt -> Prompt.parse(prompt, "${i + 1}") },
+                maxNewTokens = json.needInt("max_new_tokens"),
+                repetitions = json.needInt("repetitions"),
+                processor = Processor.entries.find { it.word == word }
+                    ?: throw JsonException("backend is $word, expected one of ${Processor.entries.map { it.word }}"),
+                threads = json.needInt("threads"),
+            )
         }
     }
 }
@@ -14,13 +52,19 @@ data class Prompt(val id: String, val kind: String, val text: String) {
 /** What one generation gave: its text, how many tokens, and how long decoding and the first token took. */
 data class Output(val text: String, val numTokens: Int, val decodeMs: Double, val firstTokenMs: Double)
 
+/** What is known of a variant once it is closed: the runtime tells acceptance only then, and only in its log. */
+data class Notes(val loadMs: Double, val acceptanceRate: Double?, val peakMemoryBytes: Long, val warnings: List<String>)
+
 /** Whoever generates: LiteRT-LM on a phone, something else in a test. MTP is fixed when it is opened. */
 interface Generator : AutoCloseable {
     fun generate(prompt: String, maxNewTokens: Int): Output
+
+    /** Only after it was closed. */
+    fun notes(): Notes
 }
 
 /** One variant's outputs by prompt and repetition. */
-data class VariantRun(val useMtp: Boolean, val outputs: List<List<Output>>)
+data class VariantRun(val useMtp: Boolean, val outputs: List<List<Output>>, val notes: Notes)
 
 /** The order of a measurement: each variant is opened by itself, warmed up once, then runs every prompt [repetitions] times. */
 class RunProtocol(
@@ -35,19 +79,18 @@ class RunProtocol(
     }
 
     fun run(onProgress: (String) -> Unit = {}): List<VariantRun> = listOf(false, true).map { useMtp ->
-        open(useMtp).use { generator ->
+        val generator = open(useMtp)
+        val outputs = generator.use {
             onProgress("warm-up, MTP ${if (useMtp) "on" else "off"}")
             generator.generate(prompts.first().text, minOf(maxNewTokens, 8))
-            VariantRun(
-                useMtp,
-                prompts.map { prompt ->
-                    List(repetitions) { i ->
-                        onProgress("${prompt.id}, MTP ${if (useMtp) "on" else "off"}, run ${i + 1} of $repetitions")
-                        generator.generate(prompt.text, maxNewTokens)
-                    }
-                },
-            )
+            prompts.map { prompt ->
+                List(repetitions) { i ->
+                    onProgress("${prompt.id}, MTP ${if (useMtp) "on" else "off"}, run ${i + 1} of $repetitions")
+                    generator.generate(prompt.text, maxNewTokens)
+                }
+            }
         }
+        VariantRun(useMtp, outputs, generator.notes())
     }
 }
 

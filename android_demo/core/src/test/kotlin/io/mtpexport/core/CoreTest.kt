@@ -1,6 +1,9 @@
 package io.mtpexport.core
 
 import java.io.File
+import java.nio.file.Files
+import java.security.MessageDigest
+import kotlin.test.AfterTest
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -61,12 +64,79 @@ class ManifestTest {
 
     @Test
     fun `a file is held against size and hash`() {
-        val digest = java.security.MessageDigest.getInstance("SHA-256").digest("container".toByteArray())
+        val digest = MessageDigest.getInstance("SHA-256").digest("container".toByteArray())
         val right = digest.joinToString("") { "%02x".format(it) }
         Manifest.parse(manifest(hash = right)).check(file)
         assertTrue("SHA-256" in assertFailsWith<BundleException> { Manifest.parse(manifest()).check(file) }.message!!)
         assertTrue("9 bytes" in assertFailsWith<BundleException> { Manifest.parse(manifest(size = 8)).check(file) }.message!!)
         assertFailsWith<BundleException> { Manifest.parse(manifest()).check(File("absent")) }
+    }
+}
+
+class BundlesTest {
+    private val root = Files.createTempDirectory("mtp").toFile()
+    private val digest = MessageDigest.getInstance("SHA-256").digest("container".toByteArray())
+    private val manifest = Json.write(
+        mapOf(
+            "format_version" to 1, "model" to "nano", "recipe" to "int8", "num_draft_tokens" to 4, "context_length" to 1020,
+            "files" to mapOf(
+                "litertlm" to mapOf(
+                    "path" to "n.litertlm", "sha256" to digest.joinToString("") { "%02x".format(it) }, "size_bytes" to 9,
+                ),
+            ),
+        ),
+    )
+
+    private fun files(container: String, name: String = "n.litertlm") =
+        mapOf("manifest.json" to { manifest.byteInputStream() }, name to { container.byteInputStream() })
+
+    @AfterTest
+    fun remove() {
+        root.deleteRecursively()
+    }
+
+    @Test
+    fun `chosen files are checked and then listed`() {
+        val bundle = Bundles.import(root, files("container"))
+        assertEquals(File(root, "n/n.litertlm"), bundle.container)
+        assertEquals("container", bundle.container.readText())
+        File(root, "broken").mkdirs()
+        File(root, "broken/manifest.json").writeText("{}")
+        val (found, problems) = Bundles.list(root)
+        assertEquals(listOf(bundle), found)
+        assertTrue(problems.single().startsWith("broken: manifest.json is not valid"), problems.toString())
+    }
+
+    @Test
+    fun `a wrong choice leaves nothing that could be loaded`() {
+        val damaged = assertFailsWith<BundleException> { Bundles.import(root, files("c0ntainer")) }
+        assertTrue("SHA-256" in damaged.message!!)
+        val other = assertFailsWith<BundleException> { Bundles.import(root, files("container", "x.litertlm")) }
+        assertTrue("names n.litertlm" in other.message!!)
+        assertFailsWith<BundleException> { Bundles.import(root, emptyMap()) }
+        assertEquals(emptyList(), root.walk().filter { it.isFile }.toList())
+    }
+}
+
+class MemoryTest {
+    @Test
+    fun `what is reserved is not free`() {
+        assertEquals(null, Memory.problem(100, 133, 50))
+        assertTrue(Memory.problem(100, 132, 50) != null)
+        val said = Memory.problem(3_000_000_000, 2_500_000_000, 500_000_000)!!
+        assertTrue("2490 MB" in said && "2000 MB are free" in said, said)
+    }
+
+    @Test
+    fun `the peak outlives what was allocated`() {
+        val memory = PeakMemory()
+        val before = memory.bytes
+        assertTrue(before > 1_000_000, "$before")
+        var block: ByteArray? = ByteArray(200_000_000) { 1 }
+        Thread.sleep(500)
+        block = block?.let { null }
+        memory.close()
+        assertTrue(memory.bytes > before + 150_000_000, "${memory.bytes} after $before")
     }
 }
 
@@ -86,6 +156,11 @@ class RunTest {
         override fun close() {
             log += "closed $useMtp"
         }
+
+        override fun notes(): Notes {
+            check(log.last() == "closed $useMtp")
+            return Notes(9.0, if (useMtp) 0.5 else null, 1000, listOf("w"))
+        }
     }
 
     @Test
@@ -99,16 +174,26 @@ class RunTest {
 
     @Test
     fun `the report tells the gain by kind of text`() {
-        val runs = RunProtocol(prompts, 20, 3, ::open).run()
-        val entry = FileEntry("n.litertlm", "00", 1)
-        val report = Report.build(Phone("m", "c", "s", "CPU"), Manifest("nano", "int8", 4, 1020, entry), prompts, runs)
+        val request = Request.parse(File(System.getProperty("golden"), "app_request.json").readText())
+        assertEquals(listOf("code", "prose"), request.prompts.map { it.kind })
+        val runs = RunProtocol(request.prompts, request.maxNewTokens, request.repetitions, ::open).run()
+        val phone = Phone("arm64-v8a", "c", "s", mapOf("android" to "16"))
+        val manifest = Manifest("nano", "int8", 4, 1020, FileEntry("n.litertlm", "00", 1))
+        val report = Report.build(phone, manifest, request, runs)
         val gains = report.need<List<*>>("speed").associate { (it as Map<*, *>)["kind"] to it.needDouble("mtp_gain") }
         assertEquals(2.0, gains["code"]!!, 1e-9)
         assertEquals(1.0, gains["prose"]!!, 1e-9)
         assertEquals(4.0 / 3, gains["all"]!!, 1e-9)
         assertTrue(report.need<List<*>>("prompts").all { (it as Map<*, *>)["same_text"] == true })
-        assertEquals("phone", (Json.parse(Json.write(report)) as Map<*, *>)["where"])
         assertTrue(!Report.sameText("abc", "abd"))
+        // For Python, which reads it as it reads a phone's.
+        File(System.getProperty("report")).writeText(Json.write(report))
+    }
+
+    @Test
+    fun `prompts of all kinds in turn`() {
+        val many = listOf("code", "code", "prose", "code").mapIndexed { i, kind -> Prompt("$i", kind, "t") }
+        assertEquals(listOf("0", "2", "1"), Prompt.inTurn(many, 3).map { it.id })
     }
 
     @Test

@@ -43,6 +43,19 @@ class GoldenTest {
     }
 
     @Test
+    fun `the runtime's log is read as Python reads it`() {
+        val cases = lines("runtime_log.jsonl")
+        for (case in cases) {
+            val log = case.need<String>("line")
+            assertEquals((case["acceptance_rate"] as Number?)?.toDouble(), RuntimeLog.acceptanceRate(log), log)
+            assertEquals(case.strings("warnings"), RuntimeLog.warnings(log), log)
+        }
+        val all = cases.joinToString("\n") { it.need<String>("line") }
+        assertEquals(cases.flatMap { it.strings("warnings") }, RuntimeLog.warnings(all + "\n" + all))
+        assertEquals(0.558642, RuntimeLog.acceptanceRate(all))
+    }
+
+    @Test
     fun `nano says with MTP what it says without`() {
         val traces = lines("traces.jsonl").groupBy { it["recipe"] to it["prompt"] }
         val prompts = Prompt.parseLines(File(golden, "prompts.jsonl").readText())

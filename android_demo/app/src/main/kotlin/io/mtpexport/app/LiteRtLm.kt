@@ -1,0 +1,130 @@
+package io.mtpexport.app
+
+import com.google.ai.edge.litertlm.Backend
+import com.google.ai.edge.litertlm.Capabilities
+import com.google.ai.edge.litertlm.Conversation
+import com.google.ai.edge.litertlm.ConversationConfig
+import com.google.ai.edge.litertlm.Engine
+import com.google.ai.edge.litertlm.EngineConfig
+import com.google.ai.edge.litertlm.ExperimentalApi
+import com.google.ai.edge.litertlm.ExperimentalFlags
+import com.google.ai.edge.litertlm.LiteRtLmJniException
+import com.google.ai.edge.litertlm.LogSeverity
+import com.google.ai.edge.litertlm.Message
+import com.google.ai.edge.litertlm.MessageCallback
+import com.google.ai.edge.litertlm.SamplerConfig
+import io.mtpexport.core.Bundle
+import io.mtpexport.core.BundleException
+import io.mtpexport.core.Generator
+import io.mtpexport.core.Notes
+import io.mtpexport.core.Output
+import io.mtpexport.core.PeakMemory
+import io.mtpexport.core.Processor
+import io.mtpexport.core.RuntimeLog
+import java.io.File
+import java.util.concurrent.CountDownLatch
+
+/** LiteRT-LM with one bundle. Opening takes seconds: never on the main thread, and one at a time. */
+@OptIn(ExperimentalApi::class)
+class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boolean, cache: File) : Generator {
+    private val log = OwnLog()
+    private val memory = PeakMemory()
+    private val engine: Engine
+    private val loadMs: Double
+    private var chat: Conversation? = null
+    private var acceptanceRate: Double? = null
+
+    init {
+        val path = bundle.container.path
+        // Without this gate an engine that is asked for MTP only fails, deep in native code.
+        if (useMtp && !Capabilities(path).use { it.hasSpeculativeDecodingSupport() }) {
+            throw BundleException("${bundle.container.name} has no drafter that LiteRT-LM sees: export it again, or go without MTP")
+        }
+        Engine.setNativeMinLogSeverity(LogSeverity.INFO)
+        // Global, and read when an engine is created.
+        ExperimentalFlags.enableBenchmark = true
+        ExperimentalFlags.enableSpeculativeDecoding = useMtp
+        val backend = if (processor == Processor.GPU) Backend.GPU() else Backend.CPU(threadCount = threads)
+        val started = System.nanoTime()
+        engine = Engine(
+            EngineConfig(
+                modelPath = path,
+                backend = backend,
+                maxNumTokens = bundle.manifest.contextLength,
+                cacheDir = cache.apply { mkdirs() }.path,
+            ),
+        )
+        try {
+            engine.initialize()
+        } catch (error: LiteRtLmJniException) {
+            memory.close()
+            throw error
+        }
+        loadMs = (System.nanoTime() - started) / 1e6
+    }
+
+    /** What fell back to another processor so far, in the runtime's own words. */
+    fun warnings(): List<String> = RuntimeLog.warnings(log.read())
+
+    override fun generate(prompt: String, maxNewTokens: Int): Output =
+        conversation(RAW, ConversationConfig(samplerConfig = GREEDY, maxOutputToken = maxNewTokens)).use {
+            val text = it.sendMessage(prompt).toString()
+            output(text, it)
+        }
+
+    /** Answer in the chat that goes on until this is closed; [onPiece] gets the text as it comes. */
+    fun answer(message: String, onPiece: (String) -> Unit): Output {
+        val conversation = chat ?: conversation(null, ConversationConfig(samplerConfig = GREEDY)).also { chat = it }
+        val done = CountDownLatch(1)
+        val text = StringBuilder()
+        var failure: Throwable? = null
+        conversation.sendMessageAsync(
+            message,
+            object : MessageCallback {
+                override fun onMessage(message: Message) {
+                    text.append(message.toString())
+                    onPiece(message.toString())
+                }
+
+                override fun onDone() = done.countDown()
+
+                override fun onError(throwable: Throwable) {
+                    failure = throwable
+                    done.countDown()
+                }
+            },
+        )
+        done.await()
+        failure?.let { throw it }
+        return output(text.toString(), conversation)
+    }
+
+    override fun close() {
+        chat?.close()
+        engine.close()
+        memory.close()
+        acceptanceRate = RuntimeLog.acceptanceRate(log.read())
+    }
+
+    override fun notes() = Notes(loadMs, acceptanceRate, memory.bytes, warnings())
+
+    private fun conversation(template: String?, config: ConversationConfig): Conversation {
+        ExperimentalFlags.overwritePromptTemplate = template
+        return engine.createConversation(config)
+    }
+
+    private fun output(text: String, conversation: Conversation): Output {
+        val told = conversation.getBenchmarkInfo()
+        val speed = told.lastDecodeTokensPerSecond
+        val decodeMs = if (speed > 0) 1000.0 * told.lastDecodeTokenCount / speed else 0.0
+        return Output(text, told.lastDecodeTokenCount, decodeMs, 1000.0 * told.timeToFirstTokenInSecond)
+    }
+
+    private companion object {
+        /** The prompt as it is: what the host's reference runtime is given. */
+        const val RAW = "{% for message in messages %}{% if message.content is string %}{{ message.content }}" +
+            "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+
+        val GREEDY = SamplerConfig(topK = 1, topP = 1.0, temperature = 1.0)
+    }
+}

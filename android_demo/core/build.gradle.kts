@@ -1,0 +1,16 @@
+plugins {
+    alias(libs.plugins.kotlin.jvm)
+}
+
+kotlin {
+    jvmToolchain(17)
+}
+
+dependencies {
+    testImplementation(libs.kotlin.test.junit)
+}
+
+tasks.test {
+    systemProperty("golden", rootDir.resolve("../tests/golden").path)
+    systemProperty("report", layout.buildDirectory.file("report.json").get().asFile.path)
+}
