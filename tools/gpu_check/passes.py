@@ -1,7 +1,7 @@
 """What one pass of a graph takes on the GPU, signature by signature.
 
 Each signature is loaded in a process of its own, from a file without the others: LiteRT's API uploads the weights again
-for each. All load side by side, and are then timed one after another.
+for each. A few load side by side, and are then timed one after another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from mtp_export.delegation import Graph, open_graph
 
+_AT_ONCE = 5  # each takes up to three times the weights in memory while it loads
 _WARM_UP, _REPEATS = 10, 30
 
 
@@ -30,24 +31,35 @@ def time_passes(
 ) -> dict[str, dict[str, float]]:
     """What loading takes, and the median time of a pass, in ms, with its hidden state read back, without which it is
     not known to be over, and with that and its logits; by the first of (label, graph, signature)."""
-    with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as place:
-        graphs = {path: open_graph(path) for path in {path for _, path, _ in wanted}}
-        running = {}
-        for number, (label, path, name) in enumerate(wanted):
-            alone = Path(place) / f"{number}.tflite"
-            write_alone(graphs[path], path, name, alone)
-            command = [sys.executable, "-m", "tools.gpu_check.passes", str(alone), name, activations]
-            running[label] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        ready = [Path(place) / f"{number}.ready" for number in range(len(wanted))]
-        while not all(path.exists() or done.poll() for path, done in zip(ready, running.values(), strict=True)):
+    found: dict[str, dict[str, float]] = {}
+    graphs = {path: open_graph(path) for path in {path for _, path, _ in wanted}}
+    for start in range(0, len(wanted), _AT_ONCE):
+        with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as place:
+            files = {}
+            for label, path, name in wanted[start : start + _AT_ONCE]:
+                files[label] = Path(place) / f"{len(files)}.tflite"
+                write_alone(graphs[path], path, name, files[label])
+            found |= _time_files(files, activations)
+    return found
+
+
+def _time_files(files: Mapping[str, Path], activations: str) -> dict[str, dict[str, float]]:
+    command = [sys.executable, "-m", "tools.gpu_check.passes"]
+    running = {
+        label: subprocess.Popen([*command, str(path), activations], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for label, path in files.items()
+    }
+    try:
+        while not all(files[label].with_suffix(".ready").exists() or p.poll() for label, p in running.items()):
             time.sleep(0.1)
-        found: dict[str, dict[str, float]] = {}
-        for number, (label, process) in enumerate(running.items()):
+        for label, process in running.items():
             process.communicate()  # the end of its input is the sign to start
             if process.returncode:
-                raise RuntimeError(f"{label} ended with code {process.returncode}")
-            found[label] = json.loads((Path(place) / f"{number}.json").read_text(encoding="utf-8"))
-    return found
+                raise RuntimeError(f"{label}: its process ended with code {process.returncode}")
+    finally:
+        for process in running.values():
+            process.kill()
+    return {label: json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for label, path in files.items()}
 
 
 def write_alone(graph: Graph, path: Path, name: str, output: Path) -> None:
@@ -70,7 +82,7 @@ def write_alone(graph: Graph, path: Path, name: str, output: Path) -> None:
         file.write(header)
 
 
-def _main(path: Path, name: str, activations: str) -> None:
+def _main(path: Path, activations: str) -> None:
     from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, GpuOptions, HardwareAccelerator, Options
 
     options = Options(
@@ -85,11 +97,11 @@ def _main(path: Path, name: str, activations: str) -> None:
         raise RuntimeError(f"{path.name} is not wholly delegated")
     path.with_suffix(".ready").touch()
     sys.stdin.read()
-    path.with_suffix(".json").write_text(json.dumps({"load_ms": load_ms, **_time(model, name)}), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps({"load_ms": load_ms, **_time(model)}), encoding="utf-8")
 
 
-def _time(model: Any, name: str) -> dict[str, float]:
-    signature = model.get_signature_list()[name]
+def _time(model: Any) -> dict[str, float]:
+    ((name, signature),) = model.get_signature_list().items()
     inputs = {key: model.create_input_buffer_by_name(name, key) for key in signature["inputs"]}
     outputs = {key: model.create_output_buffer_by_name(name, key) for key in signature["outputs"]}
     details = model.get_input_tensor_details(name)
@@ -123,4 +135,4 @@ def _value(key: str, shape: tuple[int, ...], filled: int = 500) -> Any:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    _main(Path(sys.argv[1]), sys.argv[2])
