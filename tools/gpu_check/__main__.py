@@ -1,16 +1,19 @@
-"""python -m tools.gpu_check [export] [probe] [equality] [speed] --bundles FOLDER
+"""python -m tools.gpu_check [probe] [equality] [speed] [tests] [convert] [export]
 
 On a machine with a GPU and a Vulkan driver: which operators its backend takes (the table that `mtp-export inspect`
 reads), whether stock LiteRT-LM says there with drafts what it says without, and what passes, tokens and rounds take at
-the sizes of E2B and E4B, in time and memory. Without a name, all of it; `export` only writes the bundles of full size.
-Bundles that are missing in FOLDER are exported there first: 55 GB for both sizes. Where there is no converter, as
-on a lent machine, FOLDER/converted is to be brought from one that has it, where `convert` writes it.
+the sizes of E2B and E4B, in time and memory. Without a name, these three. `tests` runs the
+tests that need a GPU.
+
+What is missing in FOLDER is exported there first, 55 GB in all; `export` only does that, for the full sizes. Where a
+machine has no converter, bring FOLDER/converted: `convert` writes it where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,12 +25,13 @@ from mtp_export import pipeline
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
-from tools.gpu_check.full_size import Silent, export_config, write_full_size
+from tools.gpu_check.full_size import Silent, convert_all, export_config, write_full_size
 from tools.gpu_check.machine import described
 from tools.gpu_check.probe import collect, run_probes, write_probes
 from tools.gpu_check.speed import check_speed
 
-CHECKS = ("export", "probe", "equality", "speed")
+CHECKS = ("probe", "equality", "speed")
+STEPS = ("convert", "export", "tests", *CHECKS)
 RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
 EQUALITY_RECIPES = ("f32", "int8", "int4")
 TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
@@ -36,7 +40,7 @@ TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
 def main() -> int:
     """Run what was named; return 1 if an output differs by more than a near-tie."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("checks", nargs="*", choices=STEPS, default=list(CHECKS))
     parser.add_argument("--bundles", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--recipes", default=",".join(EQUALITY_RECIPES), help="for equality")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
@@ -47,16 +51,21 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
     options = parser.parse_args()
     code = 0
+    models = options.models.split(",")
     with conversions(options.bundles / "converted"):
+        if "convert" in options.checks:
+            convert_all(models)
         if "export" in options.checks:
-            for model in options.models.split(","):
+            for model in models:
                 write_full_size(model, options.bundles)
+        if "tests" in options.checks:
+            code = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"], cwd=ROOT).returncode
         if "probe" in options.checks:
             probe(options)
         if "equality" in options.checks:
-            code = equality(options)
+            code = equality(options) or code
         if "speed" in options.checks:
-            for model in options.models.split(","):
+            for model in models:
                 figures = check_speed(model, options.bundles, options.activations.split(","), _say)
                 write(RESULTS / f"gpu_speed_{model}.json", {**described(options.commit), **figures})
                 print(json.dumps(figures, indent=1))

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import subprocess
 import sys
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.machine import ROOT
 from mtp_calibration.recipes import INT8
 from mtp_export import pipeline
+from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle import write_litertlm
 from mtp_export.config import ExportConfig
@@ -107,6 +110,22 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
         if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
             (found.dense_drafter.parent / path.name).symlink_to(path.absolute())
     write_litertlm(found.dense_drafter.parent, read_manifest(config.output), found.dense)
+
+
+def convert_all(models: Sequence[str]) -> None:
+    """Convert what the checks need of nano and `models`, without checkpoints."""
+    kinds = [("nano", recipe, delegate) for recipe in ("f32", "int8") for delegate in ("gpu", "cpu")]
+    for model, recipe, delegate in kinds + [(model, "int4", "gpu") for model in models]:
+        spec = gemma4.PAIRS[model]
+        config = export_config(model, recipe, delegate, Path(), None)
+        # All that tracing looks at of a pair.
+        specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
+        pair = cast(pipeline.Pair, specs)
+        graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
+        tflite.lower(graphs, config.workers)
+        if model in models:
+            for graph in (trace_passes(spec), trace_dense_drafter(spec, graphs[3])):
+                tflite.lower([graph], config.workers)
 
 
 def _write(graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:

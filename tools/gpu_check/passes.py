@@ -35,7 +35,7 @@ def time_passes(
     graphs = {path: open_graph(path) for path in {path for _, path, _ in wanted}}
     for start in range(0, len(wanted), _AT_ONCE):
         with tempfile.TemporaryDirectory(prefix="passes-", dir=folder) as place:
-            files = {}
+            files: dict[str, Path] = {}
             for label, path, name in wanted[start : start + _AT_ONCE]:
                 files[label] = Path(place) / f"{len(files)}.tflite"
                 write_alone(graphs[path], path, name, files[label])
