@@ -12,6 +12,8 @@ from pathlib import Path
 from mtp_export.lower import tflite
 from mtp_export.trace import TracedGraph
 
+_PACKAGE = Path(tflite.__file__).parents[1]
+
 
 @contextlib.contextmanager
 def conversions(folder: Path) -> Iterator[None]:
@@ -36,6 +38,11 @@ def conversions(folder: Path) -> Iterator[None]:
 
 
 def _identity(graphs: Sequence[TracedGraph]) -> str:
-    """Digest of what graphs compute, whatever the versions of the libraries: their signatures and parameters."""
+    """Digest of what graphs compute, whatever the versions of the libraries: their signatures and parameters, and the
+    code that they are made by."""
+    digest = hashlib.sha256()
+    for source in sorted([*_PACKAGE.glob("lower/*.py"), *_PACKAGE.glob("models/*.py"), _PACKAGE / "trace.py"]):
+        digest.update(source.read_bytes())
     described = [(graph.role, graph.signatures, sorted(graph.weights.items())) for graph in graphs]
-    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+    digest.update(repr(described).encode())
+    return digest.hexdigest()[:16]
