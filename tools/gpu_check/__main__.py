@@ -1,9 +1,12 @@
-"""python -m tools.gpu_check [probe] [equality] [speed] --bundles FOLDER
+"""python -m tools.gpu_check [probe] [equality] [speed] [tests] [convert] [export]
 
 On a machine with a GPU and a Vulkan driver: which operators its backend takes (the table that `mtp-export inspect`
-reads), whether stock LiteRT-LM says there with drafts what it says without, and what a token and a round take at
-E2B's size. Without a name, all of it.
-FOLDER/nano-RECIPE-DELEGATE are the bundles; those that are missing are exported there first.
+reads), whether stock LiteRT-LM says there with drafts what it says without, and what passes, tokens and rounds take at
+the sizes of E2B and E4B, in time and memory. Without a name, these three. `tests` runs the
+tests that need a GPU.
+
+What is missing in FOLDER is exported there first, 55 GB in all; `export` only does that, for the full sizes. Where a
+machine has no converter, bring FOLDER/converted: `convert` writes it where there is one.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
 from mtp_calibration.corpus import heldout_prompts
+from mtp_export import pipeline
+from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
+from tools.gpu_check.full_size import Silent, convert_all, export_config, write_full_size
 from tools.gpu_check.machine import described
 from tools.gpu_check.probe import collect, run_probes, write_probes
 from tools.gpu_check.speed import check_speed
 
 CHECKS = ("probe", "equality", "speed")
+STEPS = ("convert", "export", "tests", *CHECKS)
 RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
 EQUALITY_RECIPES = ("f32", "int8", "int4")
 TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
@@ -33,25 +40,40 @@ TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
 def main() -> int:
     """Run what was named; return 1 if an output differs by more than a near-tie."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("checks", nargs="*", choices=STEPS, default=list(CHECKS))
     parser.add_argument("--bundles", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--recipes", default=",".join(EQUALITY_RECIPES), help="for equality")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--model", choices=("e2b", "e4b"), default="e2b", help="for speed")
+    parser.add_argument("--models", default="e2b,e4b", help="for speed")
+    parser.add_argument("--activations", default="fp32,fp16", help="for speed")
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
     options = parser.parse_args()
     code = 0
-    if "probe" in options.checks:
-        probe(options)
-    if "equality" in options.checks:
-        code = equality(options)
-    if "speed" in options.checks:
-        figures = check_speed(options.model, options.bundles)
-        write(RESULTS / f"gpu_speed_{options.model}.json", {**described(options.commit), **figures})
-        print(json.dumps(figures, indent=1))
+    models = options.models.split(",")
+    with conversions(options.bundles / "converted"):
+        if "convert" in options.checks:
+            convert_all(models)
+        if "export" in options.checks:
+            for model in models:
+                write_full_size(model, options.bundles)
+        if "tests" in options.checks:
+            code = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"], cwd=ROOT).returncode
+        if "probe" in options.checks:
+            probe(options)
+        if "equality" in options.checks:
+            code = equality(options) or code
+        if "speed" in options.checks:
+            for model in models:
+                figures = check_speed(model, options.bundles, options.activations.split(","), _say)
+                write(RESULTS / f"gpu_speed_{model}.json", {**described(options.commit), **figures})
+                print(json.dumps(figures, indent=1))
     return code
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def bundle(folder: Path, recipe: str, delegate: str) -> Path:
@@ -59,8 +81,7 @@ def bundle(folder: Path, recipe: str, delegate: str) -> Path:
     path = folder / f"nano-{recipe}-{delegate}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "mtp_export.cli", "--model", "nano", "--target", "tflite", "--recipe", recipe]
-        subprocess.run([*command, "--delegate", delegate, "--output", str(path), "--json"], check=True)
+        pipeline.export(export_config("nano", recipe, delegate, path, None), Silent())
     return path
 
 
@@ -85,16 +106,16 @@ def equality(options: argparse.Namespace) -> int:
             prompts,
             max_new_tokens=options.max_new_tokens,
             drafters=options.drafters.split(","),
-            on_run=lambda name: print(name, file=sys.stderr, flush=True),
+            on_run=_say,
         )
-    counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
-    write(RESULTS / "gpu_equality.json", {**described(options.commit), **counts, "runs": rows})
+        counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
+        write(RESULTS / "gpu_equality.json", {**described(options.commit), **counts, "runs": rows})
     for row in rows:
         found = row["against_plain"]
         print(
             f"{row['recipe']:5} {row['activations']} drafter {row['drafter']:18} equal {found['equal']:2} near-ties "
             f"{found['near_ties']} different {found['different']}; as the CPU {row['against_cpu']['equal']}; "
-            f"{row['tokens_per_second']} tok/s, acceptance {row['acceptance_rate']}"
+            f"acceptance {row['acceptance_rate']}"
         )
     return int(any(row["against_plain"]["different"] for row in rows))
 

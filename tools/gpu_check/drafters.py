@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
 
 from mtp_export.delegation import read_graph
 from mtp_runtime.errors import BundleError
 from mtp_runtime.litertlm import read_sections
 
+_NUMPY: dict[int, Any] = {
+    schema.TensorType.INT8: np.int8,
+    schema.TensorType.INT32: np.int32,
+    schema.TensorType.FLOAT32: np.float32,
+}
 DRAFTERS = ("exported", "clusters shuffled", "noise")
 
 
 def with_drafter(path: Path, drafter: str, output: Path, seed: int = 0) -> Path:
-    """A `.litertlm` with its drafter's weights changed in place: the places of tokens shuffled, or all rows of its
-    quantised matrices drawn anew. "exported" is the file as it is.
+    """A `.litertlm` with its drafter's weights changed in place: the places of tokens shuffled, or all of its matrices
+    drawn anew. "exported" is the file as it is.
 
     Raises:
         BundleError: it has no drafter with such weights.
@@ -39,10 +45,8 @@ def with_drafter(path: Path, drafter: str, output: Path, seed: int = 0) -> Path:
                 if tensor.buffer in done or not _is_wanted(graph.name_of(operator), tensor, drafter, graph):
                     continue
                 done.add(tensor.buffer)
-                data = np.frombuffer(graph.constant(tensor) or b"", np.int32 if drafter != "noise" else np.int8)
-                changed = (
-                    random.permutation(data) if drafter != "noise" else random.integers(-127, 128, data.shape, np.int8)
-                )
+                data = np.frombuffer(graph.constant(tensor) or b"", _NUMPY[tensor.type])
+                changed = random.permutation(data) if drafter != "noise" else _noise(data, random)
                 file.seek(section.begin + buffer.offset)
                 file.write(changed.astype(data.dtype).tobytes())
     if not done:
@@ -50,9 +54,16 @@ def with_drafter(path: Path, drafter: str, output: Path, seed: int = 0) -> Path:
     return output
 
 
+def _noise(data: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
+    if data.dtype == np.int8:
+        return random.integers(-127, 128, data.shape, np.int8)
+    drawn: NDArray[Any] = random.standard_normal(data.shape, np.float32) * data.std()
+    return drawn
+
+
 def _is_wanted(name: str, tensor: Any, drafter: str, graph: Any) -> bool:
     if not graph.is_constant(tensor):
         return False
     if drafter == "noise":
-        return name == "FULLY_CONNECTED" and tensor.type == schema.TensorType.INT8
+        return name == "FULLY_CONNECTED" and tensor.type in (schema.TensorType.INT8, schema.TensorType.FLOAT32)
     return name == "GATHER" and tensor.type == schema.TensorType.INT32

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.delegation import Graph, Operator, open_graph
+from mtp_export.stock_runtime import last_complaint
 from tools.gpu_check.cut import SIGNATURE, cut_out, inputs_for
 
 BACKEND = "gpu"
@@ -69,8 +70,7 @@ def run_probes(folder: Path) -> list[dict[str, Any]]:
         unfinished = [name for name in left if name not in rows]
         if unfinished:
             form = (folder / f"{unfinished[0]}.txt").read_text(encoding="utf-8")
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-            why = f"the process ended with code {done.returncode}: {last}"
+            why = f"the process ended with code {done.returncode}: {last_complaint(done.stderr)[:300]}"
             rows[unfinished[0]] = {"form": form, "delegated": False, "reason": why}
     return [rows[name] for name in names]
 

@@ -1,55 +1,75 @@
-"""E2B or E4B at its true shapes with synthetic weights, in stock LiteRT-LM on the GPU: time of a token and of a round.
+"""E2B or E4B at its true shapes with synthetic weights, on the GPU: time of passes, tokens and rounds, and memory.
 
-No draft of random weights is accepted, so a pass with drafts commits one token, and its time is that of a round. What
-MTP gains at a given acceptance follows from that, because a round costs the same whatever is accepted.
+Passes are timed one by one through LiteRT; tokens and rounds in stock LiteRT-LM, with the clustered head and with a
+dense one. No draft of random weights is accepted, so a round commits one token. What MTP gains at a given acceptance
+follows from a round's time, because a round costs the same whatever is accepted.
 """
 
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+import torch
+
 from mtp_export.stock_runtime import run_stock
 from mtp_runtime import read_manifest
+from tools.gpu_check.full_size import VERIFIED, FullSize, write_full_size
+from tools.gpu_check.memory import Watched
+from tools.gpu_check.passes import time_passes
 
 _PROMPTS = ("def add(a, b):\n    return", "class Stack:\n    def push(self") * 2
 _TOKENS = 64
 
 
-def check_speed(model: str, folder: Path) -> dict[str, Any]:
-    """Synthesise and export a pair unless it is there, and run it with drafts and without."""
-    pair, bundle = folder / model, folder / f"{model}-int4-gpu"
-    if not pair.exists():
-        _run("tools.synthesize", "--model", model, "--output", str(pair))
-    if not bundle.exists():
-        parts = ("--checkpoint", str(pair / "target"), "--drafter", str(pair / "drafter"))
-        _run(
-            "mtp_export.cli", "--model", model, "--recipe", "int4", "--delegate", "gpu", *parts, "--output", str(bundle)
-        )
-    manifest = read_manifest(bundle)
-    rows = []
-    for activations in ("fp32", "fp16"):
-        ms = []
-        for use_mtp in (False, True):
+def check_speed(model: str, folder: Path, kinds: Sequence[str], on_run: Callable[[str], None]) -> dict[str, Any]:
+    """Write a pair's graphs unless they are there, and run them with each kind of activations."""
+    started = time.perf_counter()
+    on_run(f"{model}: synthesising and exporting")
+    written = write_full_size(model, folder)
+    figures: dict[str, Any] = {"model": model, "recipe": "int4", "export_s": round(time.perf_counter() - started, 1)}
+    figures |= {"file_bytes": {path.stem: path.stat().st_size for path in sorted(written.bundle.glob("*.tflite"))}}
+    figures["roofline"] = roofline(figures["file_bytes"]["target"])
+    target, drafter = (written.bundle / f"{role}.tflite" for role in ("target", "drafter"))
+    wanted = [("prefill_1024", target, "prefill_1024")]
+    wanted += [(name, written.passes, name) for name in ("decode", *(f"verify_{n}" for n in VERIFIED))]
+    wanted += [("draft, clustered", drafter, "draft"), ("draft, dense", written.dense_drafter, "draft")]
+    figures["passes"], figures["runs"] = {}, []
+    for activations in kinds:
+        on_run(f"{model}: passes, {activations}")
+        figures["passes"][activations] = time_passes(wanted, activations=activations, folder=folder)
+        figures["runs"] += _runs(written, activations, on_run)
+    return figures
+
+
+def _runs(written: FullSize, activations: str, on_run: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Plain decoding, and rounds with each head, in stock LiteRT-LM."""
+    manifest = read_manifest(written.bundle)
+    clustered = written.bundle / manifest.files["litertlm"].path
+    rows: list[dict[str, Any]] = []
+    for drafter, path in (("none", clustered), ("clustered", clustered), ("dense", written.dense)):
+        on_run(f"{manifest.model}: LiteRT-LM, {activations}, drafter {drafter}")
+        with Watched() as watched:
             run = run_stock(
-                bundle / manifest.files["litertlm"].path,
+                path,
                 _PROMPTS,
                 max_new_tokens=_TOKENS,
                 context_length=manifest.context_length,
-                use_mtp=use_mtp,
+                use_mtp=drafter != "none",
                 backend="gpu",
                 activations=activations,
             )
-            # The first output pays for compiling shaders.
-            ms.append(statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:]))
-            row: dict[str, Any] = {"activations": activations, "mtp": use_mtp, "acceptance": run.acceptance_rate}
-            rows.append(row | {"load_ms": round(run.load_ms), "token_or_round_ms": round(ms[-1], 2)})
-        rows[-1]["gain"] = gains(ms[0], ms[1], manifest.num_draft_tokens)
-    return {"model": model, "recipe": "int4", "num_draft_tokens": manifest.num_draft_tokens, "rows": rows}
+        # The first output pays for compiling shaders.
+        taken = statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:])
+        row: dict[str, Any] = {"activations": activations, "drafter": drafter, "acceptance": run.acceptance_rate}
+        row |= {"load_ms": round(run.load_ms), "token_or_round_ms": round(taken, 2), "peak_mib": watched.mib}
+        if rows:
+            row["gain"] = gains(rows[0]["token_or_round_ms"], taken, manifest.num_draft_tokens)
+        rows.append(row)
+    return rows
 
 
 def gains(token_ms: float, round_ms: float, num_draft_tokens: int) -> dict[str, float]:
@@ -60,5 +80,22 @@ def gains(token_ms: float, round_ms: float, num_draft_tokens: int) -> dict[str, 
     }
 
 
-def _run(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, cwd=ROOT)
+def roofline(decode_bytes: int) -> dict[str, float] | None:
+    """The least time of a decode, which reads all of the target: at the rate of copies on the GPU, bytes read and
+    written. None where torch cannot use the GPU."""
+    if not torch.cuda.is_available():
+        return None
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    rate = 2 * source.numel() / statistics.median(times)
+    return {
+        "gb_per_s": round(rate / 1e9, 1),
+        "decode_bytes": decode_bytes,
+        "decode_ms": round(1e3 * decode_bytes / rate, 3),
+    }

@@ -1,0 +1,46 @@
+"""On a real GPU: `python -m tools.gpu_check tests` runs these there, elsewhere they are skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mtp_calibration.corpus import heldout_prompts
+from mtp_export.delegation import delegate_table
+from tests.conftest import Export
+from tools.gpu_check.equality import check_equality
+from tools.gpu_check.machine import gpu
+from tools.gpu_check.probe import collect, run_probes, write_probes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        gpu()["gpu"] == "unknown",
+        reason="needs a GPU with a Vulkan driver (MTP_GPU_NAME: one not of NVIDIA)",
+    ),
+]
+
+
+def test_the_drafter_changes_nothing(export_nano: Export) -> None:
+    prompts = [prompt.text for prompt in heldout_prompts()][:2]
+    rows = check_equality(
+        export_nano("int8", export_format="tflite-gpu"),
+        prompts,
+        max_new_tokens=32,
+        drafters=("exported", "noise"),
+        on_run=lambda name: None,
+    )
+    exact = [row for row in rows if row["activations"] == "fp32"]
+    assert [row["against_plain"]["equal"] for row in exact] == [2, 2, 2]
+    acceptance = {row["drafter"]: row["acceptance_rate"] for row in exact}
+    assert acceptance["exported"] > 0.1 > acceptance["noise"]
+
+
+def test_the_table_says_what_the_backend_does(export_nano: Export, tmp_path: Path) -> None:
+    forms = collect([export_nano("int8") / "drafter.tflite"])  # the CPU's, whose scatter is refused
+    write_probes(forms, tmp_path)
+    found = {row["form"]: row["delegated"] for row in run_probes(tmp_path)}
+    table = delegate_table("gpu")
+    assert found == {form: table.reasons[form] is None for form in forms}
+    assert not all(found.values())

@@ -1,0 +1,189 @@
+"""E2B or E4B at true shapes for a GPU, with synthetic weights: its bundle, and graphs that no bundle has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.machine import ROOT
+from mtp_calibration.recipes import INT8
+from mtp_export import pipeline
+from mtp_export.arch import gemma4
+from mtp_export.arch.spec import DrafterSpec, PairSpec
+from mtp_export.bundle import write_litertlm
+from mtp_export.config import ExportConfig
+from mtp_export.lower import tflite
+from mtp_export.models.layers import RMSNorm
+from mtp_export.trace import GraphShape, TracedGraph, trace_target
+from mtp_export.weights import Parameter, write_graph
+from mtp_runtime import read_manifest
+
+VERIFIED = tuple(range(2, 9))  # tokens of a verify pass
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+class Silent:
+    """Progress that says nothing."""
+
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None: ...
+
+    def advance(self, done: int, name: str = "") -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullSize:
+    """What was written: the bundle; the same as one file with a dense head in the drafter; the target with every
+    verify pass; and that drafter."""
+
+    bundle: Path
+    dense: Path
+    passes: Path
+    dense_drafter: Path
+
+
+def write_full_size(model: str, folder: Path) -> FullSize:
+    """Synthesise a pair and export it at int4 for a GPU, as far as that is not there."""
+    checkpoint = folder / model
+    if not checkpoint.exists():
+        command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    config = export_config(model, "int4", "gpu", folder / f"{model}-int4-gpu", checkpoint)
+    if not config.output.exists():
+        pipeline.export(config, Silent())
+    found = FullSize(
+        bundle=config.output,
+        dense=folder / f"{model}-dense.litertlm",
+        passes=folder / f"{model}-passes.tflite",
+        dense_drafter=folder / f"{model}-dense" / "drafter.tflite",
+    )
+    if not found.dense.exists():
+        _write_others(config, found)
+    return found
+
+
+def export_config(model: str, recipe: str, delegate: str, output: Path, checkpoint: Path | None) -> ExportConfig:
+    """An export with the defaults of the command line."""
+    return ExportConfig(
+        model=model,
+        export_format="tflite",
+        target=None if checkpoint is None else str(checkpoint / "target"),
+        drafter=None if checkpoint is None else str(checkpoint / "drafter"),
+        recipe=recipe,
+        drafter_recipe=None,
+        cache_length=None,
+        num_draft_tokens=4,
+        drafter_position_offset=1,
+        portable=False,
+        batch_size=1,
+        output=output,
+        force=False,
+        workers=2,
+        delegate=delegate,
+    )
+
+
+def _write_others(config: ExportConfig, found: FullSize) -> None:
+    pair = pipeline.open_pair(config)
+    graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
+    values = pipeline.pair_parameters(config, pair, graphs)
+    _write(trace_passes(pair.model), values["target"], found.passes)
+    embedding = Parameter(
+        shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
+        format=INT8,
+        rows=functools.partial(pair.drafter.rows, _EMBEDDING),
+    )
+    found.dense_drafter.parent.mkdir()
+    dense = trace_dense_drafter(pair.model, graphs[3])
+    _write(dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
+    for path in config.output.iterdir():
+        if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
+            (found.dense_drafter.parent / path.name).symlink_to(path.absolute())
+    write_litertlm(found.dense_drafter.parent, read_manifest(config.output), found.dense)
+
+
+def convert_all(models: Sequence[str]) -> None:
+    """Convert what the checks need of nano and `models`, without checkpoints."""
+    kinds = [("nano", recipe, delegate) for recipe in ("f32", "int8") for delegate in ("gpu", "cpu")]
+    for model, recipe, delegate in kinds + [(model, "int4", "gpu") for model in models]:
+        spec = gemma4.PAIRS[model]
+        config = export_config(model, recipe, delegate, Path(), None)
+        # All that tracing looks at of a pair.
+        specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
+        pair = cast(pipeline.Pair, specs)
+        graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
+        tflite.lower(graphs, config.workers)
+        if model in models:
+            for graph in (trace_passes(spec), trace_dense_drafter(spec, graphs[3])):
+                tflite.lower([graph], config.workers)
+
+
+def _write(graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
+    (lowered,) = tflite.lower([graph], 2)
+    write_graph(lowered, {name: values[name] for name in graph.weights}, path)
+
+
+def trace_passes(pair: PairSpec) -> TracedGraph:
+    """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
+    shapes = (
+        GraphShape(cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=())
+        for n in VERIFIED
+    )
+    graphs = [trace_target(pair.target, shape) for shape in shapes]
+    renamed = [
+        dataclasses.replace(traced, signature=msgspec.structs.replace(traced.signature, name=f"verify_{n}"))
+        for n, graph in zip(VERIFIED, graphs, strict=True)
+        for traced in graph.signatures[1:]
+    ]
+    segments = {key: segment for graph in graphs for key, segment in graph.segments.items()}
+    return dataclasses.replace(graphs[0], segments=segments, signatures=(graphs[0].signatures[0], *renamed))
+
+
+class DenseHead(nn.Module):
+    """The drafter's head as if it had no clusters: every token is scored."""
+
+    def __init__(self, spec: DrafterSpec) -> None:
+        super().__init__()
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.post_projection = nn.Linear(spec.hidden_size, spec.backbone_hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [1,1,H] -> logits [1,1,V], projected_activations [1,1,backbone]"""
+        hidden = self.norm(x)
+        logits = F.linear(hidden, self.embed_tokens.weight)
+        return {"logits": logits, "projected_activations": self.post_projection(hidden)}
+
+
+def trace_dense_drafter(pair: PairSpec, drafted: TracedGraph) -> TracedGraph:
+    """`drafted`, a drafter's graph, with the dense head in place of its own."""
+    with torch.no_grad(), torch.device("meta"):
+        module = DenseHead(pair.drafter).eval().requires_grad_(False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    weights = {leaf: leaf if leaf == "post_projection.weight" else f"model.{leaf}" for leaf in shapes}
+    signatures = [
+        dataclasses.replace(
+            traced,
+            calls=tuple(
+                dataclasses.replace(call, weights=weights) if call.segment == "head" else call for call in traced.calls
+            ),
+        )
+        for traced in drafted.signatures
+    ]
+    kept = {name: shape for name, shape in drafted.weights.items() if not name.startswith("masked_embedding.")}
+    return dataclasses.replace(
+        drafted,
+        segments={**drafted.segments, "head": dataclasses.replace(drafted.segments["head"], module=module)},
+        signatures=tuple(signatures),
+        weights=kept | {weights[leaf]: shape for leaf, shape in shapes.items()},
+    )
