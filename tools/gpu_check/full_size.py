@@ -139,7 +139,7 @@ def trace_passes(pair: PairSpec) -> TracedGraph:
         GraphShape(cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=())
         for n in VERIFIED
     )
-    graphs = [trace_target(pair.target, shape) for shape in shapes]
+    graphs = [trace_target(pair.target, shape, delegated=True) for shape in shapes]
     renamed = [
         dataclasses.replace(traced, signature=msgspec.structs.replace(traced.signature, name=f"verify_{n}"))
         for n, graph in zip(VERIFIED, graphs, strict=True)

@@ -23,14 +23,23 @@ _LANES = 64
 
 
 def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The slots that queries at consecutive positions see through a window, their own included, and the slots before
-    them down to a multiple of _LANES.
+    """The slots that queries at consecutive positions see through a window, their own included.
+
+    Shapes: input_pos [T] int32 -> [min(S, window - 1 + T)] int32
+    """
+    length = min(cache_length, window - 1 + input_pos.shape[0])
+    start = torch.clamp(input_pos[:1] - (window - 1), min=0)
+    return start + torch.arange(length, dtype=torch.int32)
+
+
+def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
+    """The same, and the slots before them down to a multiple of _LANES.
 
     Shapes: input_pos [T] int32 -> [min(S, window - 1 + T, rounded up so that any start fits)] int32
     """
     seen = window - 1 + input_pos.shape[0]
     length = min(cache_length, -(-(seen + _LANES - 1) // _LANES) * _LANES)
-    # A table, not a division: every delegate looks up, not every one divides integers.
+    # A table, because a delegate may look up and not divide integers.
     starts = [[min(max(at - window + 1, 0) // _LANES * _LANES, cache_length - length)] for at in range(cache_length)]
     start: Tensor = ops.gather(torch.tensor(starts, dtype=torch.int32), input_pos[:1], 0)
     return start.reshape(1) + torch.arange(length, dtype=torch.int32)
@@ -42,9 +51,9 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
     visible: Tensor = ops.gather(mask, slots, 3)
-    # Counted from the first slot: the numbers stay small enough for float16.
-    query = (input_pos - slots[:1]).to(torch.float32).reshape(1, 1, -1, 1)
-    distance = query - torch.arange(slots.shape[0], dtype=torch.float32)
+    if slots.shape[0] <= window:
+        return visible
+    distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
     return visible + torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
 
 
@@ -165,10 +174,14 @@ class Attend(nn.Module):
 
 
 class PositionTables:
-    """All that depends on positions alone, computed once per pass and read by every layer."""
+    """All that depends on positions alone, computed once per pass and read by every layer.
 
-    def __init__(self, spec: DecoderSpec, window: int, position_offset: int = 0) -> None:
+    With `aligned`, a token has the same bits in every pass (docs/decisions/0011).
+    """
+
+    def __init__(self, spec: DecoderSpec, window: int, position_offset: int = 0, *, aligned: bool) -> None:
         self.window, self.position_offset = window, position_offset
+        self.slots = aligned_slots if aligned else sliding_slots
         # Here and not in the call: values computed in float32 must not be part of what is traced.
         self.frequencies = {
             layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
@@ -178,7 +191,7 @@ class PositionTables:
     def __call__(self, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: input_pos [T] int32, mask [1,1,T,S] -> per layer type `cos_…`, `sin_…` [1,T,1,D]; `slots` [N]
         int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]"""
-        slots = sliding_slots(input_pos, self.window, mask.shape[3])
+        slots = self.slots(input_pos, self.window, mask.shape[3])
         out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
         for layer_type, frequencies in self.frequencies.items():
             cos, sin = rope_tables((input_pos + self.position_offset)[None], frequencies)

@@ -21,7 +21,7 @@ class DrafterPrologue(nn.Module):
     def __init__(self, spec: DrafterSpec, position_offset: int) -> None:
         super().__init__()
         # One slot more than the target sees: transformers' bidirectional mask is inclusive.
-        self.tables = PositionTables(spec, spec.sliding_window + 1, position_offset)
+        self.tables = PositionTables(spec, spec.sliding_window + 1, position_offset, aligned=False)
         self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
 
     def forward(self, activations: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
