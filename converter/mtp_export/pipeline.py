@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES, with_embedders
+from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
 from mtp_export import bundle, parameters, sizes, texts
 from mtp_export.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.arch import gemma4
@@ -86,8 +87,12 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
         graph_bytes = sum(sizes.graph_files(config, graphs, values).values())
         # With a container, graphs lie in the folder twice: as plain files, and within it.
-        _check_disk(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
+        scratch_bytes = _matrix_values(values) if config.rounding == "gptq" else 0
+        _check_disk(config.output, graph_bytes * (2 if format.container else 1) + scratch_bytes + _SPARE_BYTES)
         clock.lap("trace")
+        if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
+            values = _rounded_by_gptq(config, pair, values, folder, progress)
+            clock.lap("gptq")
         files = format.write(config, graphs, values, folder, journal, progress, clock)
         files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, folder, journal, progress)
@@ -103,11 +108,49 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     )
 
 
+def _matrix_values(values: Mapping[str, Mapping[str, Parameter]]) -> int:
+    return sum(math.prod(p.shape) for p in values["target"].values() if p.format.bits < FLOAT32.bits)
+
+
+def _rounded_by_gptq(
+    config: ExportConfig,
+    pair: Pair,
+    values: Mapping[str, dict[str, Parameter]],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, dict[str, Parameter]]:
+    """The same parameters with the target's matrices rounded together with what they are multiplied with."""
+    # What measures a pair needs this module's.
+    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
+    from mtp_calibration.gptq import round_target
+
+    chosen = FORMATS[config.export_format].stored_format
+    formats = {
+        name: chosen(parameter)
+        for name, parameter in values["target"].items()
+        if parameter.format.bits < FLOAT32.bits and not parameter.stored
+    }
+    progress.start("rounding matrices", len(formats))
+    texts = calibration_texts(pair, tuning_prompts(config.prompts))
+    rounded = round_target(pair, formats, texts, folder, lambda name: progress.advance(1))
+    return {role: {name: _fitted(p) for name, p in part.items()} for role, part in values.items()} | {
+        "target": values["target"] | rounded
+    }
+
+
+def _fitted(parameter: Parameter) -> Parameter:
+    """A look-up table of few bits with the scales that cost its rows least: they are multiplied with nothing."""
+    if not parameter.looked_up or parameter.stored or parameter.format.bits > 4:
+        return parameter
+    return dataclasses.replace(parameter, format=dataclasses.replace(parameter.format, scale="fitted"))
+
+
 def _made_of(config: ExportConfig, pair: Pair) -> str:
     """Identity of all that the graphs of a bundle depend on. Weights by size and time of change: a killed export is to
     go on without reading all of them first."""
     asked = dataclasses.replace(config, output=Path(), force=False, workers=1)
-    inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in input_files(pair)]
+    files = [*input_files(pair), *([("prompts", config.prompts)] if config.prompts else [])]
+    inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in files]
     return identity(version("mtp-export"), dataclasses.asdict(asked), inputs)
 
 
@@ -352,18 +395,26 @@ def _write_onnx(
     return files
 
 
+def _onnx_format(parameter: Parameter) -> WeightFormat:
+    from mtp_export.onnx_weights import block_size
+
+    return dataclasses.replace(parameter.format, block_size=block_size(parameter))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Format:
-    """What differs between export formats: how graphs are traced and written, and whether one file holds them all."""
+    """What differs between export formats: how graphs are traced and written, the format that a parameter is stored
+    in, and whether one file holds all graphs."""
 
     trace: Callable[[ExportConfig, Pair, GraphShape], list[TracedGraph]]
     write: Callable[..., dict[str, Path]]
+    stored_format: Callable[[Parameter], WeightFormat]
     container: bool
 
 
 FORMATS = {
-    "tflite": _Format(trace=_trace_tflite, write=_write_tflite, container=True),
-    "onnx": _Format(trace=_trace_onnx, write=_write_onnx, container=False),
+    "tflite": _Format(trace=_trace_tflite, write=_write_tflite, stored_format=lambda p: p.format, container=True),
+    "onnx": _Format(trace=_trace_onnx, write=_write_onnx, stored_format=_onnx_format, container=False),
 }
 
 
@@ -416,6 +467,7 @@ def manifest_of(
         recipe=config.recipe,
         drafter_recipe=drafter_recipe(config),
         embedder_recipe=embedder_recipe(config),
+        rounding=config.rounding,
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
         context_length=shape.cache_length - shape.num_draft_tokens,

@@ -46,6 +46,15 @@ _OPTIONS = (
         "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."
     ),
     click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]"),
+    click.option(
+        "--rounding",
+        default="nearest",
+        show_default=True,
+        help="Of the target's matrices: nearest, or gptq, which keeps what they give on --prompts.",
+    ),
+    click.option(
+        "--prompts", type=click.Path(path_type=Path), help="JSONL for --rounding gptq, as for calibrate.  [55 texts]"
+    ),
     click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
     click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
     click.option(
