@@ -27,7 +27,8 @@ class ExportConfig:
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
     graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps the drafter to operations that
     a GPU takes. gate: keep the bundle only if it is measured to be the same model still. rounding: of the target's
-    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package).
+    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships, fewer bits than the
+    recipe's where they cost least on `prompts`.
     """
 
     model: str
@@ -50,6 +51,7 @@ class ExportConfig:
     gate: bool = False
     rounding: str = "nearest"
     prompts: Path | None = None
+    max_size_bytes: int | None = None
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.
@@ -65,8 +67,8 @@ class ExportConfig:
         if self.rounding == "gptq" and self.recipe in ("f32", "q4_0"):
             why = "nothing is rounded" if self.recipe == "f32" else "weights lie on a lattice that rounding must not leave"
             raise UserError(f"--rounding gptq with --recipe {self.recipe}: {why}: leave one of them out")
-        if self.prompts is not None and self.rounding != "gptq":
-            raise UserError("--prompts is for --rounding gptq, got --rounding nearest")
+        if self.prompts is not None and self.rounding != "gptq" and self.max_size_bytes is None:
+            raise UserError("--prompts is for --rounding gptq and --max-size, got none of them")
         for option, recipe in (("drafter", self.drafter_recipe), ("embedder", self.embedder_recipe)):
             if recipe is not None:
                 one_of(f"--{option}-recipe", recipe, RECIPES)

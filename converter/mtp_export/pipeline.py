@@ -22,7 +22,7 @@ from mtp_export.checkpoint import Checkpoint, hash_file, locate
 from mtp_export.compressed import check_runs
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
-from mtp_export.errors import CheckpointError, GateError, OutputError
+from mtp_export.errors import CheckpointError, GateError, OutputError, UserError
 from mtp_export.journal import Journal, identity
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
@@ -32,6 +32,9 @@ from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifes
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
+_MIXED_PROMPTS = 16
+_MANIFEST_BYTES = 64 << 10  # at most, of any pair
+_SECTIONS_SLACK_BYTES = 4 * (16 << 10)  # sections of a container are rounded up
 
 
 class Progress(Protocol):
@@ -85,6 +88,10 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
+        bits: Mapping[str, int] = {}
+        if config.max_size_bytes is not None:
+            values, bits = _within_size(config, pair, graphs, values, config.max_size_bytes, progress)
+            clock.lap("mixed recipe")
         graph_bytes = sum(sizes.graph_files(config, graphs, values).values())
         # With a container, graphs lie in the folder twice: as plain files, and within it.
         scratch_bytes = _matrix_values(values) if config.rounding == "gptq" else 0
@@ -95,7 +102,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
             clock.lap("gptq")
         files = format.write(config, graphs, values, folder, journal, progress, clock)
         files |= texts.write_texts(contents, folder)
-        manifest = _write_rest(config, pair, shape, graphs, files, folder, journal, progress)
+        manifest = _write_rest(config, pair, shape, graphs, files, bits, folder, journal, progress)
         clock.lap("bundle")
         if config.gate:
             _pass_gate(folder, pair, progress)
@@ -106,6 +113,60 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
     )
+
+
+def _within_size(
+    config: ExportConfig,
+    pair: Pair,
+    graphs: Sequence[TracedGraph],
+    values: dict[str, dict[str, Parameter]],
+    most_bytes: int,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Parameter]], Mapping[str, int]]:
+    """The parameters with fewer bits where they cost least, and the bits of each part; none where nothing is too large.
+
+    Raises:
+        UserError: the smallest formats are too large.
+    """
+    # What measures a pair needs this module's.
+    from mtp_calibration import mixed
+    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
+    from mtp_calibration.corpus import in_turn
+
+    def shipped_bytes(values: Mapping[str, Mapping[str, Parameter]]) -> int:
+        files = sizes.graph_files(config, graphs, values)
+        if not FORMATS[config.export_format].container:
+            return sum(files.values())
+        return sizes.litertlm_bytes(files, texts.text_sizes(pair.target)["tokenizer"], _MANIFEST_BYTES)
+
+    def with_formats(formats: Mapping[str, WeightFormat]) -> dict[str, dict[str, Parameter]]:
+        changed = {role: dict(part) for role, part in values.items()}
+        for part in parts:
+            for role, name in part.parameters:
+                format = formats[part.name].for_columns(values[role][name].shape[1])
+                changed[role][name] = dataclasses.replace(values[role][name], format=format)
+        return changed
+
+    def size(part: mixed.Part, format: WeightFormat) -> int:
+        of_part = {n: dataclasses.replace(values[r][n], format=format) for r, n in part.parameters}
+        return sizes.stored_bytes(config.export_format, of_part)
+
+    whole = shipped_bytes(values)
+    if whole <= most_bytes:
+        return values, {}
+    groups = mixed.grouped(values)
+    progress.start("measuring parts", len(groups))
+    chosen_on = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS))
+    parts = mixed.measured_parts(pair, values, chosen_on, lambda name: progress.advance(1))
+    smallest = shipped_bytes(with_formats({part.name: part.costs[0][0] for part in parts}))
+    if smallest > most_bytes:
+        raise UserError(
+            f"--max-size is {most_bytes / 1e9:.3f} GB and the smallest mixed recipe takes {smallest / 1e9:.3f} GB: "
+            "give more, or a smaller --drafter-recipe"
+        )
+    room = most_bytes - smallest + sum(size(part, part.costs[0][0]) for part in parts)
+    formats = mixed.chosen(parts, room - _SECTIONS_SLACK_BYTES, size)
+    return with_formats(formats), {name: format.bits for name, format in formats.items()}
 
 
 def _matrix_values(values: Mapping[str, Mapping[str, Parameter]]) -> int:
@@ -424,6 +485,7 @@ def _write_rest(
     shape: GraphShape,
     graphs: Sequence[TracedGraph],
     files: Mapping[str, Path],
+    bits: Mapping[str, int],
     folder: Path,
     journal: Journal,
     progress: Progress,
@@ -433,6 +495,8 @@ def _write_rest(
     hashes = [_hash_input(part, path, progress) for part, path in inputs]
     entries = {role: journal.files.get(path.name) or hash_file(path) for role, path in files.items()}
     manifest = manifest_of(config, pair, shape, graphs, hashes, entries)
+    if bits:
+        manifest = msgspec.structs.replace(manifest, recipe="mixed", embedder_recipe="mixed", bits=bits)
     progress.advance(len(graphs))
     if FORMATS[config.export_format].container:
         container = folder / f"{config.model}.litertlm"
