@@ -16,6 +16,7 @@ import click
 from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
+    "adapt": "mtp_export.commands.adapt",
     "bench": "mtp_export.commands.bench",
     "calibrate": "mtp_export.commands.calibrate",
     "device": "mtp_export.commands.device",

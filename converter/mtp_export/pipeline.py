@@ -154,18 +154,18 @@ def _within_size(
     whole = shipped_bytes(values)
     if whole <= most_bytes:
         return values, {}
-    groups = mixed.grouped(values)
-    progress.start("measuring parts", len(groups))
-    chosen_on = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS))
-    parts = mixed.measured_parts(pair, values, chosen_on, lambda name: progress.advance(1))
-    smallest = shipped_bytes(with_formats({part.name: part.costs[0][0] for part in parts}))
+    parts = mixed.parts_of(values)
+    smallest = shipped_bytes(with_formats({part.name: part.formats[0] for part in parts}))
     if smallest > most_bytes:
         raise UserError(
             f"--max-size is {most_bytes / 1e9:.3f} GB and the smallest mixed recipe takes {smallest / 1e9:.3f} GB: "
             "give more, or a smaller --drafter-recipe"
         )
-    room = most_bytes - smallest + sum(size(part, part.costs[0][0]) for part in parts)
-    formats = mixed.chosen(parts, room - _SECTIONS_SLACK_BYTES, size)
+    progress.start("measuring parts", len(parts))
+    chosen_on = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS))
+    costs = mixed.measured(pair, parts, chosen_on, lambda name: progress.advance(1))
+    room = most_bytes - smallest + sum(size(part, part.formats[0]) for part in parts)
+    formats = mixed.chosen(parts, costs, room - _SECTIONS_SLACK_BYTES, size)
     return with_formats(formats), {name: format.bits for name, format in formats.items()}
 
 
