@@ -2,8 +2,8 @@
 
     python -m benchmarks.adaptation [--tuning-steps 120 --steps 200 --threads 2]
 
-The domain is bulletins of weather stations in a notation of their own, written by a seeded program. Acceptance is that of
-the float pairs in rounds of 4 drafts, after every token of greedy answers to beginnings of bulletins that neither
+The domain is bulletins of weather stations in a notation of their own, written by a seeded program. Acceptance is that
+of the float pairs in rounds of 4 drafts, after every token of greedy answers to beginnings of bulletins that neither
 training saw. Goal: the adapted drafter wins back 80 % of what the stock drafter lost.
 """
 
@@ -60,7 +60,7 @@ def windows(seed: int, count: int, length: int) -> list[list[int]]:
     """Token ids of bulletins one after another, cut into windows that begin as texts do."""
     source = random.Random(seed)
     tokenizer = Tokenizer.open(EMBEDDED / "target" / "tokenizer.json", 2)
-    found = []
+    found: list[list[int]] = []
     while len(found) < count:
         ids: list[int] = []
         while len(ids) < length:
@@ -93,7 +93,7 @@ def fine_tuned(folder: Path, steps: int, seed: int = 1) -> None:
 
 def acceptance(target: Path | None, drafter: Path | None, prompts: Sequence[Sequence[int]]) -> float:
     """Accepted drafts a round of the float pair along its own greedy answers."""
-    pair = open_made_from("nano", *(str(path) if path else None for path in (target, drafter)), ())
+    pair = open_made_from("nano", str(target) if target else None, str(drafter) if drafter else None, ())
     model = adapt.load(pair.target.folder, torch.device("cpu"))
     ids = torch.tensor(prompts)
     said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False)

@@ -23,7 +23,7 @@ import torch
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration import head
-from mtp_calibration.acceptance import advice, measure_acceptance
+from mtp_calibration.acceptance import measure_acceptance, on_device
 from mtp_calibration.calibrate import calibrate
 from mtp_calibration.clusters import balanced_clusters, cluster_means
 from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, in_turn

@@ -156,11 +156,11 @@ def _answers(
     for (length, drawn), numbers in lengths.items():  # prompts of one length need no padding
         for at in range(0, len(numbers), options.batch):
             some = numbers[at : at + options.batch]
-            ids = torch.tensor([prompts[n] for n in some], device=target.device)
+            asked = torch.tensor([prompts[n] for n in some], device=target.device)
             how = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0} if drawn else {"do_sample": False}
             said = target.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                asked,
+                attention_mask=torch.ones_like(asked),
                 max_new_tokens=options.max_new_tokens,
                 eos_token_id=list(stops),
                 pad_token_id=0,
@@ -304,9 +304,8 @@ def save_like(checkpoint: Checkpoint, model: Any, folder: Path) -> None:
             shutil.copy(path, folder / path.name)
             continue
         with safe_open(path, framework="pt") as stored:
-            tensors = {
-                name: found[name].data.to("cpu", stored.get_tensor(name).dtype).contiguous() for name in stored.keys()
-            }
+            dtypes = {name: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118  # no mapping
+            tensors = {name: found[name].data.to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
             save_file(tensors, folder / path.name, metadata=stored.metadata())
 
 

@@ -121,7 +121,7 @@ class FloatTarget:
         everything = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
         *body, head = self._traced.calls
         for call, spent in zip(body, _spent_after(body, head), strict=True):
-            weights = _weights(call, values)
+            weights: Mapping[str, Tensor] = _weights(call, values)
             if refit is not None:
                 run = functools.partial(self._tell_products, call, weights, list(zip(texts, everything, strict=True)))
                 weights = refit(call, weights, run)
@@ -146,9 +146,7 @@ class FloatTarget:
         by_layer = layers.reshape(1, self.length, spec.num_layers, spec.per_layer_size)
         return caches | {"embeddings": tokens[None], "per_layer_embeddings": by_layer}
 
-    def _outputs(
-        self, call: Call, weights: Mapping[str, Tensor], running: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _outputs(self, call: Call, weights: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self.graph.segments[call.segment].module
         arguments = {name: running[value] for name, value in call.inputs.items()}
         outputs = torch.func.functional_call(module, dict(weights), (), arguments)

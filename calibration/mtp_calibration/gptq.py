@@ -15,10 +15,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtp_calibration.float_pair import FloatTarget, OnProduct, restored
@@ -44,7 +45,7 @@ def round_target(
 
     Rounded values lie in a file within `scratch` that has no name and goes with them.
     """
-    file = tempfile.TemporaryFile(dir=scratch)
+    file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  # maps of it outlive this function
     target = FloatTarget(pair, max(len(ids) for ids in texts))
     found: dict[str, Parameter] = {}
 
@@ -73,7 +74,7 @@ def round_target(
 def _kept(rows: Rows, format: WeightFormat, file: IO[bytes]) -> Parameter:
     """A parameter of values that are written to a file and mapped."""
 
-    def mapped(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def mapped(array: NDArray[Any]) -> NDArray[Any]:
         start = file.seek(0, 2)
         file.write(array.data)
         file.flush()

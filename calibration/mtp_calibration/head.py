@@ -44,6 +44,30 @@ class PositionTest(msgspec.Struct, frozen=True, kw_only=True):
     chosen: int
 
 
+def float_answers(pair: Pair, prompts: Sequence[Sequence[int]], count: int) -> list[Text]:
+    """Prompts with what the float target says greedily after them, so many tokens, found in rounds over all of them."""
+    target = FloatTarget(pair, max(len(ids) for ids in prompts) + count)
+    drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
+    texts, settled = [list(ids) for ids in prompts], [len(ids) for ids in prompts]
+    ends = [len(ids) + count for ids in prompts]
+    while open_ := [i for i, end in enumerate(ends) if settled[i] < end]:
+        for i, said in zip(open_, target.said([texts[i] for i in open_]), strict=True):
+            choices, ids = said.logits.argmax(-1), texts[i]
+            while settled[i] < len(ids) and ids[settled[i]] == choices[settled[i] - 1]:
+                settled[i] += 1
+            filled = settled[i]
+            ids[filled:] = [int(choices[filled - 1])]
+            settled[i] += 1
+            state = torch.from_numpy(said.activations[filled - 1 : filled])
+            for _ in range(min(_DEPTH, ends[i] - settled[i])):
+                hidden, state = drafter.step(ids[-1:], state, said.caches, filled, 1)
+                ids += drafter.best(hidden, pair.drafter_spec.head.top_k)
+    return [
+        Text(str(i), "", tuple(ids[:end]), len(prompts[i]))
+        for i, (ids, end) in enumerate(zip(texts, ends, strict=True))
+    ]
+
+
 class Rounds:
     """What target and drafter say of some texts, ready to be asked about heads and positions."""
 

@@ -30,7 +30,7 @@ class Part:
 
 
 def parts_of(values: Mapping[str, Mapping[str, Parameter]]) -> list[Part]:
-    """A layer's attention, its feed-forward block, each table, the head; a format is their own, or one of fewer bits."""
+    """A layer's attention, its feed-forward block, each table, the head; formats are their own, and fewer bits."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for role in ("target", *LOOKUPS):
         for name, parameter in values[role].items():
@@ -52,7 +52,10 @@ def parts_of(values: Mapping[str, Mapping[str, Parameter]]) -> list[Part]:
 
 
 def measured(
-    pair: Pair, parts: Sequence[Part], texts: Sequence[Sequence[int]], on_part: Callable[[str], None] = lambda name: None
+    pair: Pair,
+    parts: Sequence[Part],
+    texts: Sequence[Sequence[int]],
+    on_part: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[float, ...]]:
     """KL per token on the texts with each part alone in each of its formats, by its name."""
     target = FloatTarget(pair, max(len(ids) for ids in texts))

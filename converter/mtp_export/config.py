@@ -27,8 +27,9 @@ class ExportConfig:
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
     graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps the drafter to operations that
     a GPU takes. gate: keep the bundle only if it is measured to be the same model still. rounding: of the target's
-    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships, fewer bits than the
-    recipe's where they cost least on `prompts`.
+    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships,
+    fewer bits than the recipe's where they cost least on `prompts`. centroid_top_k: clusters that the head scores.
+    measured: which of drafter_position_offset and centroid_top_k are what is best on `prompts`.
     """
 
     model: str
@@ -52,6 +53,8 @@ class ExportConfig:
     rounding: str = "nearest"
     prompts: Path | None = None
     max_size_bytes: int | None = None
+    centroid_top_k: int | None = None
+    measured: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.
@@ -65,10 +68,11 @@ class ExportConfig:
         one_of("--delegate", self.delegate, DELEGATES)
         one_of("--rounding", self.rounding, ROUNDINGS)
         if self.rounding == "gptq" and self.recipe in ("f32", "q4_0"):
-            why = "nothing is rounded" if self.recipe == "f32" else "weights lie on a lattice that rounding must not leave"
+            why = "nothing is rounded" if self.recipe == "f32" else "its weights must stay on their lattice"
             raise UserError(f"--rounding gptq with --recipe {self.recipe}: {why}: leave one of them out")
-        if self.prompts is not None and self.rounding != "gptq" and self.max_size_bytes is None:
-            raise UserError("--prompts is for --rounding gptq and --max-size, got none of them")
+        unused = self.rounding != "gptq" and self.max_size_bytes is None and not self.measured
+        if self.prompts is not None and unused:
+            raise UserError("--prompts is for --rounding gptq, --max-size and what is auto, got none of them")
         for option, recipe in (("drafter", self.drafter_recipe), ("embedder", self.embedder_recipe)):
             if recipe is not None:
                 one_of(f"--{option}-recipe", recipe, RECIPES)

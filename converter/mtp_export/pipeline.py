@@ -22,17 +22,19 @@ from mtp_export.checkpoint import Checkpoint, hash_file, locate
 from mtp_export.compressed import check_runs
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
-from mtp_export.errors import CheckpointError, GateError, OutputError, UserError
+from mtp_export.errors import CheckpointError, GateError, OutputError
 from mtp_export.journal import Journal, identity
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
+from mtp_runtime.errors import UserError
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
 _MIXED_PROMPTS = 16
+_DRAFTS_PROMPTS, _DRAFTS_TOKENS = 12, 48
 _MANIFEST_BYTES = 64 << 10  # at most, of any pair
 _SECTIONS_SLACK_BYTES = 4 * (16 << 10)  # sections of a container are rounded up
 
@@ -84,6 +86,9 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         shape = graph_shape(config, pair)
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
+        if config.measured:
+            config, pair = _with_measured(config, pair, progress)
+            clock.lap("drafts")
         format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
@@ -113,6 +118,36 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
     )
+
+
+def _with_measured(config: ExportConfig, pair: Pair, progress: Progress) -> tuple[ExportConfig, Pair]:
+    """The settings that are to be what is best, measured on the float pair's own answers."""
+    # What measures a pair needs this module's.
+    from mtp_calibration import head
+    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
+    from mtp_calibration.corpus import in_turn
+
+    progress.start("measuring drafts", 0)
+    prompts = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _DRAFTS_PROMPTS))
+    rounds = head.Rounds(pair, head.float_answers(pair, prompts, _DRAFTS_TOKENS))
+    if "drafter_position_offset" in config.measured:
+        found = head.position_test(rounds, config.drafter_position_offset)
+        config = dataclasses.replace(config, drafter_position_offset=found.chosen)
+    if "centroid_top_k" in config.measured:
+        counts = head.top_ks(pair.drafter_spec.head.num_centroids)
+        curve = head.top_k_curve(rounds, config.drafter_position_offset, counts)
+        pair = dataclasses.replace(pair, drafter_spec=_with_top_k(pair.drafter_spec, head.enough(curve)))
+    return config, pair
+
+
+def _with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
+    """Raises:
+    UserError: there are not so many clusters.
+    """
+    if top_k is None:
+        return spec
+    in_range("--centroid-top-k", top_k, 1, spec.head.num_centroids)
+    return dataclasses.replace(spec, head=dataclasses.replace(spec.head, top_k=top_k))
 
 
 def _within_size(
@@ -255,7 +290,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         target=target,
         drafter=drafter,
         target_spec=target_spec,
-        drafter_spec=drafter_spec,
+        drafter_spec=_with_top_k(drafter_spec, config.centroid_top_k),
         stop_token_ids=stop_ids,
     )
 

@@ -44,7 +44,7 @@ def test_rounds_are_those_of_an_export(pair: Pair) -> None:
         torch.testing.assert_close(hidden[0, first - 1 :], expected, rtol=0, atol=1e-3)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The run is ended from outside."""
 
 
@@ -59,9 +59,9 @@ def test_a_killed_run_goes_on_and_writes_a_drafter(pair: Pair, tmp_path: Path) -
 
     def until_the_third(step: Step) -> None:
         if step.number == 3:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         adapt(pair, PROMPTS, killed, options, device=CPU, on_step=until_the_third)
     assert not killed.exists()
     again: list[Step] = []

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_calibration.bundle_weights import stored_weights
 from mtp_calibration.calibration_texts import calibration_texts
 from mtp_calibration.corpus import calibration_prompts, for_tuning, held_out, in_turn
-from mtp_calibration.bundle_weights import stored_weights
 from mtp_calibration.float_pair import FloatTarget
 from mtp_calibration.metrics import Agreement
 from mtp_calibration.quality import target_values
@@ -58,9 +58,7 @@ def test_gptq_is_as_small_and_nearer_to_float(
     assert gptq < 0.7 * nearest
 
 
-def test_a_size_is_kept_and_better_used_than_by_one_recipe(
-    export_nano: Export, tmp_path: Path, prompts: Path
-) -> None:
+def test_a_size_is_kept_and_better_used_than_by_one_recipe(export_nano: Export, tmp_path: Path, prompts: Path) -> None:
     plain, output = export_nano("int4"), tmp_path / "mixed"
     most = read_manifest(plain).files["litertlm"].size_bytes
     prompts = prompts.with_name("two.jsonl")

@@ -54,7 +54,9 @@ _OPTIONS = (
         show_default=True,
         help="Of the target's matrices: nearest, or gptq, which keeps what they give on --prompts.",
     ),
-    click.option("--max-size", help="Of what ships, as 2.4GB: fewer bits than the recipe's where --prompts suffer least."),
+    click.option(
+        "--max-size", help="Of what ships, as 2.4GB: fewer bits than the recipe's where --prompts suffer least."
+    ),
     click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]"),
     click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
     click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
@@ -63,10 +65,14 @@ _OPTIONS = (
     ),
     click.option(
         "--drafter-position-offset",
-        type=int,
-        default=1,
+        default="1",
         show_default=True,
-        help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
+        help="Position convention of the drafter: 1 transformers', 0 vLLM's, auto the better on --prompts. Changes "
+        "acceptance only.",
+    ),
+    click.option(
+        "--centroid-top-k",
+        help="Clusters that the drafter's head scores; auto: as few as keep its drafts on --prompts.  [its own]",
     ),
     click.option(
         "--delegate",
@@ -85,6 +91,10 @@ _OPTIONS = (
 )
 
 
+# What may be auto, and what it is where nothing else is clearly better.
+_MEASURED = {"drafter_position_offset": "1", "centroid_top_k": None}
+
+
 def config_of(options: Mapping[str, Any]) -> ExportConfig:
     """The options of a command line, checked before torch is imported, which takes seconds.
 
@@ -93,8 +103,12 @@ def config_of(options: Mapping[str, Any]) -> ExportConfig:
     """
     given = dict(options)
     checkpoint, output, workers, size = (given.pop(name) for name in ("checkpoint", "output", "workers", "max_size"))
+    automatic = tuple(name for name in _MEASURED if given[name] == "auto")
+    for name in _MEASURED:
+        given[name] = _count(name, _MEASURED[name] if name in automatic else given[name])
     config = ExportConfig(
         **given,
+        measured=automatic,
         target=checkpoint,
         max_size_bytes=None if size is None else _bytes(size),
         output=output or Path(f"{given['model']}-{given['export_format']}"),
@@ -103,6 +117,12 @@ def config_of(options: Mapping[str, Any]) -> ExportConfig:
     config.check()
     check_output(config.output, force=config.force)
     return config
+
+
+def _count(name: str, text: str | None) -> int | None:
+    if text is not None and not text.isdecimal():
+        raise UserError(f"--{name.replace('_', '-')} is {text!r}, expected a number or auto")
+    return None if text is None else int(text)
 
 
 def _bytes(size: str) -> int:
