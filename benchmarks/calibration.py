@@ -2,15 +2,15 @@
 
     python -m benchmarks.calibration [--prompts 16]
 
-For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8
-bundle with the diagnosis. The clustered head by number of clusters, centroids as shipped and as built for a dense head,
-and both position conventions, over the bundle's own answers.
+For int8, int4, int4 rounded by GPTQ, and mixed recipes no larger than int4: the figures of `mtp-export calibrate` over
+those prompts of the four kinds that nothing was chosen on. Damaged copies of the int8 bundle with the diagnosis. The
+clustered head by number of clusters, as shipped and as built for a dense head, and both position conventions, over
+the bundle's own answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
@@ -24,9 +24,11 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration import head
 from mtp_calibration.acceptance import measure_acceptance, on_device
+from mtp_calibration.adapt import answered, load
 from mtp_calibration.calibrate import calibrate
-from mtp_calibration.clusters import balanced_clusters, cluster_means
-from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, in_turn
+from mtp_calibration.calibration_texts import calibration_texts
+from mtp_calibration.cluster_head import cluster
+from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, held_out, heldout_prompts, in_turn
 from mtp_calibration.observe import continued
 from mtp_export.pipeline import Pair, open_made_from
 from mtp_runtime import Session
@@ -39,6 +41,7 @@ DAMAGES = {
     "the other position convention": other_position,
 }
 TOP_KS = (4, 8, 16, 24, 128)
+CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -48,10 +51,20 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = in_turn(calibration_prompts(), options.prompts)
+    judged = held_out(calibration_prompts())
     pair = open_made_from("nano", None, None, ())
     figures: dict[str, Any] = {"prompts": len(prompts), "recipes": {}, "damaged": {}}
-    for recipe in ("int8", "int4"):
-        figures["recipes"][recipe] = quality(exported(1024, recipe), pair, prompts)
+    most = exported(1024, "int4") / "nano.litertlm"
+    size = ("--max-size", f"{most.stat().st_size / 1e6:.6f}MB")
+    gptq = ("--rounding", "gptq")
+    for name, bundle in {
+        "int8": exported(1024, "int8"),
+        "int4": exported(1024, "int4"),
+        "int4, gptq": exported(1024, "int4", options=gptq),
+        "mixed": exported(1024, "int8", options=size),
+        "mixed, gptq": exported(1024, "int8", options=(*size, *gptq)),
+    }.items():
+        figures["recipes"][name] = quality(bundle, pair, judged)
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, damage) in enumerate(DAMAGES.items()):
             bundle = damaged(exported(1024, "int8"), Path(scratch) / str(number), damage)
@@ -70,6 +83,7 @@ def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     measured = found.quality
     row = {
         "passed": found.passed,
+        "litertlm_bytes": (bundle / "nano.litertlm").stat().st_size,
         "tokens": measured.tokens,
         "kl_per_token": measured.kl_per_token,
         "weights_kl_per_token": measured.weights_kl_per_token,
@@ -92,19 +106,19 @@ def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     with Session.open(bundle, threads=1) as session:
         rows, costs, _ = measure_acceptance(session, prompts, max_new_tokens=64, on_prompt=lambda name: None)
         judged = [continued(session, prompt, **options) for prompt in in_turn(heldout_prompts(), 16)]
-        tuning = [continued(session, prompt, **options) for prompt in for_tuning(calibration_prompts())]
     rounds = head.Rounds(pair, judged)
     shipped = head.top_k_curve(rounds, 1, TOP_KS)
     position = head.position_test(rounds, 1)
-    built = dense_head(rounds, head.Rounds(pair, tuning))
+    built = dense_head(pair, rounds)
+    here = on_device("here", costs, rows)
     for name, curve in (("as shipped", shipped), ("built", built)):
         for row in curve:
             print(f"{name}: {row}", flush=True)
-    print(position, advice(rows), sep="\n", flush=True)
+    print(position, here.advice, sep="\n", flush=True)
     return {
         "acceptance": msgspec.to_builtins(rows),
         "costs": msgspec.to_builtins(costs),
-        "advice": advice(rows),
+        "advice": here.advice,
         "shipped_head": msgspec.to_builtins(shipped),
         "built_head": msgspec.to_builtins(built),
         "fewest_clusters_that_are_enough": head.enough(shipped),
@@ -112,20 +126,19 @@ def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     }
 
 
-def dense_head(rounds: head.Rounds, tuning: head.Rounds) -> list[head.TopKRow]:
-    """nano's drafter as if it had no clusters: built from its embedding, refined on the states of other texts."""
+def dense_head(pair: Pair, rounds: head.Rounds) -> list[head.TopKRow]:
+    """nano's drafter as if it had no clusters, which are built along answers to other prompts."""
+    target, dense = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
+    asked = calibration_texts(pair.target, pair.target_spec, for_tuning(calibration_prompts()))
+    how = {"max_new_tokens": 192, "batch": 32, "drawn_every": 1}
+    answers = [answer for seed in range(8) for answer in answered(target, asked, pair.stop_token_ids, seed=seed, **how)]
     clusters = len(rounds.drafter.centroids)
-    ordering = balanced_clusters(rounds.drafter.embedding.clone(), clusters)
-    for one in (rounds, tuning):
-        drafter = one.drafter
-        drafter.ordering = ordering
-        drafter.cluster_of_token[ordering] = torch.arange(clusters)[:, None].expand_as(ordering)
-        drafter.centroids = cluster_means(drafter.embedding, ordering)
-    spec = tuning.drafter.spec
-    eighth = dataclasses.replace(spec.head, top_k=clusters // 8)
-    tuning.drafter.spec = dataclasses.replace(spec, head=eighth)
-    hidden, best, _ = tuning.states(1)
-    rounds.drafter.centroids = head.refined_centroids(tuning.drafter, hidden, best)
+    ordering, centroids, _ = cluster(
+        target, dense, answers, count=clusters, top_k=clusters // 8, steps=1500, position_offset=1
+    )
+    drafter = rounds.drafter
+    drafter.ordering, drafter.centroids = ordering, centroids
+    drafter.cluster_of_token[ordering] = torch.arange(clusters)[:, None].expand_as(ordering)
     return head.top_k_curve(rounds, 1, TOP_KS)
 
 

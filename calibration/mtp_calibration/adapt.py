@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ DEPTH = 4  # chained steps of a round
 _STEP_WEIGHTS = (1.0, 0.9, 0.8, 0.7)
 _HARD = 0.6  # of the loss: cross-entropy with the target's choice; the rest with its distribution
 _NOT_REACHED = 0.3  # weight of a step that a round would not have reached
-_SAMPLED = 4  # every so many prompts has its answer drawn, the others have the likeliest
 _TEMPERATURE = 0.8
 _WARM_UP = 20
 _TEXTS, _STATE = "texts.json", "state.pt"
@@ -89,7 +88,7 @@ def adapt(
     target, drafter = load(pair.target.folder, device), load(pair.drafter.folder, device, trained=True)
     _merge(pair, target)
     on_stage("answers of the target", len(prompts))
-    answers = _answers(target, prompts, options, pair.stop_token_ids, work / _TEXTS)
+    answers = _kept_answers(target, prompts, options, pair.stop_token_ids, work / _TEXTS)
     on_stage("adapting", options.steps)
     _train(target, drafter, answers, options, work / _STATE, on_step)
     folder = work / "drafter"
@@ -142,26 +141,48 @@ def _merge(pair: Pair, target: nn.Module) -> None:
             weights[name].data += added.to(weights[name])
 
 
-def _answers(
+def _kept_answers(
     target: Any, prompts: Sequence[Sequence[int]], options: Adaptation, stops: Sequence[int], path: Path
 ) -> list[Answer]:
-    """What the target says after each prompt, mostly greedily; kept for a run that goes on."""
+    """What the target says after each prompt; kept for a run that goes on."""
     if path.is_file():
         return [Answer(tuple(ids), start) for ids, start in json.loads(path.read_text())]
-    torch.manual_seed(options.seed)
+    answers = answered(
+        target, prompts, stops, max_new_tokens=options.max_new_tokens, batch=options.batch, seed=options.seed
+    )
+    _replace(path, lambda beside: beside.write_text(json.dumps(answers)))
+    return answers
+
+
+def answered(
+    target: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    *,
+    max_new_tokens: int,
+    batch: int,
+    seed: int,
+    drawn_every: int = 4,
+) -> list[Answer]:
+    """What the target says after each prompt; one of so many answers is drawn, the others are greedy.
+
+    Raises:
+        UserError: every answer is shorter than a round.
+    """
+    torch.manual_seed(seed)
     found: dict[int, Answer] = {}
     lengths: dict[tuple[int, bool], list[int]] = {}
     for number, ids in enumerate(prompts):
-        lengths.setdefault((len(ids), number % _SAMPLED == _SAMPLED - 1), []).append(number)
+        lengths.setdefault((len(ids), number % drawn_every == drawn_every - 1), []).append(number)
     for (length, drawn), numbers in lengths.items():  # prompts of one length need no padding
-        for at in range(0, len(numbers), options.batch):
-            some = numbers[at : at + options.batch]
+        how = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0} if drawn else {"do_sample": False}
+        for at in range(0, len(numbers), batch):
+            some = numbers[at : at + batch]
             asked = torch.tensor([prompts[n] for n in some], device=target.device)
-            how = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0} if drawn else {"do_sample": False}
             said = target.generate(
                 asked,
                 attention_mask=torch.ones_like(asked),
-                max_new_tokens=options.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 eos_token_id=list(stops),
                 pad_token_id=0,
                 **how,
@@ -172,7 +193,6 @@ def _answers(
     answers = [found[number] for number in range(len(prompts)) if len(found[number].ids) > found[number].start + DEPTH]
     if not answers:
         raise UserError(f"the target says no more than {DEPTH} tokens after any prompt: give others")
-    _replace(path, lambda beside: beside.write_text(json.dumps(answers)))
     return answers
 
 
@@ -214,42 +234,46 @@ def _train(
 
 
 def round_loss(target: Any, drafter: Any, batch: Sequence[Answer], position_offset: int) -> tuple[Tensor, Tensor]:
-    """The loss of rounds that begin at every token of the answers, and how often a first draft is the target's choice.
-
-    The round after t processed tokens is fed token t + j - 1 in step j, and judged by what the target says there.
-    """
-    length = max(len(answer.ids) for answer in batch)
-    ids = torch.tensor([[*a.ids, *[0] * (length - len(a.ids))] for a in batch], device=target.device)
-    rounds = length - DEPTH
-    at = torch.arange(rounds, device=ids.device) + 1  # tokens processed when the round begins
-    starts = torch.tensor([a.start for a in batch], device=ids.device)[:, None]
-    ends = torch.tensor([len(a.ids) for a in batch], device=ids.device)[:, None]
-    with torch.no_grad():
-        said = target(ids, use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
-        embedded = target.get_input_embeddings()(ids).float()
-        state = said.hidden_states[-1][:, :rounds].float()
-        shared = {kind: tuple(x[:, :, :rounds].float() for x in kv) for kind, kv in said.shared_kv_states.items()}
-    masks = round_masks(rounds, drafter.config.get_text_config().sliding_window, ids.device)
-    reached = ((at >= starts) & (at + DEPTH <= ends)).float()
-    total, agreement = torch.zeros((), device=ids.device), torch.zeros(())
-    for j, weight in enumerate(_STEP_WEIGHTS):
-        hidden, state = draft_step(
-            drafter, embedded[:, j + 1 : j + 1 + rounds], state, shared, masks, at - 1 + position_offset
-        )
-        inside = (at >= starts) & (at + DEPTH <= ends)
-        wanted = said.logits[:, j + 1 : j + 1 + rounds][inside].float()
-        loss, right = _step_loss(drafter, hidden[inside], wanted)
-        weights = _NOT_REACHED + (1 - _NOT_REACHED) * reached[inside]
-        total = total + weight * (loss * weights).mean()
+    """The loss of rounds that begin at every token of the answers, and how often a first draft is what the target says."""
+    total, agreement = torch.zeros((), device=target.device), torch.zeros(())
+    for j, (hidden, wanted) in enumerate(rounds(target, drafter, batch, position_offset)):
+        loss, right = _step_loss(drafter, hidden, wanted)
         if j == 0:
-            agreement = right.float().mean()
-        reached[inside] *= right
+            agreement, reached = right.float().mean(), torch.ones_like(loss)
+        total = total + _STEP_WEIGHTS[j] * (loss * (_NOT_REACHED + (1 - _NOT_REACHED) * reached)).mean()
+        reached = reached * right
     return total, agreement
 
 
-def round_masks(rounds: int, window: int, device: torch.device) -> dict[str, Tensor]:
+def rounds(target: Any, drafter: Any, batch: Sequence[Answer], position_offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each step of the rounds that begin at every token of the answers gives the head, and the target's logits.
+
+    The round after t processed tokens is fed token t + j in step j = 0, 1, …, and judged by what the target says there.
+
+    Shapes: -> [N,D], [N,V]
+    """
+    length = max(len(answer.ids) for answer in batch)
+    ids = torch.tensor([[*a.ids, *[0] * (length - len(a.ids))] for a in batch], device=target.device)
+    count = length - DEPTH
+    at = torch.arange(count, device=ids.device) + 1  # tokens processed when the round begins
+    starts = torch.tensor([a.start for a in batch], device=ids.device)[:, None]
+    ends = torch.tensor([len(a.ids) for a in batch], device=ids.device)[:, None]
+    inside = (at >= starts) & (at + DEPTH <= ends)
+    with torch.no_grad():
+        said = target(ids, use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
+        embedded = target.get_input_embeddings()(ids).float()
+        state = said.hidden_states[-1][:, :count].float()
+        shared = {kind: tuple(x[:, :, :count].float() for x in kv) for kind, kv in said.shared_kv_states.items()}
+    masks = round_masks(count, drafter.config.get_text_config().sliding_window, ids.device)
+    for j in range(1, DEPTH + 1):
+        now = embedded[:, j : j + count]
+        hidden, state = draft_step(drafter, now, state, shared, masks, at - 1 + position_offset)
+        yield hidden[inside], said.logits[:, j : j + count][inside].float()
+
+
+def round_masks(count: int, window: int, device: torch.device) -> dict[str, Tensor]:
     """What the round after each token sees of the tokens: all up to it, or so many and one more. Shapes: [1,1,S,S]"""
-    rows, columns = (torch.arange(rounds, device=device)[shape] for shape in ((slice(None), None), (None,)))
+    rows, columns = (torch.arange(count, device=device)[shape] for shape in ((slice(None), None), (None,)))
     full = columns <= rows
     return {
         "full_attention": full[None, None],

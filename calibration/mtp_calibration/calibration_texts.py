@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, read_prompts
 from mtp_export import texts
-from mtp_export.pipeline import Pair
+from mtp_export.arch.spec import TargetSpec
+from mtp_export.checkpoint import Checkpoint
 from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import UserError
 from mtp_runtime.tokenizer import Tokenizer
@@ -24,14 +25,14 @@ def tuning_prompts(path: Path | None) -> list[Prompt]:
     return read_prompts(path) if path else heldout_prompts() + for_tuning(calibration_prompts())
 
 
-def calibration_texts(pair: Pair, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def calibration_texts(target: Checkpoint, spec: TargetSpec, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """Token ids of prompts; a long one becomes several texts, which begin as every text does.
 
     Raises:
         UserError: a prompt has messages and the checkpoint no chat template.
     """
-    contents = texts.read_texts(pair.target, pair.target_spec)
-    tokenizer = Tokenizer.open(pair.target.folder / texts.file_name("tokenizer"), pair.target_spec.bos_token_id)
+    contents = texts.read_texts(target, spec)
+    tokenizer = Tokenizer.open(target.folder / texts.file_name("tokenizer"), spec.bos_token_id)
 
     def text_of(prompt: Prompt) -> str:
         if not prompt.messages:

@@ -128,7 +128,7 @@ def _with_measured(config: ExportConfig, pair: Pair, progress: Progress) -> tupl
     from mtp_calibration.corpus import in_turn
 
     progress.start("measuring drafts", 0)
-    prompts = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _DRAFTS_PROMPTS))
+    prompts = calibration_texts(pair.target, pair.target_spec, in_turn(tuning_prompts(config.prompts), _DRAFTS_PROMPTS))
     rounds = head.Rounds(pair, head.float_answers(pair, prompts, _DRAFTS_TOKENS))
     if "drafter_position_offset" in config.measured:
         found = head.position_test(rounds, config.drafter_position_offset)
@@ -197,7 +197,9 @@ def _within_size(
             "give more, or a smaller --drafter-recipe"
         )
     progress.start("measuring parts", len(parts))
-    chosen_on = calibration_texts(pair, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS))
+    chosen_on = calibration_texts(
+        pair.target, pair.target_spec, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS)
+    )
     costs = mixed.measured(pair, parts, chosen_on, lambda name: progress.advance(1))
     room = most_bytes - smallest + sum(size(part, part.formats[0]) for part in parts)
     formats = mixed.chosen(parts, costs, room - _SECTIONS_SLACK_BYTES, size)
@@ -227,7 +229,7 @@ def _rounded_by_gptq(
         if parameter.format.bits < FLOAT32.bits and not parameter.stored
     }
     progress.start("rounding matrices", len(formats))
-    texts = calibration_texts(pair, tuning_prompts(config.prompts))
+    texts = calibration_texts(pair.target, pair.target_spec, tuning_prompts(config.prompts))
     rounded = round_target(pair, formats, texts, folder, lambda name: progress.advance(1))
     return {role: {name: _fitted(p) for name, p in part.items()} for role, part in values.items()} | {
         "target": values["target"] | rounded

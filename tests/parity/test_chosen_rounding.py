@@ -30,7 +30,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kls(bundles: list[Path]) -> list[float]:
     """KL per token of float's distribution against that of each bundle's weights, on other prompts."""
     pair = open_made_from("nano", None, None, ())
-    texts = calibration_texts(pair, in_turn(held_out(calibration_prompts()), 4))
+    texts = calibration_texts(pair.target, pair.target_spec, in_turn(held_out(calibration_prompts()), 4))
     target = FloatTarget(pair, max(len(ids) for ids in texts))
     expected = [said.logits for said in target.said(texts)]
     found = []

@@ -385,7 +385,9 @@ def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
     outer.check_keys(_NEUTRAL | _ASSISTANT | frozenset(_TIED))
     outer.check_fixed(_TIED)
     if outer.get("use_ordered_embeddings", bool) is not True:
-        raise outer.fail("use_ordered_embeddings", False, "true: a dense drafter head is not supported")
+        raise outer.fail(
+            "use_ordered_embeddings", False, "true: give the drafter clusters first, with mtp-export cluster"
+        )
     text = outer.child("text_config")
     for key in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
         text.get(key, int)  # left out, it would mean another value than a drafter's

@@ -83,7 +83,7 @@ def command(
 
         adapt(
             pair,
-            calibration_texts(pair, read_prompts(prompts)),
+            calibration_texts(pair.target, pair.target_spec, read_prompts(prompts)),
             output,
             Adaptation(**options, position_offset=drafter_position_offset),
             device=torch.device(device),
