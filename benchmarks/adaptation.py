@@ -1,6 +1,6 @@
 """A target is fine-tuned on a domain, its drafts are accepted less, and an adapted drafter wins that back: on nano.
 
-    python -m benchmarks.adaptation [--tuning-steps 120 --steps 200 --threads 2]
+    python -m benchmarks.adaptation [--tuning-steps 100 --steps 80 --threads 1]
 
 The domain is bulletins of weather stations in a notation of their own, written by a seeded program. Acceptance is that
 of the float pairs in rounds of 4 drafts, after every token of greedy answers to beginnings of bulletins that neither
@@ -114,9 +114,9 @@ def outputs(target: Path, drafter: Path | None, folder: Path, prompts: Sequence[
 def main() -> int:
     """Fine-tune, adapt, measure and write the result; return 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tuning-steps", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tuning-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     judged, asked = windows(2, JUDGED, PROMPT), windows(3, 48, PROMPT)

@@ -234,7 +234,7 @@ def _train(
 
 
 def round_loss(target: Any, drafter: Any, batch: Sequence[Answer], position_offset: int) -> tuple[Tensor, Tensor]:
-    """The loss of rounds that begin at every token of the answers, and how often a first draft is what the target says."""
+    """The loss of rounds that begin at every token of the answers, and how often a first draft is the target's own."""
     total, agreement = torch.zeros((), device=target.device), torch.zeros(())
     for j, (hidden, wanted) in enumerate(rounds(target, drafter, batch, position_offset)):
         loss, right = _step_loss(drafter, hidden, wanted)

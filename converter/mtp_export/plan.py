@@ -105,8 +105,11 @@ def plan(config: ExportConfig) -> Plan:
         MtpError: what `export` would raise of these options, checkpoints and their headers.
     """
     config.check()
-    if config.max_size_bytes is not None or config.measured:
-        raise UserError("a plan reads no weight, and --max-size and auto are settled by measuring: plan without them")
+    if config.max_size_bytes is not None or config.measured or config.rounding == "gptq":
+        raise UserError(
+            "a plan reads no weight, and --max-size, --rounding gptq and auto are settled by measuring: plan without "
+            "them; gptq changes no size"
+        )
     with tempfile.TemporaryDirectory(prefix="mtp-plan-") as scratch:
         headers = Headers(Path(scratch))
         pair = pipeline.open_pair(config, headers.find)

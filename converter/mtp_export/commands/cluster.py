@@ -73,13 +73,13 @@ def command(
         target = Checkpoint(locate(checkpoint), "target")
         spec = read_target_spec(target.config, str(target.folder / "config.json"))
         asked = calibration_texts(target, spec, tuning_prompts(prompts))
-        models = [load(part.folder, torch.device(device), trained=part is dense) for part in (target, dense)]
+        model = load(target.folder, torch.device(device))
         tell("answers of the target")
         answers = [
             answer
             for number in range(_DRAWN)
             for answer in answered(
-                models[0],
+                model,
                 asked,
                 stop_token_ids(target, spec),
                 max_new_tokens=max_new_tokens,
@@ -89,7 +89,8 @@ def command(
             )
         ]
         ordering, centroids, recall = cluster(
-            *models,
+            model,
+            load(dense.folder, torch.device(device), trained=True),
             answers,
             count=clusters,
             top_k=few,
