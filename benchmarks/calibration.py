@@ -24,10 +24,10 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration import head
 from mtp_calibration.acceptance import measure_acceptance, on_device
-from mtp_calibration.adapt import answered, load
+from mtp_calibration.adapt import load
 from mtp_calibration.calibrate import calibrate
 from mtp_calibration.calibration_texts import calibration_texts
-from mtp_calibration.cluster_head import cluster
+from mtp_calibration.cluster_head import cluster, drawn_answers
 from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, held_out, heldout_prompts, in_turn
 from mtp_calibration.observe import continued
 from mtp_export.pipeline import Pair, open_made_from
@@ -130,8 +130,7 @@ def dense_head(pair: Pair, rounds: head.Rounds) -> list[head.TopKRow]:
     """nano's drafter as if it had no clusters, which are built along answers to other prompts."""
     target, dense = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
     asked = calibration_texts(pair.target, pair.target_spec, for_tuning(calibration_prompts()))
-    how = {"max_new_tokens": 192, "batch": 32, "drawn_every": 1}
-    answers = [answer for seed in range(8) for answer in answered(target, asked, pair.stop_token_ids, seed=seed, **how)]
+    answers = drawn_answers(target, asked, pair.stop_token_ids, beginnings=512, max_new_tokens=192, seed=0)
     clusters = len(rounds.drafter.centroids)
     ordering, centroids, _ = cluster(
         target, dense, answers, count=clusters, top_k=clusters // 8, steps=1500, position_offset=1

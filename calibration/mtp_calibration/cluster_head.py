@@ -21,14 +21,31 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_calibration.adapt import Answer, rounds
+from mtp_calibration.adapt import Answer, answered, rounds
 from mtp_calibration.clusters import balanced_clusters, cluster_means
 from mtp_export.checkpoint import Checkpoint
 from mtp_runtime.errors import UserError
 
 _BATCH = 512
-_MASS = 0.5  # of the loss: the probability that the dense head gives each cluster
+_SOFT = 5.0  # temperature of the softened scores
 _BLOCK = 256  # states whose dense scores are computed at a time
+
+
+def drawn_answers(
+    target: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    *,
+    beginnings: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Answer]:
+    """What the target says, drawn, after prompts and after single tokens of its whole vocabulary, so many."""
+    vocab = target.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab, (beginnings,), generator=generator).tolist()
+    asked = [*prompts, *([prompts[0][0], token] for token in tokens)]
+    return answered(target, asked, stops, max_new_tokens=max_new_tokens, batch=32, seed=seed, drawn_every=1)
 
 
 @torch.no_grad()
@@ -61,23 +78,22 @@ def trained_centroids(
     seed: int = 0,
     on_step: Callable[[int], None] = lambda number: None,
 ) -> Tensor:
-    """Centroids that score the cluster of the dense first choice highest, from the means of the clusters.
+    """Centroids that score a cluster as the dense head scores its best token, from the means of the clusters.
 
     Shapes: hidden [N,D], embedding [V,D], ordering [C, V / C] -> [C,D]
     """
     count = len(ordering)
-    cluster_of_token = torch.empty(len(embedding), dtype=torch.long)
-    cluster_of_token[ordering] = torch.arange(count)[:, None].expand_as(ordering)
     centroids = cluster_means(embedding, ordering).requires_grad_(True)
     rate = 0.1 * float(centroids.detach().square().mean().sqrt())
     optimiser = torch.optim.Adam([centroids], lr=rate)
     generator = torch.Generator().manual_seed(seed)
     for number in range(steps):
         chosen = hidden[torch.randint(len(hidden), (_BATCH,), generator=generator)]
-        dense = chosen @ embedding.T
-        mass = torch.zeros(len(chosen), count).index_add_(1, cluster_of_token, dense.softmax(-1))
+        best = (chosen @ embedding.T)[:, ordering.reshape(-1)].view(len(chosen), count, -1).amax(-1)
         scores = chosen @ centroids.T
-        loss = F.cross_entropy(scores, cluster_of_token[dense.argmax(-1)]) + _MASS * F.cross_entropy(scores, mass)
+        # Sharp, for the first choice; and softened, which tells of clusters that are never first along these answers.
+        loss = F.cross_entropy(scores, best.softmax(-1))
+        loss = loss + _SOFT * F.cross_entropy(scores / _SOFT, (best / _SOFT).softmax(-1))
         optimiser.param_groups[0]["lr"] = rate * (1 - number / steps)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

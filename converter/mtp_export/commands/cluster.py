@@ -10,8 +10,6 @@ from rich.console import Console
 
 from mtp_runtime.errors import UserError
 
-_DRAWN = 4  # of each prompt's answers, all different
-
 
 @click.command("cluster")
 @click.argument("drafter", metavar="DIR|ID")
@@ -22,6 +20,13 @@ _DRAWN = 4  # of each prompt's answers, all different
 )
 @click.option("--top-k", type=click.IntRange(1), help="Clusters that are scored for a draft.  [an eighth of them]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]")
+@click.option(
+    "--beginnings",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Single tokens that are prompts as well.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(8), default=192, show_default=True, help="Of each answer.")
 @click.option("--steps", type=click.IntRange(1), default=1500, show_default=True, help="Of training the centroids.")
 @click.option("--drafter-position-offset", type=click.IntRange(0, 1), default=1, show_default=True)
@@ -35,6 +40,7 @@ def command(
     clusters: int,
     top_k: int | None,
     prompts: Path | None,
+    beginnings: int,
     max_new_tokens: int,
     steps: int,
     drafter_position_offset: int,
@@ -55,9 +61,9 @@ def command(
     with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
         import torch
 
-        from mtp_calibration.adapt import answered, load
+        from mtp_calibration.adapt import load
         from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
-        from mtp_calibration.cluster_head import check_dense, cluster, write_clustered
+        from mtp_calibration.cluster_head import check_dense, cluster, drawn_answers, write_clustered
         from mtp_export.arch.gemma4 import read_target_spec
         from mtp_export.checkpoint import Checkpoint, locate
         from mtp_export.texts import stop_token_ids
@@ -75,19 +81,14 @@ def command(
         asked = calibration_texts(target, spec, tuning_prompts(prompts))
         model = load(target.folder, torch.device(device))
         tell("answers of the target")
-        answers = [
-            answer
-            for number in range(_DRAWN)
-            for answer in answered(
-                model,
-                asked,
-                stop_token_ids(target, spec),
-                max_new_tokens=max_new_tokens,
-                batch=32,
-                seed=seed + number,
-                drawn_every=1,
-            )
-        ]
+        answers = drawn_answers(
+            model,
+            asked,
+            stop_token_ids(target, spec),
+            beginnings=beginnings,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
         ordering, centroids, recall = cluster(
             model,
             load(dense.folder, torch.device(device), trained=True),
