@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import msgspec
@@ -29,14 +30,9 @@ from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embed
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
-from mtp_runtime.errors import UserError
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
-_MIXED_PROMPTS = 16
-_DRAFTS_PROMPTS, _DRAFTS_TOKENS = 12, 48
-_MANIFEST_BYTES = 64 << 10  # at most, of any pair
-_SECTIONS_SLACK_BYTES = 4 * (16 << 10)  # sections of a container are rounded up
 
 
 class Progress(Protocol):
@@ -87,7 +83,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
         if config.measured:
-            config, pair = _with_measured(config, pair, progress)
+            config, pair = _choices().with_measured(config, pair, progress)
             clock.lap("drafts")
         format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
@@ -95,7 +91,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
         bits: Mapping[str, int] = {}
         if config.max_size_bytes is not None:
-            values, bits = _within_size(config, pair, graphs, values, config.max_size_bytes, progress)
+            values, bits = _choices().within_size(config, pair, graphs, values, config.max_size_bytes, progress)
             clock.lap("mixed recipe")
         graph_bytes = sum(sizes.graph_files(config, graphs, values).values())
         # With a container, graphs lie in the folder twice: as plain files, and within it.
@@ -103,7 +99,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         _check_disk(config.output, graph_bytes * (2 if format.container else 1) + scratch_bytes + _SPARE_BYTES)
         clock.lap("trace")
         if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
-            values = _rounded_by_gptq(config, pair, values, folder, progress)
+            values = _choices().rounded_by_gptq(config, pair, values, folder, progress)
             clock.lap("gptq")
         files = format.write(config, graphs, values, folder, journal, progress, clock)
         files |= texts.write_texts(contents, folder)
@@ -120,27 +116,14 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     )
 
 
-def _with_measured(config: ExportConfig, pair: Pair, progress: Progress) -> tuple[ExportConfig, Pair]:
-    """The settings that are to be what is best, measured on the float pair's own answers."""
-    # What measures a pair needs this module's.
-    from mtp_calibration import head
-    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
-    from mtp_calibration.corpus import in_turn
+def _choices() -> ModuleType:
+    """What measures a pair needs this module's, so it is imported where it is called."""
+    from mtp_calibration import choices
 
-    progress.start("measuring drafts", 0)
-    prompts = calibration_texts(pair.target, pair.target_spec, in_turn(tuning_prompts(config.prompts), _DRAFTS_PROMPTS))
-    rounds = head.Rounds(pair, head.float_answers(pair, prompts, _DRAFTS_TOKENS))
-    if "drafter_position_offset" in config.measured:
-        found = head.position_test(rounds, config.drafter_position_offset)
-        config = dataclasses.replace(config, drafter_position_offset=found.chosen)
-    if "centroid_top_k" in config.measured:
-        counts = head.top_ks(pair.drafter_spec.head.num_centroids)
-        curve = head.top_k_curve(rounds, config.drafter_position_offset, counts)
-        pair = dataclasses.replace(pair, drafter_spec=_with_top_k(pair.drafter_spec, head.enough(curve)))
-    return config, pair
+    return choices
 
 
-def _with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
+def with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
     """Raises:
     UserError: there are not so many clusters.
     """
@@ -150,97 +133,8 @@ def _with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
     return dataclasses.replace(spec, head=dataclasses.replace(spec.head, top_k=top_k))
 
 
-def _within_size(
-    config: ExportConfig,
-    pair: Pair,
-    graphs: Sequence[TracedGraph],
-    values: dict[str, dict[str, Parameter]],
-    most_bytes: int,
-    progress: Progress,
-) -> tuple[dict[str, dict[str, Parameter]], Mapping[str, int]]:
-    """The parameters with fewer bits where they cost least, and the bits of each part; none where nothing is too large.
-
-    Raises:
-        UserError: the smallest formats are too large.
-    """
-    # What measures a pair needs this module's.
-    from mtp_calibration import mixed
-    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
-    from mtp_calibration.corpus import in_turn
-
-    def shipped_bytes(values: Mapping[str, Mapping[str, Parameter]]) -> int:
-        files = sizes.graph_files(config, graphs, values)
-        if not FORMATS[config.export_format].container:
-            return sum(files.values())
-        return sizes.litertlm_bytes(files, texts.text_sizes(pair.target)["tokenizer"], _MANIFEST_BYTES)
-
-    def with_formats(formats: Mapping[str, WeightFormat]) -> dict[str, dict[str, Parameter]]:
-        changed = {role: dict(part) for role, part in values.items()}
-        for part in parts:
-            for role, name in part.parameters:
-                format = formats[part.name].for_columns(values[role][name].shape[1])
-                changed[role][name] = dataclasses.replace(values[role][name], format=format)
-        return changed
-
-    def size(part: mixed.Part, format: WeightFormat) -> int:
-        of_part = {n: dataclasses.replace(values[r][n], format=format) for r, n in part.parameters}
-        return sizes.stored_bytes(config.export_format, of_part)
-
-    whole = shipped_bytes(values)
-    if whole <= most_bytes:
-        return values, {}
-    parts = mixed.parts_of(values)
-    smallest = shipped_bytes(with_formats({part.name: part.formats[0] for part in parts}))
-    if smallest > most_bytes:
-        raise UserError(
-            f"--max-size is {most_bytes / 1e9:.3f} GB and the smallest mixed recipe takes {smallest / 1e9:.3f} GB: "
-            "give more, or a smaller --drafter-recipe"
-        )
-    progress.start("measuring parts", len(parts))
-    chosen_on = calibration_texts(
-        pair.target, pair.target_spec, in_turn(tuning_prompts(config.prompts), _MIXED_PROMPTS)
-    )
-    costs = mixed.measured(pair, parts, chosen_on, lambda name: progress.advance(1))
-    room = most_bytes - smallest + sum(size(part, part.formats[0]) for part in parts)
-    formats = mixed.chosen(parts, costs, room - _SECTIONS_SLACK_BYTES, size)
-    return with_formats(formats), {name: format.bits for name, format in formats.items()}
-
-
 def _matrix_values(values: Mapping[str, Mapping[str, Parameter]]) -> int:
     return sum(math.prod(p.shape) for p in values["target"].values() if p.format.bits < FLOAT32.bits)
-
-
-def _rounded_by_gptq(
-    config: ExportConfig,
-    pair: Pair,
-    values: Mapping[str, dict[str, Parameter]],
-    folder: Path,
-    progress: Progress,
-) -> dict[str, dict[str, Parameter]]:
-    """The same parameters with the target's matrices rounded together with what they are multiplied with."""
-    # What measures a pair needs this module's.
-    from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
-    from mtp_calibration.gptq import round_target
-
-    chosen = FORMATS[config.export_format].stored_format
-    formats = {
-        name: chosen(parameter)
-        for name, parameter in values["target"].items()
-        if parameter.format.bits < FLOAT32.bits and not parameter.stored
-    }
-    progress.start("rounding matrices", len(formats))
-    texts = calibration_texts(pair.target, pair.target_spec, tuning_prompts(config.prompts))
-    rounded = round_target(pair, formats, texts, folder, lambda name: progress.advance(1))
-    return {role: {name: _fitted(p) for name, p in part.items()} for role, part in values.items()} | {
-        "target": values["target"] | rounded
-    }
-
-
-def _fitted(parameter: Parameter) -> Parameter:
-    """A look-up table of few bits with the scales that cost its rows least: they are multiplied with nothing."""
-    if not parameter.looked_up or parameter.stored or parameter.format.bits > 4:
-        return parameter
-    return dataclasses.replace(parameter, format=dataclasses.replace(parameter.format, scale="fitted"))
 
 
 def _made_of(config: ExportConfig, pair: Pair) -> str:
@@ -292,7 +186,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         target=target,
         drafter=drafter,
         target_spec=target_spec,
-        drafter_spec=_with_top_k(drafter_spec, config.centroid_top_k),
+        drafter_spec=with_top_k(drafter_spec, config.centroid_top_k),
         stop_token_ids=stop_ids,
     )
 
