@@ -1,4 +1,4 @@
-"""Exports whose rounding or recipe is chosen on prompts: as small as the others, and nearer to float."""
+"""Exports that choose on prompts: rounding and recipe, as small as others and nearer to float, and the drafter's head."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from mtp_calibration.bundle_weights import stored_weights
 from mtp_calibration.calibration_texts import calibration_texts
 from mtp_calibration.corpus import calibration_prompts, for_tuning, held_out, in_turn
 from mtp_calibration.float_pair import FloatTarget
+from mtp_calibration.head import float_answers, top_ks
 from mtp_calibration.metrics import Agreement
 from mtp_calibration.quality import target_values
+from mtp_export.embedded import EMBEDDED
 from mtp_export.pipeline import open_made_from
+from mtp_export.reference import greedy
 from mtp_runtime import Bundle, read_manifest
 from tests.conftest import Export, run_cli
 
@@ -71,6 +74,24 @@ def test_a_size_is_kept_and_better_used_than_by_one_recipe(export_nano: Export, 
     assert 0.97 * most < manifest.files["litertlm"].size_bytes <= most
     uniform, mixed = kls([plain, output])
     assert mixed < 0.95 * uniform
+
+
+def test_settings_of_the_drafter_are_measured(tmp_path: Path, prompts: Path) -> None:
+    """On what transformers would say, too."""
+    texts = [[2, 300, 400, 500], [2, 310, 410, 510, 610], [2, 700, 800]]
+    pair = open_made_from("nano", None, None, ())
+    answers = [list(text.ids) for text in float_answers(pair, texts, 20)]
+    assert [ids[: len(text)] for ids, text in zip(answers, texts, strict=True)] == texts
+    own = [ids[len(text) :] for ids, text in zip(answers, texts, strict=True)]
+    assert greedy(EMBEDDED / "target", texts, own) == own
+    few = prompts.with_name("one.jsonl")
+    few.write_text(prompts.read_text().splitlines()[0])
+    options = ("--drafter-position-offset", "auto", "--centroid-top-k", "auto", "--prompts", str(few))
+    run_cli("export", *options, "--output", str(tmp_path / "bundle"))
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.drafter_position_offset == 1
+    assert manifest.drafter["head"]["top_k"] in top_ks(128)
+    assert 1 < manifest.drafter["head"]["top_k"] < 128
 
 
 def test_a_size_that_nothing_reaches_is_refused(tmp_path: Path) -> None:
