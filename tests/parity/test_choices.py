@@ -1,4 +1,4 @@
-"""Exports that choose on prompts: rounding and recipe, as small as others and nearer to float, and the drafter's head."""
+"""Exports that choose on prompts: rounding, formats under a size, and the drafter's head."""
 
 from __future__ import annotations
 
