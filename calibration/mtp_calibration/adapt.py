@@ -75,7 +75,7 @@ def adapt(
     *,
     device: torch.device,
     resume: bool = False,
-    on_stage: Callable[[str, int], None] = lambda name, total: None,
+    on_stage: Callable[[str], None] = lambda name: None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Adapt the pair's drafter and write it to the folder `output`. What a killed run has done lies beside it.
@@ -86,10 +86,10 @@ def adapt(
     work = output.with_name(f".{output.name}.adapting")
     _prepare(output, work, _identity(pair, prompts, options), resume=resume)
     target, drafter = load(pair.target.folder, device), load(pair.drafter.folder, device, trained=True)
-    _merge(pair, target)
-    on_stage("answers of the target", len(prompts))
+    merge_adapters(pair, target)
+    on_stage("answers of the target")
     answers = _kept_answers(target, prompts, options, pair.stop_token_ids, work / _TEXTS)
-    on_stage("adapting", options.steps)
+    on_stage("adapting")
     _train(target, drafter, answers, options, work / _STATE, on_step)
     folder = work / "drafter"
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +132,7 @@ def load(folder: Path, device: torch.device, *, trained: bool = False) -> Any:
     return model.to(device).train(False).requires_grad_(False)
 
 
-def _merge(pair: Pair, target: nn.Module) -> None:
+def merge_adapters(pair: Pair, target: nn.Module) -> None:
     """Add LoRA adapters to the target's matrices."""
     weights = dict(target.named_parameters())
     for adapter in pair.adapters:

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mtp_calibration.adapt import Adaptation, Step, adapt, draft_step, load, round_masks
+from mtp_calibration.adapt import Adaptation, Step, adapt, draft_step, load, merge_adapters, round_masks
 from mtp_calibration.float_pair import FloatDrafter, FloatTarget, lookup_name
+from mtp_export.checkpoint import Checkpoint
 from mtp_export.embedded import EMBEDDED
 from mtp_export.pipeline import Pair, open_made_from
+from tests.unit.test_adapters import ADAPTED, save_adapter
 
 CPU = torch.device("cpu")
 PROMPTS = [[2, 300, 400, 500], [2, 310, 410, 510], [2, 700, 800], [2, 333, 444, 555]]
@@ -42,6 +44,18 @@ def test_rounds_are_those_of_an_export(pair: Pair) -> None:
         tokens = ids[first + step - 1 : rounds + step]
         expected, theirs = exported.step(tokens, theirs, said.caches, first, 1)
         torch.testing.assert_close(hidden[0, first - 1 :], expected, rtol=0, atol=1e-3)
+
+
+def test_adapters_are_merged_as_an_export_merges_them(tmp_path: Path) -> None:
+    pair = open_made_from("nano", None, None, (save_adapter(tmp_path / "lora", EMBEDDED / "target"),))
+    model = load(pair.target.folder, CPU)
+    merge_adapters(pair, model)
+    weights = dict(model.named_parameters())
+    for module in ADAPTED:
+        name = f"model.language_model.{module}.weight"
+        merged = torch.from_numpy(pair.target.rows(name, 0, weights[name].shape[0]))
+        assert not torch.equal(merged, torch.from_numpy(Checkpoint.rows(pair.target, name, 0, len(merged))))
+        torch.testing.assert_close(weights[name].detach(), merged)
 
 
 class KilledError(Exception):

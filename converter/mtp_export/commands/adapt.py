@@ -88,7 +88,7 @@ def command(
             Adaptation(**options, position_offset=drafter_position_offset),
             device=torch.device(device),
             resume=resume,
-            on_stage=lambda name, total: tell(name),
+            on_stage=tell,
             on_step=on_step,
         )
     name = click.format_filename(output)
