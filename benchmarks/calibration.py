@@ -4,8 +4,7 @@
 
 For int8, int4, int4 rounded by GPTQ, and mixed recipes no larger than int4: the figures of `mtp-export calibrate` over
 those prompts of the four kinds that nothing was chosen on. Damaged copies of the int8 bundle with the diagnosis. The
-clustered head by number of clusters, as shipped and as built for a dense head, and both position conventions, over
-the bundle's own answers.
+clustered head by number of clusters and both position conventions, over the bundle's own answers.
 """
 
 from __future__ import annotations
@@ -24,11 +23,8 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration import head
 from mtp_calibration.acceptance import measure_acceptance, on_device
-from mtp_calibration.adapt import load
 from mtp_calibration.calibrate import calibrate
-from mtp_calibration.calibration_texts import calibration_texts
-from mtp_calibration.cluster_head import cluster, drawn_answers
-from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, held_out, heldout_prompts, in_turn
+from mtp_calibration.corpus import Prompt, calibration_prompts, held_out, heldout_prompts, in_turn
 from mtp_calibration.observe import continued
 from mtp_export.pipeline import Pair, open_made_from
 from mtp_runtime import Session
@@ -41,7 +37,6 @@ DAMAGES = {
     "the other position convention": other_position,
 }
 TOP_KS = (4, 8, 16, 24, 128)
-CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -62,7 +57,6 @@ def main() -> int:
         "int4": exported(1024, "int4"),
         "int4, gptq": exported(1024, "int4", options=gptq),
         "mixed": exported(1024, "int8", options=size),
-        "mixed, gptq": exported(1024, "int8", options=(*size, *gptq)),
     }.items():
         figures["recipes"][name] = quality(bundle, pair, judged)
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,7 +95,7 @@ def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
-    """Acceptance, heads and positions; built heads are refined on prompts that none is judged on."""
+    """Acceptance, heads and positions."""
     options = {"max_tokens": 192, "max_new_tokens": 96}
     with Session.open(bundle, threads=1) as session:
         rows, costs, _ = measure_acceptance(session, prompts, max_new_tokens=64, on_prompt=lambda name: None)
@@ -109,36 +103,18 @@ def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     rounds = head.Rounds(pair, judged)
     shipped = head.top_k_curve(rounds, 1, TOP_KS)
     position = head.position_test(rounds, 1)
-    built = dense_head(pair, rounds)
     here = on_device("here", costs, rows)
-    for name, curve in (("as shipped", shipped), ("built", built)):
-        for row in curve:
-            print(f"{name}: {row}", flush=True)
+    for row in shipped:
+        print(row, flush=True)
     print(position, here.advice, sep="\n", flush=True)
     return {
         "acceptance": msgspec.to_builtins(rows),
         "costs": msgspec.to_builtins(costs),
         "advice": here.advice,
         "shipped_head": msgspec.to_builtins(shipped),
-        "built_head": msgspec.to_builtins(built),
         "fewest_clusters_that_are_enough": head.enough(shipped),
         "position": msgspec.to_builtins(position),
     }
-
-
-def dense_head(pair: Pair, rounds: head.Rounds) -> list[head.TopKRow]:
-    """nano's drafter as if it had no clusters, which are built along answers to other prompts."""
-    target, dense = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
-    asked = calibration_texts(pair.target, pair.target_spec, for_tuning(calibration_prompts()))
-    answers = drawn_answers(target, asked, pair.stop_token_ids, beginnings=512, max_new_tokens=192, seed=0)
-    clusters = len(rounds.drafter.centroids)
-    ordering, centroids, _ = cluster(
-        target, dense, answers, count=clusters, top_k=clusters // 8, steps=1500, position_offset=1
-    )
-    drafter = rounds.drafter
-    drafter.ordering, drafter.centroids = ordering, centroids
-    drafter.cluster_of_token[ordering] = torch.arange(clusters)[:, None].expand_as(ordering)
-    return head.top_k_curve(rounds, 1, TOP_KS)
 
 
 if __name__ == "__main__":
