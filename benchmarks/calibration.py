@@ -2,9 +2,9 @@
 
     python -m benchmarks.calibration [--prompts 16]
 
-For int8, int4, int4 rounded by GPTQ, and mixed recipes no larger than int4: the figures of `mtp-export calibrate` over
-those prompts of the four kinds that nothing was chosen on. Damaged copies of the int8 bundle with the diagnosis. The
-clustered head by number of clusters and both position conventions, over the bundle's own answers.
+For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8
+bundle with the diagnosis. The clustered head by number of clusters and both position conventions, over the bundle's own
+answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.machine import write_result
 from mtp_calibration import head
 from mtp_calibration.acceptance import measure_acceptance, on_device
 from mtp_calibration.calibrate import calibrate
-from mtp_calibration.corpus import Prompt, calibration_prompts, held_out, heldout_prompts, in_turn
+from mtp_calibration.corpus import Prompt, calibration_prompts, heldout_prompts, in_turn
 from mtp_calibration.observe import continued
 from mtp_export.pipeline import Pair, open_made_from
 from mtp_runtime import Session
@@ -46,19 +46,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = in_turn(calibration_prompts(), options.prompts)
-    judged = held_out(calibration_prompts())
     pair = open_made_from("nano", None, None, ())
     figures: dict[str, Any] = {"prompts": len(prompts), "recipes": {}, "damaged": {}}
-    most = exported(1024, "int4") / "nano.litertlm"
-    size = ("--max-size", f"{most.stat().st_size / 1e6:.6f}MB")
-    gptq = ("--rounding", "gptq")
-    for name, bundle in {
-        "int8": exported(1024, "int8"),
-        "int4": exported(1024, "int4"),
-        "int4, gptq": exported(1024, "int4", options=gptq),
-        "mixed": exported(1024, "int8", options=size),
-    }.items():
-        figures["recipes"][name] = quality(bundle, pair, judged)
+    for recipe in ("int8", "int4"):
+        figures["recipes"][recipe] = quality(exported(1024, recipe), pair, prompts)
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, damage) in enumerate(DAMAGES.items()):
             bundle = damaged(exported(1024, "int8"), Path(scratch) / str(number), damage)
@@ -77,7 +68,6 @@ def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     measured = found.quality
     row = {
         "passed": found.passed,
-        "litertlm_bytes": (bundle / "nano.litertlm").stat().st_size,
         "tokens": measured.tokens,
         "kl_per_token": measured.kl_per_token,
         "weights_kl_per_token": measured.weights_kl_per_token,

@@ -3,8 +3,8 @@
     python -m benchmarks.dense_head [--beginnings 192 --threads 1]
 
 They are built as `mtp-export cluster` builds them, along drawn answers to the calibration prompts that settings are
-chosen on and to single tokens, and judged along the answers of the int8 bundle to 16 held-out prompts. Goal: 98 % of the
-dense first choices among an eighth of the vocabulary.
+chosen on and to single tokens, and judged along the answers of the int8 bundle to 16 held-out prompts. Goal: 98 % of
+the dense first choices among an eighth of the vocabulary.
 """
 
 from __future__ import annotations
