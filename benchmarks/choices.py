@@ -2,8 +2,8 @@
 
     python -m benchmarks.choices
 
-Every bundle is held against float as `mtp-export calibrate` does it, on those prompts of the four kinds that nothing was
-chosen on. Goals: GPTQ takes 40 % off int4's KL at the same size; a mixed recipe that is no larger has less KL than int4.
+Every bundle is held against float as `mtp-export calibrate` does it, on those prompts of the four kinds that nothing
+was chosen on. Goals: GPTQ takes 40 % off int4's KL at the same size; a mixed recipe that is no larger has less KL.
 """
 
 from __future__ import annotations
