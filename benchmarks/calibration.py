@@ -3,14 +3,13 @@
     python -m benchmarks.calibration [--prompts 16]
 
 For int8 and int4: the figures of `mtp-export calibrate` over the prompts in four kinds. Damaged copies of the int8
-bundle with the diagnosis. The clustered head by number of clusters, centroids as shipped and as built for a dense head,
-and both position conventions, over the bundle's own answers.
+bundle with the diagnosis. The clustered head by number of clusters and both position conventions, over the bundle's own
+answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
@@ -23,10 +22,9 @@ import torch
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration import head
-from mtp_calibration.acceptance import advice, measure_acceptance
+from mtp_calibration.acceptance import measure_acceptance, on_device
 from mtp_calibration.calibrate import calibrate
-from mtp_calibration.clusters import balanced_clusters, cluster_means
-from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, in_turn
+from mtp_calibration.corpus import Prompt, calibration_prompts, heldout_prompts, in_turn
 from mtp_calibration.observe import continued
 from mtp_export.pipeline import Pair, open_made_from
 from mtp_runtime import Session
@@ -87,46 +85,26 @@ def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def drafts(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
-    """Acceptance, heads and positions; built heads are refined on prompts that none is judged on."""
+    """Acceptance, heads and positions."""
     options = {"max_tokens": 192, "max_new_tokens": 96}
     with Session.open(bundle, threads=1) as session:
         rows, costs, _ = measure_acceptance(session, prompts, max_new_tokens=64, on_prompt=lambda name: None)
         judged = [continued(session, prompt, **options) for prompt in in_turn(heldout_prompts(), 16)]
-        tuning = [continued(session, prompt, **options) for prompt in for_tuning(calibration_prompts())]
     rounds = head.Rounds(pair, judged)
     shipped = head.top_k_curve(rounds, 1, TOP_KS)
     position = head.position_test(rounds, 1)
-    built = dense_head(rounds, head.Rounds(pair, tuning))
-    for name, curve in (("as shipped", shipped), ("built", built)):
-        for row in curve:
-            print(f"{name}: {row}", flush=True)
-    print(position, advice(rows), sep="\n", flush=True)
+    here = on_device("here", costs, rows)
+    for row in shipped:
+        print(row, flush=True)
+    print(position, here.advice, sep="\n", flush=True)
     return {
         "acceptance": msgspec.to_builtins(rows),
         "costs": msgspec.to_builtins(costs),
-        "advice": advice(rows),
+        "advice": here.advice,
         "shipped_head": msgspec.to_builtins(shipped),
-        "built_head": msgspec.to_builtins(built),
         "fewest_clusters_that_are_enough": head.enough(shipped),
         "position": msgspec.to_builtins(position),
     }
-
-
-def dense_head(rounds: head.Rounds, tuning: head.Rounds) -> list[head.TopKRow]:
-    """nano's drafter as if it had no clusters: built from its embedding, refined on the states of other texts."""
-    clusters = len(rounds.drafter.centroids)
-    ordering = balanced_clusters(rounds.drafter.embedding.clone(), clusters)
-    for one in (rounds, tuning):
-        drafter = one.drafter
-        drafter.ordering = ordering
-        drafter.cluster_of_token[ordering] = torch.arange(clusters)[:, None].expand_as(ordering)
-        drafter.centroids = cluster_means(drafter.embedding, ordering)
-    spec = tuning.drafter.spec
-    eighth = dataclasses.replace(spec.head, top_k=clusters // 8)
-    tuning.drafter.spec = dataclasses.replace(spec, head=eighth)
-    hidden, best, _ = tuning.states(1)
-    rounds.drafter.centroids = head.refined_centroids(tuning.drafter, hidden, best)
-    return head.top_k_curve(rounds, 1, TOP_KS)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from tools.fetched.cache import cache_folder
 
 Export = Callable[..., Path]
 
+# Of torch, here and in every command: nano's operations are so small that a second thread mostly waits for the first,
+# and with all processors busy each of them waits for milliseconds.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def run_cli(
     *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None

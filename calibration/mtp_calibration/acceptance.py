@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
 from mtp_calibration.corpus import Prompt
 from mtp_calibration.observe import text_of
-from mtp_runtime import GenerationStats, GenerationTrace, Session
-
-_STEPS = 40  # of the bisection for the break-even acceptance: to the last bit of a float32
+from mtp_runtime import GenerationStats, GenerationTrace, Session, timing
+from mtp_runtime.errors import UserError
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,18 +22,48 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
     def expected_speed_up(self, committed_per_round: float, k: int) -> float:
         """Against plain decoding, for rounds of K drafts that commit so many tokens."""
-        return committed_per_round * self.decode_ms / (k * self.draft_ms + self.verify_ms[k - 1])
+        return committed_per_round * self.decode_ms / self._round_ms(k)
 
     def break_even(self, k: int) -> float | None:
         """The acceptance of each draft, given those before it, from which K drafts pay; None if they never do."""
-        if self.expected_speed_up(k + 1, k) <= 1:
-            return None
-        low, high = 0.0, 1.0
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            pays = self.expected_speed_up(committed(middle, k), k) > 1
-            low, high = (low, middle) if pays else (middle, high)
-        return high
+        return timing.break_even(self.decode_ms, self._round_ms(k), k)
+
+    def _round_ms(self, k: int) -> float:
+        return k * self.draft_ms + self.verify_ms[k - 1]
+
+
+class _Pass(msgspec.Struct, frozen=True):
+    median_ms: float
+
+
+class _Bench(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of the JSON of `mtp-export bench`."""
+
+    machine: str
+    model: str
+    passes: dict[str, _Pass]
+    break_even: dict[int, float | None]
+
+
+def read_bench(path: Path, model: str) -> tuple[str, Costs]:
+    """A device's name and costs from what `mtp-export bench --json` printed there of a bundle of `model`.
+
+    Raises:
+        UserError: the file is no such JSON, or of another model.
+    """
+    try:
+        bench = msgspec.json.decode(path.read_bytes(), type=_Bench)
+        medians = {name: timed.median_ms for name, timed in bench.passes.items()}
+        decode_ms, draft_ms = medians["decode"], medians["draft"]
+        rounds = [timing.round_ms(medians, k) for k in range(1, max(bench.break_even) + 1)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read a device's times from {path} ({error}): give what mtp-export bench --json printed there"
+        ) from error
+    if bench.model != model:
+        raise UserError(f"{path} has the times of {bench.model}, expected {model}: bench a bundle of it on that device")
+    verify_ms = tuple(ms - k * draft_ms for k, ms in enumerate(rounds, 1))
+    return bench.machine, Costs(decode_ms=decode_ms, draft_ms=draft_ms, verify_ms=verify_ms)
 
 
 class KindRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,13 +76,6 @@ class KindRow(msgspec.Struct, frozen=True, kw_only=True):
     accepted_at: tuple[float, ...]
     committed_per_round: float
     speed_up: float
-    expected_speed_up: float
-
-
-def committed(acceptance: float, k: int) -> float:
-    """Tokens of a round of K drafts, each accepted with this probability once those before it are (Leviathan et al.
-    2023, arXiv 2211.17192, equation 1)."""
-    return float(k + 1) if acceptance == 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
 def measure_acceptance(
@@ -71,10 +94,9 @@ def measure_acceptance(
             trace = session.generate(text, max_new_tokens=max_new_tokens, num_draft_tokens=k).finish()
             stats.setdefault((prompt.kind, k), []).append(trace.stats)
         examples.append((prompt, trace))
-    costs = _costs(stats, depths)
     kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
-    rows = [_row(kind, k, stats[kind, k], stats[kind, 0], costs) for kind in kinds for k in depths[1:]]
-    return rows, costs, examples
+    rows = [_row(kind, k, stats[kind, k], stats[kind, 0]) for kind in kinds for k in depths[1:]]
+    return rows, _costs(stats, depths), examples
 
 
 def _costs(stats: dict[tuple[str, int], list[GenerationStats]], depths: Sequence[int]) -> Costs:
@@ -88,7 +110,7 @@ def _costs(stats: dict[tuple[str, int], list[GenerationStats]], depths: Sequence
     )
 
 
-def _row(kind: str, k: int, runs: Sequence[GenerationStats], plain: Sequence[GenerationStats], costs: Costs) -> KindRow:
+def _row(kind: str, k: int, runs: Sequence[GenerationStats], plain: Sequence[GenerationStats]) -> KindRow:
     drafted = [sum(s.drafted_at[i] for s in runs if len(s.drafted_at) > i) for i in range(k)]
     kept = [sum(s.accepted_at[i] for s in runs if len(s.accepted_at) > i) for i in range(k)]
     rounds = sum(s.rounds for s in runs)
@@ -100,7 +122,6 @@ def _row(kind: str, k: int, runs: Sequence[GenerationStats], plain: Sequence[Gen
         accepted_at=tuple(a / d if d else 0.0 for a, d in zip(kept, drafted, strict=True)),
         committed_per_round=per_round,
         speed_up=_speed(runs) / _speed(plain) if _speed(plain) else 0.0,
-        expected_speed_up=costs.expected_speed_up(per_round, k),
     )
 
 
@@ -109,17 +130,46 @@ def _speed(runs: Sequence[GenerationStats]) -> float:
     return 1000.0 * sum(max(0, s.committed_tokens - 1) for s in runs) / wall_ms if wall_ms else 0.0
 
 
-def advice(rows: Sequence[KindRow]) -> str:
-    """For which kinds drafts pay, and with which K, by the expected speed-up."""
-    best: dict[str, KindRow] = {}
-    for row in rows:
-        if row.kind not in best or row.expected_speed_up > best[row.kind].expected_speed_up:
-            best[row.kind] = row
-    pays = [
-        f"{kind} (K = {row.num_draft_tokens}, {row.expected_speed_up:.2f} times plain)"
-        for kind, row in best.items()
-        if row.expected_speed_up > 1
+class Expected(msgspec.Struct, frozen=True, kw_only=True):
+    """The speed-up against plain decoding that a kind of prompt is to have with one K."""
+
+    kind: str
+    num_draft_tokens: int
+    speed_up: float
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """What drafts give on one device by what passes cost there; `break_even` is the acceptance from which K = 1, 2, …
+    pay."""
+
+    name: str
+    costs: Costs
+    break_even: tuple[float | None, ...]
+    expected: tuple[Expected, ...]
+    advice: str
+
+
+def on_device(name: str, costs: Costs, rows: Sequence[KindRow]) -> Device:
+    """For which kinds drafts pay on a device, and with which K."""
+    expected = [
+        Expected(kind=row.kind, num_draft_tokens=k, speed_up=costs.expected_speed_up(row.committed_per_round, k))
+        for row in rows
+        if (k := row.num_draft_tokens) <= len(costs.verify_ms)
     ]
-    not_so = [kind for kind, row in best.items() if row.expected_speed_up <= 1]
+    best: dict[str, Expected] = {}
+    for one in expected:
+        best[one.kind] = max(best.get(one.kind, one), one, key=lambda found: found.speed_up)
+    pays = [
+        f"{one.kind} (K = {one.num_draft_tokens}, {one.speed_up:.2f} times plain)"
+        for one in best.values()
+        if one.speed_up > 1
+    ]
+    not_so = [one.kind for one in best.values() if one.speed_up <= 1]
     said = f"drafts pay for {', '.join(pays)}" if pays else "drafts pay for nothing that was tried"
-    return f"{said}; not for {', '.join(not_so)}" if pays and not_so else said
+    return Device(
+        name=name,
+        costs=costs,
+        break_even=tuple(costs.break_even(k) for k in range(1, len(costs.verify_ms) + 1)),
+        expected=tuple(expected),
+        advice=f"{said}; not for {', '.join(not_so)}" if pays and not_so else said,
+    )

@@ -10,6 +10,7 @@ Shapes: T tokens of a text, V vocabulary, H hidden, S cache.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -28,8 +29,11 @@ from mtp_export.trace import Call, GraphShape, trace_drafter, trace_embedder, tr
 from mtp_export.weights import Parameter, quantise
 
 Values = Mapping[str, Parameter]
-# Told the parameter and the input of every product: [T, columns].
+# Told the leaf of a segment that a matrix is, and what it is multiplied with: [T, columns].
 OnProduct = Callable[[str, Tensor], None]
+# Given a call and its weights by leaf, and a function that runs it over all texts and tells of its products, says which
+# weights the call is to have.
+Refit = Callable[[Call, Mapping[str, Tensor], Callable[[OnProduct], None]], Mapping[str, Tensor]]
 LOOKUPS = ("embedder", "per_layer_embedder")  # the roles of graphs that look tokens up
 _PAD = 0
 
@@ -90,32 +94,42 @@ class FloatTarget:
         }
 
     @torch.no_grad()
-    def said(
-        self, texts: Sequence[Sequence[int]], values: Values | None = None, on_product: OnProduct | None = None
-    ) -> Iterator[Said]:
+    def said(self, texts: Sequence[Sequence[int]], values: Values | None = None) -> Iterator[Said]:
         """What the target says of each text, in turn; all texts go through a layer before the next one is read.
 
         `values` stand in for the checkpoint's.
         """
         values = {**self.values, **(values or {})}
-        running = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
-        *body, head = self._traced.calls
-        for call, spent in zip(body, _spent_after(body, head), strict=True):
-            weights = {leaf: _whole(values[name]) for leaf, name in call.weights.items()}
-            for running_values in running:
-                self._call(call, weights, running_values, on_product)
-                for name in spent:
-                    running_values.pop(name, None)
-        weights = {leaf: _whole(values[name]) for leaf, name in head.weights.items()}
-        for ids, running_values in zip(texts, running, strict=True):
-            self._call(head, weights, running_values, on_product)
+        everything = self.through_layers(texts, values)
+        head = self._traced.calls[-1]
+        weights = _weights(head, values)
+        for ids, running in zip(texts, everything, strict=True):
+            running.update(self._outputs(head, weights, running))
             count = len(ids)
             yield Said(
-                running_values["logits"][0, :count].numpy(),
-                running_values["activations"][0, :count].numpy(),
-                {n.removesuffix("_next"): v[:, :, :count] for n, v in running_values.items() if n.endswith("_next")},
+                running["logits"][0, :count].numpy(),
+                running["activations"][0, :count].numpy(),
+                {n.removesuffix("_next"): v[:, :, :count] for n, v in running.items() if n.endswith("_next")},
             )
-            running_values.clear()
+            running.clear()
+
+    @torch.no_grad()
+    def through_layers(
+        self, texts: Sequence[Sequence[int]], values: Values, refit: Refit | None = None
+    ) -> list[dict[str, Tensor]]:
+        """What the head is given of each text, and the caches; `refit` may change the weights of each call before."""
+        everything = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
+        *body, head = self._traced.calls
+        for call, spent in zip(body, _spent_after(body, head), strict=True):
+            weights: Mapping[str, Tensor] = _weights(call, values)
+            if refit is not None:
+                run = functools.partial(self._tell_products, call, weights, list(zip(texts, everything, strict=True)))
+                weights = refit(call, weights, run)
+            for running in everything:
+                running.update(self._outputs(call, weights, running))
+                for name in spent:
+                    running.pop(name, None)
+        return everything
 
     def _embedded(self, ids: Sequence[int], values: Values) -> dict[str, Tensor]:
         if len(ids) > self.length:
@@ -132,28 +146,40 @@ class FloatTarget:
         by_layer = layers.reshape(1, self.length, spec.num_layers, spec.per_layer_size)
         return caches | {"embeddings": tokens[None], "per_layer_embeddings": by_layer}
 
-    def _call(
-        self, call: Call, weights: Mapping[str, Tensor], running: dict[str, Tensor], on_product: OnProduct | None
-    ) -> None:
+    def _outputs(self, call: Call, weights: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self.graph.segments[call.segment].module
-        hooks = []
-        if on_product is not None:
-            for leaf, name in call.weights.items():
-                owner = module.get_submodule(leaf.rpartition(".")[0])
-                if isinstance(owner, torch.nn.Linear):
-                    hooks.append(owner.register_forward_pre_hook(_told(on_product, name)))
         arguments = {name: running[value] for name, value in call.inputs.items()}
         outputs = torch.func.functional_call(module, dict(weights), (), arguments)
+        return {value: outputs[name] for name, value in call.outputs.items()}
+
+    def _tell_products(
+        self,
+        call: Call,
+        weights: Mapping[str, Tensor],
+        texts: Sequence[tuple[Sequence[int], Mapping[str, Tensor]]],
+        on_product: OnProduct,
+    ) -> None:
+        module = self.graph.segments[call.segment].module
+        told: dict[str, Tensor] = {}
+        linear = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+        hooks = [m.register_forward_pre_hook(_kept_in(told, leaf)) for leaf, m in linear.items()]
+        for ids, running in texts if hooks else ():
+            self._outputs(call, weights, running)
+            for leaf, inputs in told.items():
+                on_product(leaf, inputs[0, : len(ids)])
         for hook in hooks:
             hook.remove()
-        running.update({value: outputs[name] for name, value in call.outputs.items()})
 
 
-def _told(on_product: OnProduct, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+def _kept_in(told: dict[str, Tensor], leaf: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        on_product(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
+        told[leaf] = inputs[0]
 
     return hook
+
+
+def _weights(call: Call, values: Values) -> dict[str, Tensor]:
+    return {leaf: _whole(values[name]) for leaf, name in call.weights.items()}
 
 
 def _spent_after(body: Sequence[Call], head: Call) -> list[set[str]]:

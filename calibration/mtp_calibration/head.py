@@ -1,5 +1,5 @@
-"""The clustered head on real states of the drafter: what is lost by scoring few clusters, which centroids lose least,
-how many clusters are enough, and which position convention the drafter was trained with.
+"""The clustered head on real states of the drafter: what is lost by scoring few clusters, how many are enough, and the
+position convention that the drafter was trained with.
 
 A round is taken to begin after every token of an answer. Shapes: N states, D the drafter's hidden size, C clusters.
 """
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_calibration.float_pair import FloatDrafter, FloatTarget, lookup_name
@@ -22,7 +21,6 @@ from mtp_export.pipeline import Pair
 _DEPTH = 4  # chained steps of a round
 _ENOUGH = 0.995  # of the accepted drafts that all clusters would give
 _DEVIATIONS = 3.0  # standard errors by which a position convention must be better to be chosen
-_SEED = 0
 
 
 class TopKRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +40,30 @@ class PositionTest(msgspec.Struct, frozen=True, kw_only=True):
     accepted_per_round: tuple[float, float]
     difference_error: float
     chosen: int
+
+
+def float_answers(pair: Pair, prompts: Sequence[Sequence[int]], count: int) -> list[Text]:
+    """Prompts with what the float target says greedily after them, so many tokens, found in rounds over all of them."""
+    target = FloatTarget(pair, max(len(ids) for ids in prompts) + count)
+    drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
+    texts, settled = [list(ids) for ids in prompts], [len(ids) for ids in prompts]
+    ends = [len(ids) + count for ids in prompts]
+    while open_ := [i for i, end in enumerate(ends) if settled[i] < end]:
+        for i, said in zip(open_, target.said([texts[i] for i in open_]), strict=True):
+            choices, ids = said.logits.argmax(-1), texts[i]
+            while settled[i] < len(ids) and ids[settled[i]] == choices[settled[i] - 1]:
+                settled[i] += 1
+            filled = settled[i]
+            ids[filled:] = [int(choices[filled - 1])]
+            settled[i] += 1
+            state = torch.from_numpy(said.activations[filled - 1 : filled])
+            for _ in range(min(_DEPTH, ends[i] - settled[i])):
+                hidden, state = drafter.step(ids[-1:], state, said.caches, filled, 1)
+                ids += drafter.best(hidden, pair.drafter_spec.head.top_k)
+    return [
+        Text(str(i), "", tuple(ids[:end]), len(prompts[i]))
+        for i, (ids, end) in enumerate(zip(texts, ends, strict=True))
+    ]
 
 
 class Rounds:
@@ -140,40 +162,3 @@ def position_test(rounds: Rounds, default: int) -> PositionTest:
         difference_error=error,
         chosen=int(difference.mean() > 0) if clear else default,
     )
-
-
-def refined_centroids(
-    drafter: FloatDrafter, hidden: Tensor, best: Tensor, *, steps: int = 600, batch: int = 256
-) -> Tensor:
-    """Centroids that score the cluster of the dense first choice highest, starting from the drafter's own.
-
-    A fifth of the states is kept apart, and the centroids with the best recall there are returned.
-
-    Shapes: hidden [N,D], best [N] -> [C,D]
-    """
-    clusters = drafter.cluster_of_token[best]
-    apart = max(1, len(hidden) // 5)
-    check, check_clusters = hidden[-apart:], clusters[-apart:]
-    hidden, clusters = hidden[:-apart], clusters[:-apart]
-    centroids = drafter.centroids.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([centroids], lr=0.02 * float(drafter.centroids.square().mean().sqrt()))
-    generator = torch.Generator().manual_seed(_SEED)
-    top_k = drafter.spec.head.top_k
-
-    def recall(rows: Tensor) -> float:
-        found = (check @ rows.T).topk(top_k, -1).indices
-        return float((found == check_clusters[:, None]).any(-1).float().mean())
-
-    kept = drafter.centroids
-    best_recall = recall(kept)
-    for number in range(steps):
-        chosen = torch.randint(len(hidden), (batch,), generator=generator)
-        loss = F.cross_entropy(hidden[chosen] @ centroids.T, clusters[chosen])
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        if (number + 1) % 50 == 0:
-            now = recall(centroids.detach())
-            if now > best_recall:
-                kept, best_recall = centroids.detach().clone(), now
-    return kept

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mtp_calibration.acceptance import Costs, KindRow, committed
+from mtp_calibration.acceptance import Costs, Device, KindRow
 from mtp_runtime import Manifest
+from mtp_runtime.timing import expected_committed
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}
@@ -33,14 +34,12 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the page shows. `calibration` is what `calibrate` wrote, if it was run."""
+    """Everything that the page shows. The first of `devices` is the one that it was made on. `calibration` is what
+    `calibrate` wrote, if it was run."""
 
     manifest: Manifest
-    device: str
     rows: tuple[KindRow, ...]
-    costs: Costs
-    break_even: tuple[float | None, ...]
-    advice: str
+    devices: tuple[Device, ...]
     examples: tuple[Example, ...]
     calibration: dict[str, object] | None
 
@@ -68,23 +67,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                     "accepted at position 1, 2, … (%)",
                     "committed a round",
                     "measured",
-                    "expected",
                 ),
                 [_row_cells(row) for row in self.rows],
             ),
             _acceptance_chart(self.rows),
-            f"<h2>Does it pay on {_text(self.device)}?</h2>",
-            f"<p>{_text(self.advice[:1].upper() + self.advice[1:])}.</p>",
-            _table(
-                ("pass", "ms"),
-                [("decode", f"{self.costs.decode_ms:.3f}"), ("draft", f"{self.costs.draft_ms:.3f}")]
-                + [(f"verify, K = {k}", f"{ms:.3f}") for k, ms in enumerate(self.costs.verify_ms, 1)],
-            ),
-            _table(
-                ("K", "pays from an acceptance of"),
-                [(str(k), "never" if a is None else f"{a:.0%}") for k, a in enumerate(self.break_even, 1)],
-            ),
-            _speed_chart(self.costs),
+            *(self._device(device) for device in self.devices),
             "<h2>Examples</h2><p>"
             + " ".join(f'<span class="{origin}">{origin}</span>' for origin in _ORIGINS)
             + "</p>",
@@ -95,6 +82,25 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             f'content="width=device-width"><title>{_text(title)}</title><style>{_STYLE}</style></head><body>\n'
             + "\n".join(parts)
             + "\n</body></html>\n"
+        )
+
+    def _device(self, device: Device) -> str:
+        costs = device.costs
+        passes = [("decode", costs.decode_ms), ("draft", costs.draft_ms)]
+        passes += [(f"verify, K = {k}", ms) for k, ms in enumerate(costs.verify_ms, 1)]
+        return (
+            f"<h2>Does it pay on {_text(device.name)}?</h2>"
+            f"<p>{_text(device.advice[:1].upper() + device.advice[1:])}.</p>"
+            + _table(
+                ("kind", "K", "expected"),
+                [(one.kind, str(one.num_draft_tokens), f"{one.speed_up:.2f}x") for one in device.expected],
+            )
+            + _table(("pass", "ms"), [(name, f"{ms:.3f}") for name, ms in passes])
+            + _table(
+                ("K", "pays from an acceptance of"),
+                [(str(k), "never" if a is None else f"{a:.0%}") for k, a in enumerate(device.break_even, 1)],
+            )
+            + _speed_chart(costs)
         )
 
     def _quality(self) -> str:
@@ -156,7 +162,6 @@ def _row_cells(row: KindRow) -> tuple[str, ...]:
         " ".join(f"{100 * share:.0f}" for share in row.accepted_at),
         f"{row.committed_per_round:.2f}",
         f"{row.speed_up:.2f}x",
-        f"{row.expected_speed_up:.2f}x",
     )
 
 
@@ -177,7 +182,7 @@ def _acceptance_chart(rows: Sequence[KindRow]) -> str:
 def _speed_chart(costs: Costs) -> str:
     shares = [i / 20 for i in range(21)]
     lines = {
-        f"K = {k}": [(a, costs.expected_speed_up(committed(a, k), k)) for a in shares]
+        f"K = {k}": [(a, costs.expected_speed_up(expected_committed(a, k), k)) for a in shares]
         for k in range(1, len(costs.verify_ms) + 1)
     }
     top = max(y for line in lines.values() for _, y in line)

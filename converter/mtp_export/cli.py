@@ -16,8 +16,10 @@ import click
 from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
+    "adapt": "mtp_export.commands.adapt",
     "bench": "mtp_export.commands.bench",
     "calibrate": "mtp_export.commands.calibrate",
+    "cluster": "mtp_export.commands.cluster",
     "device": "mtp_export.commands.device",
     "export": "mtp_export.commands.export",
     "inspect": "mtp_export.commands.inspect",

@@ -12,6 +12,7 @@ from mtp_runtime.errors import UserError
 
 EXPORT_FORMATS = ("tflite", "onnx")
 DELEGATES = ("cpu", "gpu")
+ROUNDINGS = ("nearest", "gptq")
 _MAX_DRAFT_TOKENS = 16
 _MAX_BATCH_SIZE = 8
 MIN_CACHE_LENGTH = 32
@@ -25,7 +26,10 @@ class ExportConfig:
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
     graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps the drafter to operations that
-    a GPU takes. gate: keep the bundle only if it is measured to be the same model still.
+    a GPU takes. gate: keep the bundle only if it is measured to be the same model still. rounding: of the target's
+    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships,
+    fewer bits than the recipe's where they cost least on `prompts`. centroid_top_k: clusters that the head scores.
+    measured: which of drafter_position_offset and centroid_top_k are what is best on `prompts`.
     """
 
     model: str
@@ -46,6 +50,11 @@ class ExportConfig:
     adapters: tuple[Path, ...] = ()
     delegate: str = "cpu"
     gate: bool = False
+    rounding: str = "nearest"
+    prompts: Path | None = None
+    max_size_bytes: int | None = None
+    centroid_top_k: int | None = None
+    measured: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.
@@ -57,6 +66,13 @@ class ExportConfig:
         one_of("--target", self.export_format, EXPORT_FORMATS)
         one_of("--recipe", self.recipe, RECIPES)
         one_of("--delegate", self.delegate, DELEGATES)
+        one_of("--rounding", self.rounding, ROUNDINGS)
+        if self.rounding == "gptq" and self.recipe in ("f32", "q4_0"):
+            why = "nothing is rounded" if self.recipe == "f32" else "its weights must stay on their lattice"
+            raise UserError(f"--rounding gptq with --recipe {self.recipe}: {why}: leave one of them out")
+        unused = self.rounding != "gptq" and self.max_size_bytes is None and not self.measured
+        if self.prompts is not None and unused:
+            raise UserError("--prompts is for --rounding gptq, --max-size and what is auto, got none of them")
         for option, recipe in (("drafter", self.drafter_recipe), ("embedder", self.embedder_recipe)):
             if recipe is not None:
                 one_of(f"--{option}-recipe", recipe, RECIPES)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import msgspec
 
-from mtp_calibration.recipes import DRAFTER_RECIPES, RECIPES, with_embedders
+from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
 from mtp_export import bundle, parameters, sizes, texts
 from mtp_export.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.arch import gemma4
@@ -80,17 +82,28 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         shape = graph_shape(config, pair)
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
+        if config.measured:
+            config, pair = _choices().with_measured(config, pair, progress)
+            clock.lap("drafts")
         format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
+        bits: Mapping[str, int] = {}
+        if config.max_size_bytes is not None:
+            values, bits = _choices().within_size(config, pair, graphs, values, config.max_size_bytes, progress)
+            clock.lap("mixed recipe")
         graph_bytes = sum(sizes.graph_files(config, graphs, values).values())
         # With a container, graphs lie in the folder twice: as plain files, and within it.
-        _check_disk(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
+        scratch_bytes = _matrix_values(values) if config.rounding == "gptq" else 0
+        _check_disk(config.output, graph_bytes * (2 if format.container else 1) + scratch_bytes + _SPARE_BYTES)
         clock.lap("trace")
+        if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
+            values = _choices().rounded_by_gptq(config, pair, values, folder, progress)
+            clock.lap("gptq")
         files = format.write(config, graphs, values, folder, journal, progress, clock)
         files |= texts.write_texts(contents, folder)
-        manifest = _write_rest(config, pair, shape, graphs, files, folder, journal, progress)
+        manifest = _write_rest(config, pair, shape, graphs, files, bits, folder, journal, progress)
         clock.lap("bundle")
         if config.gate:
             _pass_gate(folder, pair, progress)
@@ -103,11 +116,33 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     )
 
 
+def _choices() -> ModuleType:
+    """What measures a pair needs this module's, so it is imported where it is called."""
+    from mtp_calibration import choices
+
+    return choices
+
+
+def with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
+    """Raises:
+    UserError: there are not so many clusters.
+    """
+    if top_k is None:
+        return spec
+    in_range("--centroid-top-k", top_k, 1, spec.head.num_centroids)
+    return dataclasses.replace(spec, head=dataclasses.replace(spec.head, top_k=top_k))
+
+
+def _matrix_values(values: Mapping[str, Mapping[str, Parameter]]) -> int:
+    return sum(math.prod(p.shape) for p in values["target"].values() if p.format.bits < FLOAT32.bits)
+
+
 def _made_of(config: ExportConfig, pair: Pair) -> str:
     """Identity of all that the graphs of a bundle depend on. Weights by size and time of change: a killed export is to
     go on without reading all of them first."""
     asked = dataclasses.replace(config, output=Path(), force=False, workers=1)
-    inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in input_files(pair)]
+    files = [*input_files(pair), *([("prompts", config.prompts)] if config.prompts else [])]
+    inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in files]
     return identity(version("mtp-export"), dataclasses.asdict(asked), inputs)
 
 
@@ -151,7 +186,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         target=target,
         drafter=drafter,
         target_spec=target_spec,
-        drafter_spec=drafter_spec,
+        drafter_spec=with_top_k(drafter_spec, config.centroid_top_k),
         stop_token_ids=stop_ids,
     )
 
@@ -352,18 +387,26 @@ def _write_onnx(
     return files
 
 
+def _onnx_format(parameter: Parameter) -> WeightFormat:
+    from mtp_export.onnx_weights import block_size
+
+    return dataclasses.replace(parameter.format, block_size=block_size(parameter))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Format:
-    """What differs between export formats: how graphs are traced and written, and whether one file holds them all."""
+    """What differs between export formats: how graphs are traced and written, the format that a parameter is stored
+    in, and whether one file holds all graphs."""
 
     trace: Callable[[ExportConfig, Pair, GraphShape], list[TracedGraph]]
     write: Callable[..., dict[str, Path]]
+    stored_format: Callable[[Parameter], WeightFormat]
     container: bool
 
 
 FORMATS = {
-    "tflite": _Format(trace=_trace_tflite, write=_write_tflite, container=True),
-    "onnx": _Format(trace=_trace_onnx, write=_write_onnx, container=False),
+    "tflite": _Format(trace=_trace_tflite, write=_write_tflite, stored_format=lambda p: p.format, container=True),
+    "onnx": _Format(trace=_trace_onnx, write=_write_onnx, stored_format=_onnx_format, container=False),
 }
 
 
@@ -373,6 +416,7 @@ def _write_rest(
     shape: GraphShape,
     graphs: Sequence[TracedGraph],
     files: Mapping[str, Path],
+    bits: Mapping[str, int],
     folder: Path,
     journal: Journal,
     progress: Progress,
@@ -382,6 +426,8 @@ def _write_rest(
     hashes = [_hash_input(part, path, progress) for part, path in inputs]
     entries = {role: journal.files.get(path.name) or hash_file(path) for role, path in files.items()}
     manifest = manifest_of(config, pair, shape, graphs, hashes, entries)
+    if bits:
+        manifest = msgspec.structs.replace(manifest, recipe="mixed", embedder_recipe="mixed", bits=bits)
     progress.advance(len(graphs))
     if FORMATS[config.export_format].container:
         container = folder / f"{config.model}.litertlm"
@@ -416,6 +462,7 @@ def manifest_of(
         recipe=config.recipe,
         drafter_recipe=drafter_recipe(config),
         embedder_recipe=embedder_recipe(config),
+        rounding=config.rounding,
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
         context_length=shape.cache_length - shape.num_draft_tokens,

@@ -28,6 +28,7 @@ from mtp_export.pipeline import Pair
 from mtp_export.trace import GraphShape, TracedGraph
 from mtp_export.weights import Parameter
 from mtp_runtime.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry
+from mtp_runtime.errors import UserError
 
 _TRACE_S, _START_S = 2.5, 6.0
 _SEGMENT_S = {"tflite": 1.0, "onnx": 2.1}
@@ -104,6 +105,11 @@ def plan(config: ExportConfig) -> Plan:
         MtpError: what `export` would raise of these options, checkpoints and their headers.
     """
     config.check()
+    if config.max_size_bytes is not None or config.measured or config.rounding == "gptq":
+        raise UserError(
+            "a plan reads no weight, and --max-size, --rounding gptq and auto are settled by measuring: plan without "
+            "them; gptq changes no size"
+        )
     with tempfile.TemporaryDirectory(prefix="mtp-plan-") as scratch:
         headers = Headers(Path(scratch))
         pair = pipeline.open_pair(config, headers.find)

@@ -109,6 +109,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     recipe: str
     drafter_recipe: str
     embedder_recipe: str = ""  # empty in bundles that older versions wrote: the target's
+    rounding: str = "nearest"  # of the target's matrices: nearest, gptq
+    bits: Mapping[str, int] = {}  # with the recipe `mixed`, of each part of the target
     cache_length: int
     num_draft_tokens: int
     context_length: int

@@ -6,60 +6,69 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mtp_calibration.calibrate import Calibration, calibrate
+from mtp_calibration.corpus import calibration_prompts, in_turn
+from mtp_calibration.gate import bars_for, judge
+from mtp_calibration.quality import Quality
 from mtp_export import pipeline
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import GateError
+from mtp_runtime import read_manifest
 from tests.conftest import Export, run_cli
-from tests.damage import Damage, damaged, doubled_scales, other_position, turned_centroids
+from tests.damage import damaged, doubled_scales, other_position, turned_centroids
 
-_GATE = "layers.3.mlp.gate_proj.weight"
-# What is damaged, and what the gate must say of it: every text of a line, and none of the others'.
-DAMAGES: dict[str, tuple[Damage, str, tuple[str, ...]]] = {
-    "scales": (doubled_scales(_GATE), "target", ("100% of the rows", _GATE, "2 times")),
-    "scales that a norm hides": (doubled_scales("layers.7.self_attn.o_proj.weight"), "target", ("layers.7", "2 times")),
-    "centroids": (turned_centroids, "clustered head", ("centroids are in another order",)),
-    "position": (other_position, "position", ("says drafter_position_offset 0 and the graph adds 1",)),
-}
+_GATE, _BEHIND_A_NORM = "layers.3.mlp.gate_proj.weight", "layers.7.self_attn.o_proj.weight"
 
 
-def calibrated(bundle: Path, output: Path) -> tuple[int, dict]:  # type: ignore[type-arg]  # parsed JSON
-    options = ("--limit", "4", "--max-new-tokens", "32", "--output", str(output), "--json")
-    done = run_cli("calibrate", str(bundle), *options, check=False)
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def pair() -> pipeline.Pair:
+    return pipeline.open_made_from("nano", None, None, ())
 
 
-def test_a_sound_bundle_passes(export_nano: Export, tmp_path: Path) -> None:
-    """And its hops say where it differs: not in float, and by the rounding of eight bits."""
-    for recipe, low, high in (("f32", 0.0, 1e-5), ("int8", 1e-4, 0.02)):
-        code, found = calibrated(export_nano(recipe), tmp_path / recipe)
-        assert (code, found["passed"], found["verdict"]["findings"]) == (0, True, [])
-        assert low <= found["quality"]["kl_per_token"] <= high
-        assert max(found["quality"]["hops"].values()) < (1e-5 if recipe == "f32" else 0.05)
-        assert json.loads((tmp_path / recipe / "calibration.json").read_text()) == found
+def calibrated(bundle: Path, pair: pipeline.Pair, prompts: int = 2) -> Calibration:
+    return calibrate(bundle, pair, in_turn(calibration_prompts(), prompts), max_new_tokens=24)
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_diagnosed(export_nano: Export, tmp_path: Path, name: str) -> None:
-    damage, part, texts = DAMAGES[name]
-    bundle = damaged(export_nano("int8"), tmp_path / "bundle", damage)
-    code, found = calibrated(bundle, tmp_path)
-    assert (code, found["passed"]) == (1, False)
-    findings = found["verdict"]["findings"]
-    assert {finding["part"] for finding in findings} == {part}
-    for text in texts:
-        assert text in findings[0]["diagnosis"]
+def test_float_weights_change_nothing(export_nano: Export, pair: pipeline.Pair) -> None:
+    found = calibrated(export_nano("f32"), pair)
+    assert found.passed, found.verdict.summary
+    assert found.quality.kl_per_token < 1e-5
+    assert max(found.quality.hops.values()) < 1e-5
 
 
-def test_a_missed_bar_names_the_worst_layers(export_nano: Export, tmp_path: Path) -> None:
-    options = ("--limit", "4", "--max-new-tokens", "32", "--output", str(tmp_path), "--max-kl", "1e-4")
+def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_path: Path) -> None:
+    """Its hops differ from float by the rounding of eight bits; a bar that is missed names the worst layers."""
+    options = ("--limit", "4", "--max-new-tokens", "24", "--output", str(tmp_path), "--json", "--max-kl", "1e-4")
     done = run_cli("calibrate", str(export_nano("int8")), *options, check=False)
     assert done.returncode == 1
-    assert "KL per token is" in done.stderr
     assert "expected at most 0.0001; worst layers: layer 3 (KL" in done.stderr
+    found = json.loads(done.stdout)
+    assert json.loads((tmp_path / "calibration.json").read_text()) == found
+    quality = msgspec.convert(found["quality"], Quality)
+    assert judge(quality, read_manifest(export_nano("int8")), bars_for("int8")).passed
+    assert 1e-4 <= quality.kl_per_token <= 0.02
+    assert max(quality.hops.values()) < 0.05
+
+
+def test_damages_are_told_apart(export_nano: Export, pair: pipeline.Pair, tmp_path: Path) -> None:
+    """Each has one finding that says what is wrong: no output would show three of the four."""
+
+    def damage(folder: Path) -> None:
+        for one in (doubled_scales(_GATE), doubled_scales(_BEHIND_A_NORM), turned_centroids, other_position):
+            one(folder)
+
+    found = calibrated(damaged(export_nano("int8"), tmp_path / "bundle", damage), pair)
+    assert not found.passed
+    said = sorted((finding.part, finding.diagnosis) for finding in found.verdict.findings)
+    assert [part for part, _ in said] == ["clustered head", "position", "target", "target"]
+    assert "centroids are in another order" in said[0][1]
+    assert "says drafter_position_offset 0 and the graph adds 1" in said[1][1]
+    for (_, diagnosis), name in zip(said[2:], (_GATE, _BEHIND_A_NORM), strict=True):
+        assert f"100% of the rows of {name} are 2 times the checkpoint's" in diagnosis
 
 
 class Stages:
@@ -76,14 +85,14 @@ class Stages:
 
 
 def test_an_export_keeps_no_bundle_that_misses_the_gate(
-    export_nano: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_nano: Export, pair: pipeline.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last stage of `export --gate`, on the folder that would take the output's name."""
-    monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 2)
-    pair = pipeline.open_made_from("nano", None, None, ())
+    monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 1)
     bundle = damaged(export_nano("int8"), tmp_path / "bundle", turned_centroids)
     with pytest.raises(GateError, match=r"was not kept: clustered head: .* centroids are in another order"):
         pipeline._pass_gate(bundle, pair, Stages())
+    assert not (bundle / "calibration.json").exists()
     sound = damaged(export_nano("int8"), tmp_path / "sound", lambda folder: None)
     stages = Stages()
     pipeline._pass_gate(sound, pair, stages)

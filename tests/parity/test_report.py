@@ -23,7 +23,10 @@ def folder(export_nano: Export, tmp_path_factory: pytest.TempPathFactory) -> Pat
         {"kind": "code", "text": "def f("},
     ]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
-    run_cli("report", str(export_nano("int8")), "--prompts", str(prompts), "--output", str(output), "--device", "A & B")
+    bundle, bench = str(export_nano("int8")), output / "bench.json"
+    bench.write_text(run_cli("bench", bundle, "--repeats", "3", "--new-tokens", "8", "--json").stdout)
+    options = ("--limit", "2", "--device", "A & B", "--bench", str(bench), "--output", str(output))
+    run_cli("report", bundle, "--prompts", str(prompts), *options)
     return output
 
 
@@ -35,6 +38,12 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(folder: Path) -> 
     assert "A &amp; B" in page
     report = json.loads((folder / "report.json").read_text())
     assert [(row["kind"], row["num_draft_tokens"]) for row in report["rows"]][4:] == [("code", k) for k in (1, 2, 3, 4)]
+    bench = json.loads((folder / "bench.json").read_text())
+    here, there = report["devices"]
+    assert (here["name"], there["name"]) == ("A & B", bench["machine"])
+    assert there["costs"]["decode_ms"] == bench["passes"]["decode"]["median_ms"]
+    assert there["break_even"] == list(bench["break_even"].values())
+    assert all(device["advice"].startswith("drafts pay for") for device in report["devices"])
     for row in report["rows"]:
         assert len(row["accepted_at"]) == row["num_draft_tokens"]
         assert row["accepted_at"] == sorted(row["accepted_at"], reverse=True)

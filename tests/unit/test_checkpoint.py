@@ -247,7 +247,7 @@ class TestJson:
             ("drafter", {"backbone_hidden_size": 64}, "backbone_hidden_size is 64, the target's hidden_size is 32"),
             ("drafter", {"num_centroids": 24}, "num_centroids is 24, expected a divisor of vocab_size = 128"),
             ("drafter", {"centroid_intermediate_top_k": 17}, "is 17, expected at most num_centroids = 16"),
-            ("drafter", {"num_centroids": 32}, "has head = ClusteredHeadSpec(num_centroids=32"),
+            ("drafter", {"num_centroids": 32}, "centroids.weight has shape [16, 24], config.json asks for [32, 24]"),
         ],
     )
     def test_a_config_that_does_not_fit(self, tiny: Path, part: str, changes: dict[str, Any], message: str) -> None:

@@ -186,7 +186,7 @@ def test_a_target_of_another_kind_is_refused(change: Change, message: str) -> No
 
 DRAFTER_REFUSALS: list[tuple[Change, str]] = [
     (lambda c: c.update(model_type="gemma4_unified_assistant"), "model_type is 'gemma4_unified_assistant', expected"),
-    (lambda c: c.update(use_ordered_embeddings=False), "use_ordered_embeddings is False, expected true: a dense"),
+    (lambda c: c.update(use_ordered_embeddings=False), "use_ordered_embeddings is False, expected true: give the"),
     (lambda c: c.update(num_centroids=2047), "num_centroids is 2047, expected a divisor of vocab_size = 262144"),
     (lambda c: c.update(num_centroids=0), "num_centroids is 0, expected a positive size"),
     (

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mtp_export.commands.export import command as export
 from mtp_export.commands.plan import command
 from mtp_export.embedded import EMBEDDED
+from mtp_runtime.errors import UserError
 from tests.conftest import Export, run_cli
 from tests.unit.hub_server import serving
 from tests.unit.test_cli import HEAVY, packages_imported, refused
@@ -183,3 +184,9 @@ class TestCommand:
         assert plan["disks"][0]["needed_bytes"] == sum(plan["files_bytes"].values())
         assert len(done.stderr.splitlines()) == 1
         assert "free some space, choose another --output, or a smaller --recipe" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--max-size", "2GB"), ("--rounding", "gptq"), ("--centroid-top-k", "auto")])
+def test_what_needs_the_weights_is_not_planned(option: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="settled by measuring: plan without them"):
+        CliRunner().invoke(command, [*option, *NOWHERE], catch_exceptions=False)

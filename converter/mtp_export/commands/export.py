@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from mtp_calibration.recipes import RECIPES
 from mtp_export.config import ExportConfig
 from mtp_export.staging import check_output
+from mtp_runtime.errors import UserError
 
 
 def export_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,6 +48,16 @@ _OPTIONS = (
         "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."
     ),
     click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]"),
+    click.option(
+        "--rounding",
+        default="nearest",
+        show_default=True,
+        help="Of the target's matrices: nearest, or gptq, which keeps what they give on --prompts.",
+    ),
+    click.option(
+        "--max-size", help="Of what ships, as 2.4GB: fewer bits than the recipe's where --prompts suffer least."
+    ),
+    click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]"),
     click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
     click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
     click.option(
@@ -53,10 +65,14 @@ _OPTIONS = (
     ),
     click.option(
         "--drafter-position-offset",
-        type=int,
-        default=1,
+        default="1",
         show_default=True,
-        help="Position convention of the drafter: 1 transformers', 0 vLLM's. Changes acceptance only.",
+        help="Position convention of the drafter: 1 transformers', 0 vLLM's, auto the better on --prompts. Changes "
+        "acceptance only.",
+    ),
+    click.option(
+        "--centroid-top-k",
+        help="Clusters that the drafter's head scores; auto: as few as keep its drafts on --prompts.  [its own]",
     ),
     click.option(
         "--delegate",
@@ -75,6 +91,10 @@ _OPTIONS = (
 )
 
 
+# What may be auto, and what it is where nothing else is clearly better.
+_MEASURED = {"drafter_position_offset": "1", "centroid_top_k": None}
+
+
 def config_of(options: Mapping[str, Any]) -> ExportConfig:
     """The options of a command line, checked before torch is imported, which takes seconds.
 
@@ -82,16 +102,34 @@ def config_of(options: Mapping[str, Any]) -> ExportConfig:
         UserError: one is mistaken, or the output is taken.
     """
     given = dict(options)
-    checkpoint, output, workers = (given.pop(name) for name in ("checkpoint", "output", "workers"))
+    checkpoint, output, workers, size = (given.pop(name) for name in ("checkpoint", "output", "workers", "max_size"))
+    automatic = tuple(name for name in _MEASURED if given[name] == "auto")
+    for name in _MEASURED:
+        given[name] = _count(name, _MEASURED[name] if name in automatic else given[name])
     config = ExportConfig(
         **given,
+        measured=automatic,
         target=checkpoint,
+        max_size_bytes=None if size is None else _bytes(size),
         output=output or Path(f"{given['model']}-{given['export_format']}"),
         workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,
     )
     config.check()
     check_output(config.output, force=config.force)
     return config
+
+
+def _count(name: str, text: str | None) -> int | None:
+    if text is not None and not text.isdecimal():
+        raise UserError(f"--{name.replace('_', '-')} is {text!r}, expected a number or auto")
+    return None if text is None else int(text)
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", size)
+    if found is None:
+        raise UserError(f"--max-size is {size!r}, expected a number with MB, GB, MiB or GiB, as 2.4GB")
+    return int(float(found[1]) * {"MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]])
 
 
 @click.command("export")
@@ -214,5 +252,7 @@ def _print(result: Any) -> None:
         f"  from {result.input_bytes / 1e6:.2f} MB in {sum(seconds.values()):.1f} s "
         f"({', '.join(f'{name} {s:.1f}' for name, s in seconds.items())})"
     )
+    for bits in sorted(set(manifest.bits.values())):
+        click.echo(f"  {bits} bits: {', '.join(name for name, count in manifest.bits.items() if count == bits)}")
     click.echo(f"  context {manifest.context_length} tokens, up to {manifest.num_draft_tokens} drafts a round")
     click.echo(f"next: mtp-export run {output} 'def add(a, b):'")

@@ -21,6 +21,13 @@ from mtp_runtime.errors import UserError
 @click.option("--limit", type=int, default=16, show_default=True, help="Use so many, of all kinds in turn.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--device", help="What to call this device.  [its processor]")
+@click.option(
+    "--bench",
+    "benches",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="What `bench --json` printed on another device: also say when drafts pay there.",
+)
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Write report.html, report.json there.  [the bundle]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -31,6 +38,7 @@ def command(
     limit: int,
     max_new_tokens: int,
     device: str | None,
+    benches: tuple[Path, ...],
     threads: int,
     output: Path | None,
     as_json: bool,
@@ -47,6 +55,7 @@ def command(
             limit,
             max_new_tokens,
             device or platform.processor() or platform.machine(),
+            benches,
             threads,
             lambda name: status.update(name) if status else None,
         )
@@ -62,7 +71,9 @@ def command(
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
-        click.echo(f"{report.advice}\nwritten: {click.format_filename(folder / 'report.html')}, report.json")
+        for place in report.devices:
+            click.echo(f"on {place.name}, {place.advice}")
+        click.echo(f"written: {click.format_filename(folder / 'report.html')}, report.json")
 
 
 def _report(
@@ -71,10 +82,11 @@ def _report(
     limit: int,
     max_new_tokens: int,
     device: str,
+    benches: tuple[Path, ...],
     threads: int,
     on_prompt: Any,
 ) -> Any:
-    from mtp_calibration.acceptance import advice, measure_acceptance
+    from mtp_calibration.acceptance import measure_acceptance, on_device, read_bench
     from mtp_calibration.corpus import calibration_prompts, in_turn, read_prompts
     from mtp_calibration.observe import text_of
     from mtp_calibration.report import Example, Report
@@ -82,6 +94,7 @@ def _report(
 
     chosen = in_turn(read_prompts(prompts) if prompts else calibration_prompts(), limit)
     with Session.open(bundle, threads=threads) as session:
+        others = [read_bench(path, session.manifest.model) for path in benches]
         rows, costs, traces = measure_acceptance(session, chosen, max_new_tokens=max_new_tokens, on_prompt=on_prompt)
         kinds: dict[str, Example] = {}
         for prompt, trace in traces:
@@ -95,11 +108,8 @@ def _report(
             kinds.setdefault(prompt.kind, example)
         return Report(
             manifest=session.manifest,
-            device=device,
             rows=tuple(rows),
-            costs=costs,
-            break_even=tuple(costs.break_even(k) for k in range(1, session.manifest.num_draft_tokens + 1)),
-            advice=advice(rows),
+            devices=tuple(on_device(name, found, rows) for name, found in ((device, costs), *others)),
             examples=tuple(kinds.values()),
             calibration=_calibration(bundle),
         )

@@ -1,0 +1,106 @@
+"""`mtp-export cluster`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from mtp_runtime.errors import UserError
+
+
+@click.command("cluster")
+@click.argument("drafter", metavar="DIR|ID")
+@click.option("--checkpoint", metavar="DIR|ID", required=True, help="The target that it drafts for.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the drafter to.")
+@click.option(
+    "--clusters", type=click.IntRange(1), default=2048, show_default=True, help="A divisor of the vocabulary."
+)
+@click.option("--top-k", type=click.IntRange(1), help="Clusters that are scored for a draft.  [an eighth of them]")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]")
+@click.option(
+    "--beginnings",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Single tokens that are prompts as well.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(8), default=192, show_default=True, help="Of each answer.")
+@click.option("--steps", type=click.IntRange(1), default=1500, show_default=True, help="Of training the centroids.")
+@click.option("--drafter-position-offset", type=click.IntRange(0, 1), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="For the models: cpu or cuda.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(
+    drafter: str,
+    checkpoint: str,
+    output: Path,
+    clusters: int,
+    top_k: int | None,
+    prompts: Path | None,
+    beginnings: int,
+    max_new_tokens: int,
+    steps: int,
+    drafter_position_offset: int,
+    seed: int,
+    device: str,
+    debug: bool,
+) -> None:
+    """Give a drafter with a dense head the clusters of a two-stage lookup, which `export` needs.
+
+    Writes a drafter's checkpoint with ordered embeddings, which `export --drafter` and transformers take.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {device!r}, expected cpu or cuda")
+    if output.exists():
+        raise UserError(f"{output} exists already: choose another --output")
+    few = max(1, clusters // 8) if top_k is None else top_k
+    console = Console(stderr=True)
+    with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
+        import torch
+
+        from mtp_calibration.adapt import load
+        from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
+        from mtp_calibration.cluster_head import check_dense, cluster, drawn_answers, write_clustered
+        from mtp_export.arch.gemma4 import read_target_spec
+        from mtp_export.checkpoint import Checkpoint, locate
+        from mtp_export.texts import stop_token_ids
+
+        def tell(name: str) -> None:
+            if status:
+                status.update(name)
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda, and torch finds none here: install its CUDA build, or take --device cpu")
+        dense = Checkpoint(locate(drafter), "drafter")
+        check_dense(dense, clusters, few)
+        target = Checkpoint(locate(checkpoint), "target")
+        spec = read_target_spec(target.config, str(target.folder / "config.json"))
+        asked = calibration_texts(target, spec, tuning_prompts(prompts))
+        model = load(target.folder, torch.device(device))
+        tell("answers of the target")
+        answers = drawn_answers(
+            model,
+            asked,
+            stop_token_ids(target, spec),
+            beginnings=beginnings,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        ordering, centroids, recall = cluster(
+            model,
+            load(dense.folder, torch.device(device), trained=True),
+            answers,
+            count=clusters,
+            top_k=few,
+            steps=steps,
+            position_offset=drafter_position_offset,
+            on_stage=tell,
+        )
+        write_clustered(dense, ordering, centroids, few, output)
+    click.echo(
+        f"{click.format_filename(output)}: {clusters} clusters, of which the best {few} hold {recall:.1%} of the first "
+        "choices of the dense head along answers that were kept apart"
+    )
