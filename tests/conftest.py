@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,12 @@ import pytest
 from tools.fetched.cache import cache_folder
 
 Export = Callable[..., Path]
+
+
+def printed_by(bundle: Path) -> Path:
+    """Where the export of a bundle left what it printed, to stdout and to stderr."""
+    return bundle.with_name("printed.json")
+
 
 # Of torch, here and in every command: nano's operations are so small that a second thread mostly waits for the first,
 # and with all processors busy each of them waits for milliseconds.
@@ -32,13 +40,29 @@ def run_cli(
     return done
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what is costly to start stay in one process: a file's, and all that use the emulated device."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "device" else item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run that all its processes see."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def segments_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def segments_of_this_run(shared: Path) -> Iterator[None]:
     """Exports share converted segments with each other, and not with what other runs of the tests left. What was
     downloaded stays where it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTP_CACHE", str(cache_folder()))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield
 
 
@@ -49,23 +73,19 @@ def no_segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def printed() -> dict[Path, subprocess.CompletedProcess[str]]:
-    """What each export printed, by its output folder."""
-    return {}
-
-
-@pytest.fixture(scope="session")
-def export_nano(
-    tmp_path_factory: pytest.TempPathFactory, printed: dict[Path, subprocess.CompletedProcess[str]]
-) -> Export:
+def export_nano(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` converts and exports it again, elsewhere. `export_format`
     is `tflite`, `tflite-gpu` for `--delegate gpu`, `onnx` (with graphs for eight sequences too), or `onnx-portable` for
-    ONNX in standard operations."""
-    folder = tmp_path_factory.mktemp("bundles")
+    ONNX in standard operations. What it printed lies beside it."""
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
-        output = folder / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
-        if not output.exists():
+        folder = shared / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
+        folder.mkdir(exist_ok=True)
+        output = folder / folder.name
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: another process may want the same bundle
+            if output.exists():
+                return output
             name = export_format.partition("-")[0]
             arguments = ("--model", "nano", "--target", name, "--recipe", recipe, "--output", str(output))
             variants = {
@@ -74,7 +94,8 @@ def export_nano(
                 "tflite-gpu": ("--delegate", "gpu"),
             }
             environment = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))} if fresh else {}
-            printed[output] = run_cli(*arguments, "--json", *variants.get(export_format, ()), environment=environment)
+            done = run_cli(*arguments, "--json", *variants.get(export_format, ()), environment=environment)
+            printed_by(output).write_text(json.dumps([done.stdout, done.stderr]))
         return output
 
     return export

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mtp_export.embedded import EMBEDDED
-from tests.conftest import Export, run_cli
+from tests.conftest import Export, printed_by, run_cli
 from tests.unit.tiny_files import pair_arguments
 
 SCRIPT = str(Path(sys.executable).parent / "mtp-export")
@@ -350,13 +350,12 @@ class TestInterruption:
 
 
 class TestOutput:
-    def test_json_is_all_that_is_printed(
-        self, export_nano: Export, printed: dict[Path, subprocess.CompletedProcess[str]]
-    ) -> None:
+    def test_json_is_all_that_is_printed(self, export_nano: Export) -> None:
         bundle = export_nano("int8")
-        result = json.loads(printed[bundle].stdout)
-        assert printed[bundle].stdout.count("\n") == 1
-        assert printed[bundle].stderr == ""
+        stdout, stderr = json.loads(printed_by(bundle).read_text())
+        result = json.loads(stdout)
+        assert stdout.count("\n") == 1
+        assert stderr == ""
         assert result["output"] == str(bundle)
         assert result["files_bytes"]["target.tflite"] == (bundle / "target.tflite").stat().st_size
         assert not [path for path in bundle.parent.iterdir() if path.name.startswith(".")]
