@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/mtp-export report build/demo
 
 test: $(STAMP) programs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What tests of the device and of Kotlin call. Where it cannot be installed they are skipped, and say why.
 PROGRAMS = openjdk-17-jre-headless npm iproute2

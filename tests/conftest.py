@@ -40,15 +40,8 @@ def run_cli(
     return done
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what is costly to start stay in one process: a file's, and all that use the emulated device."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "device" else item.path.stem))
-
-
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of this run that all its processes see."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -57,12 +50,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def segments_of_this_run(shared: Path) -> Iterator[None]:
+def segments_of_this_run(run_folder: Path) -> Iterator[None]:
     """Exports share converted segments with each other, and not with what other runs of the tests left. What was
     downloaded stays where it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTP_CACHE", str(cache_folder()))
-        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        patch.setenv("XDG_CACHE_HOME", str(run_folder / "cache"))
         yield
 
 
@@ -73,13 +66,13 @@ def no_segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def export_nano(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Export:
+def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` converts and exports it again, elsewhere. `export_format`
     is `tflite`, `tflite-gpu` for `--delegate gpu`, `onnx` (with graphs for eight sequences too), or `onnx-portable` for
     ONNX in standard operations. What it printed lies beside it."""
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
-        folder = shared / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
+        folder = run_folder / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
         folder.mkdir(exist_ok=True)
         output = folder / folder.name
         with (folder / "lock").open("w") as lock:
