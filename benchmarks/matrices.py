@@ -67,9 +67,8 @@ class Products(nn.Module):
 
     def __init__(self, width: int, outputs: tuple[int, ...], copies: int) -> None:
         super().__init__()
-        self.copies = nn.ModuleList(
-            nn.ModuleList(nn.Linear(width, n, bias=False) for n in outputs) for _ in range(copies)
-        )
+        self.each = len(outputs)
+        self.linears = nn.ModuleList(nn.Linear(width, n, bias=False) for _ in range(copies) for n in outputs)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
