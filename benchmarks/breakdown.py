@@ -66,10 +66,7 @@ def profile(bundle: Path, threads: int, filled: int, folder: Path) -> tuple[list
     def open_profiled(path: Path | str, threads: int) -> ort.InferenceSession:
         if Path(path).name != "target.onnx":
             return plain(path, threads)
-        ort.set_global_thread_pool_sizes(threads, 1)
-        onnx_graphs._pools.append(threads)
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
+        options = onnx_graphs.pooled_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(folder / "target")
         opened.append(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         return opened[0]

@@ -37,15 +37,15 @@ class ExportConfig:
     target: str | None
     drafter: str | None
     recipe: str
-    drafter_recipe: str | None
-    cache_length: int | None
-    num_draft_tokens: int
-    drafter_position_offset: int
-    portable: bool
-    batch_size: int
     output: Path
-    force: bool
-    workers: int
+    drafter_recipe: str | None = None
+    cache_length: int | None = None
+    num_draft_tokens: int = 4
+    drafter_position_offset: int = 1
+    portable: bool = False
+    batch_size: int = 1
+    force: bool = False
+    workers: int = 1
     embedder_recipe: str | None = None
     adapters: tuple[Path, ...] = ()
     delegate: str = "cpu"

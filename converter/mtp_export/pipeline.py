@@ -203,15 +203,7 @@ def open_made_from(model: str, target: str | None, drafter: str | None, adapters
         target=target,
         drafter=drafter,
         recipe="f32",
-        drafter_recipe=None,
-        cache_length=None,
-        num_draft_tokens=1,
-        drafter_position_offset=1,
-        portable=False,
-        batch_size=1,
         output=Path(),
-        force=False,
-        workers=1,
         adapters=adapters,
     )
     config.check()

@@ -346,15 +346,20 @@ _pools: list[int] = []  # the one that was made, if any: it cannot be made twice
 
 
 def open_graph(path: Path | str, threads: int) -> ort.InferenceSession:
-    """Load a graph for the CPU, onto the process's one thread pool, whose first user sizes it: once it is there, ONNX
-    Runtime refuses sessions with pools of their own."""
+    """Load a graph for the CPU, onto the process's one thread pool."""
+    return ort.InferenceSession(str(path), pooled_options(threads), providers=["CPUExecutionProvider"])
+
+
+def pooled_options(threads: int) -> ort.SessionOptions:
+    """Options of a session on the process's one thread pool, whose first user sizes it: once it is there, ONNX Runtime
+    refuses sessions with pools of their own."""
     if not _pools:
         ort.set_global_thread_pool_sizes(threads, 1)
         _pools.append(threads)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = _ERRORS_ONLY
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def _signatures(manifest: Manifest, sequences: int) -> dict[str, GraphSignature]:

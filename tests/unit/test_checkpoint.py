@@ -52,15 +52,7 @@ def config_of(folder: Path, **changes: Any) -> ExportConfig:
         target=str(folder / "target"),
         drafter=str(folder / "drafter"),
         recipe="int8",
-        drafter_recipe=None,
-        cache_length=None,
-        num_draft_tokens=4,
-        drafter_position_offset=1,
-        portable=False,
-        batch_size=1,
         output=folder.parent / "output" / "out",
-        force=False,
-        workers=1,
     )
     return dataclasses.replace(config, **changes)
 
