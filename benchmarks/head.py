@@ -26,9 +26,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 from torch import Tensor, nn
 
+from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
 from mtp_calibration.recipes import FLOAT32, INT8, WeightFormat
 from mtp_export.arch.gemma4 import PAIRS
@@ -38,14 +38,12 @@ from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
 from mtp_export.onnx_weights import write_onnx
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_export.weights import Parameter, write_graph
-from mtp_runtime.quiet import native_log_held_back
 
 SPEC = PAIRS["e2b"].drafter
 GOAL = 1 / 6
 RUNS_A_TURN = 8
 INT4_BLOCKS = WeightFormat(bits=4, block_size=32)
 INT8_BLOCKS = WeightFormat(bits=8, block_size=32)
-Step = Callable[[], object]
 
 
 class DenseHead(nn.Module):
@@ -151,7 +149,7 @@ def build(folder: Path, threads: int) -> dict[str, Step]:
         (lowered_tflite,) = lower_tflite.lower([graph], 1)
         path = folder / f"{name.replace(' ', '-')}.tflite"
         write_graph(lowered_tflite, parameters(graph, format), path)
-        steps[name] = litert_step(path, threads, x)
+        steps[name] = litert_steps(path, threads, {"head": x})["head"]
     return steps
 
 
@@ -190,19 +188,6 @@ def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]
         )
         for name, shape in graph.weights.items()
     }
-
-
-def litert_step(path: Path, threads: int, x: Any) -> Step:
-    """One run of a model with its buffers bound."""
-    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
-    with native_log_held_back():
-        model = CompiledModel.from_file(str(path), options=options)
-        index = model.get_signature_index("head")
-        order = model.get_signature_by_index(index)
-        inputs = [model.create_input_buffer_by_name("head", name) for name in order["inputs"]]
-        outputs = [model.create_output_buffer_by_name("head", name) for name in order["outputs"]]
-        inputs[0].write(x)
-    return lambda: model.run_by_index(index, inputs, outputs)
 
 
 if __name__ == "__main__":

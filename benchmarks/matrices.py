@@ -14,16 +14,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 from torch import Tensor, nn
 
+from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
 from mtp_calibration.recipes import INT4, INT8, WeightFormat
 from mtp_export.lower import onnx as lower_onnx
@@ -32,7 +32,6 @@ from mtp_export.onnx_weights import write_onnx
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.onnx_graphs import open_graph
-from mtp_runtime.quiet import native_log_held_back
 from mtp_runtime.timing import expected_committed
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8)
@@ -56,26 +55,17 @@ SCHEMES = {
     "ONNX int4 blocks of 32": ("onnx", WeightFormat(bits=4, block_size=32)),
     "ONNX int8 blocks of 32": ("onnx", WeightFormat(bits=8, block_size=32)),
 }
-Step = Callable[[], object]
 
 
 class Products(nn.Module):
-    """The sum of the products of one input with copies of its matrices, each output by itself."""
+    """The products of one input with matrices of these output widths."""
 
-    each: int
-    linears: nn.ModuleList
-
-    def __init__(self, width: int, outputs: tuple[int, ...], copies: int) -> None:
+    def __init__(self, width: int, outputs: tuple[int, ...]) -> None:
         super().__init__()
-        self.each = len(outputs)
-        self.linears = nn.ModuleList(nn.Linear(width, n, bias=False) for _ in range(copies) for n in outputs)
+        self.linears = nn.ModuleList(nn.Linear(width, n, bias=False) for n in outputs)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        for number, linear in enumerate(self.linears):
-            name, product = f"y{number % self.each}", linear(x)
-            sums[name] = sums[name] + product if name in sums else product
-        return sums
+        return {f"y{i}": linear(x) for i, linear in enumerate(self.linears)}
 
 
 def main() -> int:
@@ -117,9 +107,13 @@ def trace(width: int, outputs: tuple[int, ...], copies: int, tokens: Iterable[in
     builder = GraphBuilder("products")
     for count in tokens:
         builder.start({"x": ((1, count, width), torch.float32)})
-        builder.call(f"products_{count}", partial(Products, width, outputs, copies), {"x": "x"})
-        named = {name: name for name in builder.segments[f"products_{count}"].outputs}
-        builder.finish(f"m{count}", "decode", named, num_tokens=count, attention_length=0)
+        results: dict[str, str] = {}
+        for copy in range(copies):
+            named = {f"y{i}": f"copy_{copy}_y{i}" for i in range(len(outputs))}
+            key = f"products_{count}"  # one segment, converted once, with the weights of each copy in turn
+            builder.call(key, partial(Products, width, outputs), {"x": "x"}, named, prefix=f"{copy}.")
+            results |= {value: value for value in named.values()}
+        builder.finish(f"m{count}", "decode", results, num_tokens=count, attention_length=0)
     return builder.graph()
 
 
@@ -133,15 +127,16 @@ def steps_of(case: str, copies: int, name: str, folder: Path, threads: int) -> d
         (lowered,) = lower_tflite.lower([graph], 1)
         path = folder / f"{scheme.bits}-{scheme.block_size}.tflite"
         write_graph(lowered, parameters(graph, scheme), path)
-        return litert_steps(path, threads, x)
-    steps: dict[int, Step] = {}
+        steps = litert_steps(path, threads, {f"m{count}": values for count, values in x.items()})
+        return {count: steps[f"m{count}"] for count in x}
+    sessions: dict[int, Step] = {}
     for m in TOKENS:
         graph = trace(width, outputs, copies, (m,))
         (lowered_onnx,) = lower_onnx.lower([graph], 1, portable=False)
         path = folder / f"{scheme.bits}-{scheme.block_size}-{m}.onnx"
         write_onnx(lowered_onnx, parameters(graph, scheme), path)
-        steps[m] = partial(open_graph(path, threads).run, None, {"x": x[m]})
-    return steps
+        sessions[m] = partial(open_graph(path, threads).run, None, {"x": x[m]})
+    return sessions
 
 
 def parameters(graph: TracedGraph, scheme: WeightFormat) -> dict[str, Parameter]:
@@ -155,22 +150,6 @@ def parameters(graph: TracedGraph, scheme: WeightFormat) -> dict[str, Parameter]
         name: Parameter(shape=shape, format=scheme, rows=partial(rows, shape[1]), unit_scale=False)
         for name, shape in graph.weights.items()
     }
-
-
-def litert_steps(path: Path, threads: int, x: dict[int, Any]) -> dict[int, Step]:
-    """One run of every signature with its buffers bound."""
-    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
-    steps: dict[int, Step] = {}
-    with native_log_held_back():
-        model = CompiledModel.from_file(str(path), options=options)
-        for m, values in x.items():
-            index = model.get_signature_index(f"m{m}")
-            order = model.get_signature_by_index(index)
-            inputs = [model.create_input_buffer_by_name(f"m{m}", name) for name in order["inputs"]]
-            outputs = [model.create_output_buffer_by_name(f"m{m}", name) for name in order["outputs"]]
-            inputs[0].write(values)
-            steps[m] = partial(model.run_by_index, index, inputs, outputs)
-    return steps
 
 
 def timed(steps: dict[str, dict[int, Step]], turns: int, copies: int) -> dict[str, dict[str, float]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
+from mtp_export.commands.checks import check_torch_device
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 
@@ -53,12 +53,10 @@ def command(
     What the target says stays as it is, whatever the drafter; more drafts are accepted. Writes a drafter's checkpoint,
     which `export --drafter` and transformers take.
     """
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device is {device!r}, expected cpu or cuda")
+    check_torch_device(device)
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output")
-    console = Console(stderr=True)
-    with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("loading") as tell:
         import torch
 
         from mtp_calibration.adapt import Adaptation, adapt
@@ -66,14 +64,8 @@ def command(
         from mtp_calibration.corpus import read_prompts
         from mtp_export.pipeline import open_made_from
 
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda, and torch finds none here: install its CUDA build, or take --device cpu")
         pair = open_made_from(model, checkpoint, drafter, adapters)
         shares: list[float] = []
-
-        def tell(text: str) -> None:
-            if status:
-                status.update(text)
 
         def on_step(step: Any) -> None:
             shares.append(step.agreement)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 
@@ -44,8 +44,7 @@ def command(
 
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"cannot write {output}: no folder {output.parent}: choose another --output")
-    console = Console(stderr=True)
-    with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("loading") as tell:
         from mtp_export.benching import bench
 
         report = bench(
@@ -54,7 +53,7 @@ def command(
             filled=filled,
             new_tokens=new_tokens,
             repeats=repeats,
-            on_run=lambda name: status.update(name) if status else None,
+            on_run=tell,
         )
     if output is not None:
         _write_drawing(report, output)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from mtp_export.commands.checks import check_bundle_options
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 _PROMPTS = 16
@@ -56,8 +55,7 @@ def command(
     Ends with exit code 1 if a bar is missed or something is wrong, with the diagnosis.
     """
     check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
-    console = Console(stderr=True)
-    with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("loading") as tell:
         found = _calibrate(
             bundle,
             (checkpoint, drafter, adapters),
@@ -66,7 +64,7 @@ def command(
             (max_kl, min_agreement),
             threads=threads,
             max_new_tokens=max_new_tokens,
-            on_stage=lambda name: status.update(name) if status else None,
+            on_stage=tell,
         )
     folder = output or bundle
     path = folder / "calibration.json"

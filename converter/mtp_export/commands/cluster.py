@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import click
-from rich.console import Console
 
+from mtp_export.commands.checks import check_torch_device
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 
@@ -52,13 +52,11 @@ def command(
 
     Writes a drafter's checkpoint with ordered embeddings, which `export --drafter` and transformers take.
     """
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device is {device!r}, expected cpu or cuda")
+    check_torch_device(device)
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output")
     few = max(1, clusters // 8) if top_k is None else top_k
-    console = Console(stderr=True)
-    with console.status("loading") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("loading") as tell:
         import torch
 
         from mtp_calibration.adapt import load
@@ -68,12 +66,6 @@ def command(
         from mtp_export.checkpoint import Checkpoint, locate
         from mtp_export.texts import stop_token_ids
 
-        def tell(name: str) -> None:
-            if status:
-                status.update(name)
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda, and torch finds none here: install its CUDA build, or take --device cpu")
         dense = Checkpoint(locate(drafter), "drafter")
         check_dense(dense, clusters, few)
         target = Checkpoint(locate(checkpoint), "target")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_export.commands.checks import check_bundle_options
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, deb
     from mtp_export.device.runs import answers
 
     asked = _asked(bundle, stock=not no_stock, **options)
-    with _progress() as on_line:
+    with working("opening") as on_line:
         here, there = answers(asked, on_line)
     report = compare(bundle, asked.request(str(bundle)), here, there)
     _write(output or bundle, {"device-parity.json": report.to_json(), "device-parity.md": report.to_markdown()})
@@ -100,7 +100,7 @@ def bench(bundle: Path, repetitions: int, output: Path | None, as_json: bool, de
 
     check_bundle_options(bundle, {"--repetitions": repetitions})
     asked = _asked(bundle, stock=True, **options)
-    with _progress() as on_line:
+    with working("opening") as on_line:
         place, found, thermal = measured(asked, repetitions, on_line)
     report = summarise(
         bundle,
@@ -131,13 +131,6 @@ def _asked(bundle: Path, *, prompts: Path | None, limit: int, **options: Any) ->
     asked = Asked(bundle=bundle, prompts=asked_prompts(chosen), **options)
     asked.check()
     return asked
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    console = Console(stderr=True)
-    with console.status("opening") if console.is_terminal else contextlib.nullcontext() as status:
-        yield lambda text: status.update(text) if status else None
 
 
 def _print(report: DeviceBench) -> None:

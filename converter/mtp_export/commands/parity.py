@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 
@@ -48,8 +48,7 @@ def command(
     if checkpoint is not None and not checkpoint.is_dir():
         raise UserError(f"no checkpoint at {checkpoint}: give the folder that the bundle was exported from")
     chosen = in_turn(read_prompts(prompts) if prompts else heldout_prompts(), limit)
-    console = Console(stderr=True)
-    with console.status("opening") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("opening") as tell:
         report = prove(
             bundle,
             chosen,
@@ -57,7 +56,7 @@ def command(
             threads=threads,
             checkpoint=checkpoint or _embedded(bundle),
             stock=not no_stock,
-            on_run=lambda name: status.update(name) if status else None,
+            on_run=tell,
         )
     folder = output or (bundle if bundle.is_dir() else bundle.parent)
     try:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
 from typing import Any
 
 import click
-from rich.console import Console
 
 from mtp_export.commands.export import config_of, export_options
+from mtp_export.commands.terminal import working
 from mtp_export.config import ExportConfig
 
 
@@ -30,8 +29,7 @@ def command(as_json: bool, debug: bool, **options: Any) -> None:
 
 def show_plan(config: ExportConfig, *, as_json: bool) -> None:
     """Print the plan of an export, and end with exit code 1 if a disk is too small."""
-    console = Console(stderr=True)
-    with console.status("planning") if console.is_terminal else contextlib.nullcontext():
+    with working("planning"):
         from mtp_export.plan import plan
 
         found = plan(config)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from mtp_export.commands.checks import check_bundle_options
+from mtp_export.commands.terminal import working
 from mtp_runtime.errors import UserError
 
 
@@ -47,8 +46,7 @@ def command(
     """Write one HTML page about a bundle: sizes, quality (if `calibrate` was run), how drafts fare by kind of prompt
     and K on this device, when they pay, and examples with the origin of each token."""
     check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
-    console = Console(stderr=True)
-    with console.status("opening") if console.is_terminal else contextlib.nullcontext() as status:
+    with working("opening") as tell:
         report = _report(
             bundle,
             prompts,
@@ -57,7 +55,7 @@ def command(
             device or platform.processor() or platform.machine(),
             benches,
             threads,
-            lambda name: status.update(name) if status else None,
+            tell,
         )
     folder = output or bundle
     try:
