@@ -149,7 +149,7 @@ def build(folder: Path, threads: int) -> dict[str, Step]:
         (lowered_tflite,) = lower_tflite.lower([graph], 1)
         path = folder / f"{name.replace(' ', '-')}.tflite"
         write_graph(lowered_tflite, parameters(graph, format), path)
-        steps[name] = litert_steps(path, threads, {"head": x})["head"]
+        steps[name] = litert_steps(path, threads, {"head": {"x": x}})["head"]
     return steps
 
 

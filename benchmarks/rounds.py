@@ -3,7 +3,7 @@
     python -m benchmarks.rounds BUNDLE [--threads 2] [--filled 500] [--new-tokens 48] [--start-only]
 
 Acceptance is a property of weights and text, and synthetic weights have none. So drafts are imposed: the drafter runs
-and costs what it costs, and its word is replaced by the target's own next one with a chance of alpha, by a wrong one
+and costs what it costs, and its word is replaced by the target's own next one as often as alpha says, by a wrong one
 otherwise. Plain decoding and rounds of every alpha take turns in one run. Where a near-tie makes a run leave what is
 imposed, its drafts are wrong from there on; `gain_by_passes` is what the times of passes give without that.
 """

@@ -40,7 +40,7 @@ class ExportConfig:
     output: Path
     drafter_recipe: str | None = None
     cache_length: int | None = None
-    num_draft_tokens: int = 4
+    num_draft_tokens: int | None = None
     drafter_position_offset: int = 1
     portable: bool = False
     batch_size: int = 1
@@ -78,7 +78,8 @@ class ExportConfig:
                 one_of(f"--{option}-recipe", recipe, RECIPES)
         if self.cache_length is not None:
             in_range("--cache-length", self.cache_length, MIN_CACHE_LENGTH, _MAX_CACHE_LENGTH)
-        in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
+        if self.num_draft_tokens is not None:
+            in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
         in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)
         in_range("--workers", self.workers, 1, 64)
         in_range("--batch-size", self.batch_size, 1, _MAX_BATCH_SIZE)

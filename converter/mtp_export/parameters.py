@@ -50,7 +50,7 @@ def _of_target(
     looked_up = role != "target"
     matrix = checkpoint.quantised(prefix + name, shape)
     if matrix is None:
-        format = _target_format(role, name, shape, recipe)
+        format = target_format(role, name, shape, recipe)
         return _stored(checkpoint, prefix + name, shape, format, looked_up=looked_up)
     return Parameter(
         shape=shape,
@@ -61,7 +61,7 @@ def _of_target(
     )
 
 
-def _target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
+def target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
     if len(shape) == 1:
         return FLOAT32
     if name == "embed_tokens.weight":

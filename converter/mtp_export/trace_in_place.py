@@ -15,11 +15,12 @@ import torch
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
 from mtp_export.models import in_place
 from mtp_export.models.layers import FeedForward
-from mtp_export.models.target import EMBEDDERS, TargetFeedForward
+from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_runtime.contract import GraphSignature, TensorSpec
 
 _POOLS: dict[LayerType, str] = {FULL: "full", SLIDING: "sliding"}
+_ROWS = "_of_rows"  # ends the names of values that are there only for the tokens whose logits are wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +103,15 @@ def _fills(sizes: _Sizes) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     }
 
 
-def _attention_inputs(layer_type: LayerType, x: str, key_cache: str, value_cache: str) -> dict[str, str]:
+def _attention_inputs(
+    layer_type: LayerType, x: str, key_cache: str, value_cache: str, suffix: str = ""
+) -> dict[str, str]:
+    """`suffix` ends the names of the rotary tables."""
     pool = _POOLS[layer_type]
     return {
         "x": x,
-        "cos": f"cos_{layer_type}",
-        "sin": f"sin_{layer_type}",
+        "cos": f"cos_{layer_type}{suffix}",
+        "sin": f"sin_{layer_type}{suffix}",
         "key_cache": key_cache,
         "value_cache": value_cache,
         "last": f"{pool}_last",
@@ -131,9 +135,11 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
     )
     given = ("embeddings", "per_layer_embeddings", "positions")
     builder.call("prologue", lambda: in_place.Prologue(spec), {n: n for n in given})
-    x = "embeddings"
+    x, suffix = "embeddings", ""
     read: dict[str, str] = {}
     for i in range(spec.num_layers):
+        if i == spec.num_caches:
+            x, suffix = _take_rows(builder, spec, x), _ROWS
         kind, cache, width, prefix = (
             spec.layer_types[i],
             spec.cache_index(i),
@@ -148,16 +154,27 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
         else:
             # What the owner wrote in this pass, not what it was given: this orders the operations.
             written = (f"kv_cache_k_{cache}_next", f"kv_cache_v_{cache}_next")
-            read |= _reader(builder, spec, i, x, cache, written)
-        inputs = {"x": x, "attended": f"attended_{i}", "per_layer_input": f"per_layer_input_{i}"}
-        builder.call(
-            f"feed_forward_{width}", _build(TargetFeedForward, spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix
-        )
+            read |= _reader(builder, spec, i, x, cache, written, suffix=suffix)
+        inputs = {"x": x, "attended": f"attended_{i}", "per_layer_input": f"per_layer_input_{i}{suffix}"}
+        key = f"feed_forward_{width}{suffix}"
+        builder.call(key, _build(TargetFeedForward, spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix)
         x = f"x_{i}"
-    builder.call("head", lambda: in_place.RowsHead(spec), {"x": x, "logit_rows": "logit_rows"})
+    if not suffix:  # every layer has a cache
+        x = _take_rows(builder, spec, x)
+    builder.call("head", lambda: TargetHead(spec), {"x": x})
     outputs = {name: f"{name}_next" for name in caches} | read | {"logits": "logits", "activations": "activations"}
     builder.finish("forward", "forward", outputs, num_tokens=0, attention_length=0)
     return builder.graph()
+
+
+def _take_rows(builder: GraphBuilder, spec: TargetSpec, x: str) -> str:
+    """Append that all layers from here on compute, only for the tokens whose logits are wanted: most of a prefill's are
+    in caches now, and that is all that they are for. Returns the name that `x` has then."""
+    values = [x, *(f"{table}_{kind}" for kind in _POOLS for table in ("cos", "sin"))]
+    values += [f"per_layer_input_{i}" for i in range(spec.num_caches, spec.num_layers)]
+    inputs = {"rows": "logit_rows", **{value: value for value in values}}
+    builder.call("rows", in_place.TakeRows, inputs, {value: f"{value}{_ROWS}" for value in values})
+    return f"{x}{_ROWS}"
 
 
 def _build(module: Callable[..., torch.nn.Module], *arguments: object) -> Callable[[], torch.nn.Module]:
@@ -165,7 +182,15 @@ def _build(module: Callable[..., torch.nn.Module], *arguments: object) -> Callab
 
 
 def _reader(
-    builder: GraphBuilder, spec: DecoderSpec, i: int, x: str, cache: int, caches: tuple[str, str], path: str = ""
+    builder: GraphBuilder,
+    spec: DecoderSpec,
+    i: int,
+    x: str,
+    cache: int,
+    caches: tuple[str, str],
+    *,
+    path: str = "",
+    suffix: str = "",
 ) -> dict[str, str]:
     """Append the attention of layer i, which reads `caches`, those of layer `cache`; returns the outputs that its
     caches go out by, `kv_cache_k_4.9` for the keys of layer 4 as layer 9 leaves them."""
@@ -173,7 +198,7 @@ def _reader(
     builder.call(
         f"reader_{kind}",
         _build(in_place.ReaderAttention, spec, kind),
-        _attention_inputs(kind, x, *caches),
+        _attention_inputs(kind, x, *caches, suffix),
         {"attended": f"attended_{i}", "key_cache": f"k_read_{i}", "value_cache": f"v_read_{i}"},
         prefix=f"{path}layers.{i}.",
     )
@@ -199,7 +224,7 @@ def _drafter(
     read: dict[str, str] = {}
     for i, (kind, width) in enumerate(zip(spec.layer_types, spec.intermediate_sizes, strict=True)):
         owner = owners[kind]
-        read |= _reader(builder, spec, i, x, owner, (f"kv_cache_k_{owner}", f"kv_cache_v_{owner}"), "model.")
+        read |= _reader(builder, spec, i, x, owner, (f"kv_cache_k_{owner}", f"kv_cache_v_{owner}"), path="model.")
         builder.call(
             f"feed_forward_{width}",
             _build(FeedForward, spec, width),

@@ -187,6 +187,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 BATCH_ROLES = ("target", "drafter")  # the graphs that have another form for several sequences
 TOKEN_COUNTS = "token_counts"
+ROW_COUNTS = "row_counts"
 _POOL_INPUTS = ("full_last", "full_total", "sliding_last", "sliding_total")
 
 
@@ -194,7 +195,8 @@ def for_sequences(signature: GraphSignature, sequences: int) -> GraphSignature:
     """Return the signature of the graph that processes several sequences in one pass (ONNX; docs/format.md).
 
     The target has all their tokens in its dimension of tokens, sequence by sequence, as many as `token_counts` [N]
-    says; the drafter has N in its dimension of the batch. Caches, and how full they are, belong to one sequence each.
+    says, and of those of each the last `row_counts` [N] in its dimension of rows; the drafter has N in its dimension
+    of the batch. Caches, and how full they are, belong to one sequence each.
     """
     whole = "batch" if signature.kind == "forward" else None
 
@@ -206,9 +208,10 @@ def for_sequences(signature: GraphSignature, sequences: int) -> GraphSignature:
             names = [of_sequence(spec.name, i) for i in range(sequences)] if own else [spec.name]
             yield from (TensorSpec(name=name, shape=shape, dtype=spec.dtype) for name in names)
 
-    counts = (TensorSpec(name=TOKEN_COUNTS, shape=(sequences,), dtype="int32"),) if whole else ()
+    counts = (TOKEN_COUNTS, ROW_COUNTS) if whole else ()
+    counted = tuple(TensorSpec(name=name, shape=(sequences,), dtype="int32") for name in counts)
     inputs, outputs = tuple(repeated(signature.inputs)), tuple(repeated(signature.outputs))
-    return msgspec.structs.replace(signature, inputs=inputs + counts, outputs=outputs)
+    return msgspec.structs.replace(signature, inputs=inputs + counted, outputs=outputs)
 
 
 def of_sequence(name: str, sequence: int) -> str:

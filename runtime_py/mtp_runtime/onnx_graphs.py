@@ -23,6 +23,7 @@ from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import (
     BATCH_ROLES,
     GRAPH_ROLES,
+    ROW_COUNTS,
     TOKEN_COUNTS,
     GraphSignature,
     Manifest,
@@ -105,28 +106,30 @@ class OnnxGraphs:
             ContextFullError: the pass would write beyond a cache.
             BackendError: ONNX Runtime refused.
         """
-        # A sequence without a part has one token all the same.
+        # A sequence without a part has one token all the same, and its row.
         counts = [len(pieces[i].token_ids) if i in pieces else 1 for i in range(self._sequences)]
+        row_counts = [pieces[i].logit_rows if i in pieces else 1 for i in range(self._sequences)]
         rows: list[int] = []
         token_ids: list[int] = []
         positions: list[int] = []
         for i, count in enumerate(counts):
             if i in pieces:
                 self.prepare(i, count)
-                rows += range(sum(counts[: i + 1]) - pieces[i].logit_rows, sum(counts[: i + 1]))
+            end = sum(counts[: i + 1])
+            rows += range(end - row_counts[i], end)
             token_ids += pieces[i].token_ids if i in pieces else (0,)
             positions += range(self.caches[i].filled_length, self.caches[i].filled_length + count)
         run = self.target_run(sum(counts), len(rows), tuple(pieces))
         if self._sequences > 1:
-            run.inputs[TOKEN_COUNTS][:] = counts
+            run.inputs[TOKEN_COUNTS][:], run.inputs[ROW_COUNTS][:] = counts, row_counts
         run.inputs["logit_rows"][:], run.inputs["positions"][0], run.tokens[0] = rows, positions, token_ids
         self._look_up(run.look_ups)
         run.graph.run()
-        said, start = {}, 0
-        for i, piece in sorted(pieces.items()):
-            mine = slice(start, start + piece.logit_rows)
+        said = {}
+        for i in pieces:
+            start = sum(row_counts[:i])
+            mine = slice(start, start + row_counts[i])
             said[i] = TargetPass(*(run.outputs[name][0, mine].copy() for name in ("logits", "activations")))
-            start = mine.stop
         return said
 
     def run_drafter(self, steps: Mapping[int, DraftStep]) -> dict[int, Draft]:

@@ -1,14 +1,13 @@
 """What the passes and rounds of an opened bundle take, and at which acceptance drafts pay.
 
 Acceptance is a property of weights and text. To see what a round gains at a given one, drafts are imposed: the drafter
-runs and costs what it costs, and its word is replaced by the target's own next one with a chance of alpha, by a wrong
+runs and costs what it costs, and its word is replaced by the target's own next one as often as alpha says, by a wrong
 one otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from mtp_runtime.backend import Draft, FloatArray
 from mtp_runtime.session import Session
 
 _WARM_UP = 2  # the first runs of a graph pack its weights
+_GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, are spread most evenly
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,10 @@ def pass_sizes(session: Session) -> list[int]:
 
 
 def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> dict[str, Timing]:
-    """Prefill of the prompt, and at its end decode, verify of every size and one draft, all of them in turn."""
+    """Prefill of the prompt, and at its end decode, verify of every size and drafts, all of them in turn.
+
+    A draft is the mean of a round's, of which the first finds less in the processor's caches than those after it.
+    """
     backend = session.backend
     activations = np.zeros(session.manifest.hidden_size, np.float32)
     prefills = []
@@ -79,11 +82,12 @@ def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> d
     steps: dict[str, tuple[int, Callable[[], object]]] = {}
     for size in pass_sizes(session):
         steps["decode" if size == 1 else f"verify_{size}"] = size, lambda n=size: backend.verify(prompt[:n])  # type: ignore[misc]
-    steps["draft"] = 1, lambda: backend.draft(prompt[-1], activations)
+    drafts = session.manifest.num_draft_tokens
+    steps["draft"] = 1, lambda: [backend.draft(prompt[-1], activations) for _ in range(drafts)]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(_WARM_UP + repeats):
         for name, (_, step) in steps.items():
-            times[name].append(_ms(step))
+            times[name].append(_ms(step) / (drafts if name == "draft" else 1))
     taken = {name: Timing.of(times[name][_WARM_UP:], tokens) for name, (tokens, _) in steps.items()}
     return {f"prefill_{len(prompt)}": Timing.of(prefills[1:], len(prompt))} | taken
 
@@ -132,20 +136,29 @@ def time_rounds(
 
 @contextlib.contextmanager
 def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: float) -> Iterator[None]:
-    """Let drafts be the target's own next words, `tokens`, with a chance of `alpha` each, and wrong otherwise."""
-    backend, source = session.backend, random.Random(0)
-    own = backend.draft
+    """Let drafts be the target's own next words, `tokens`, with a chance of `alpha` each, and wrong otherwise.
+
+    Rounds take their chances evenly from 0 to 1, not at random: a short run commits what a long one does.
+    """
+    backend, own = session.backend, session.backend.draft
     state = {"filled": -1, "step": 0}
+    chance = 0.0
 
     def draft(token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
         said = own(token_id, activations, with_candidates=with_candidates)
         filled = backend.kv_cache.filled_length
-        state["step"] = state["step"] + 1 if state["filled"] == filled else 0
-        state["filled"] = filled
+        nonlocal chance
+        if state["filled"] == filled:
+            state["step"] += 1
+        else:
+            state.update(filled=filled, step=0)
+            chance = (chance + _GOLDEN_RATIO) % 1.0
         # The pending token, at `filled`, is output number filled - prompt_length; the first draft is the one after it.
         number = filled - prompt_length + 1 + state["step"]
         right = tokens[number] if number < len(tokens) else 0
-        return said._replace(best=right if source.random() < alpha else (right + 1) % session.manifest.vocab_size)
+        # The first n drafts of a round are all right with a chance of alpha^n.
+        is_right = chance < alpha ** (state["step"] + 1)
+        return said._replace(best=right if is_right else (right + 1) % session.manifest.vocab_size)
 
     backend.draft = draft  # type: ignore[method-assign]
     try:

@@ -75,6 +75,7 @@ E2B = PairSpec(
     target_id="google/gemma-4-E2B-it",
     drafter_id="google/gemma-4-E2B-it-assistant",
     cache_length=4096,
+    num_draft_tokens=3,
     prefill_lengths=(128, 1024),
     prefix_lengths=(1024,),
 )
@@ -92,6 +93,7 @@ E4B = PairSpec(
     target_id="google/gemma-4-E4B-it",
     drafter_id="google/gemma-4-E4B-it-assistant",
     cache_length=4096,
+    num_draft_tokens=3,
     prefill_lengths=(128, 1024),
     prefix_lengths=(1024,),
 )
@@ -126,6 +128,7 @@ NANO = PairSpec(
     target_id="",  # embedded in the package
     drafter_id="",
     cache_length=1024,
+    num_draft_tokens=4,
     prefill_lengths=(16, 128),
     prefix_lengths=(256, 512, 1024, 2048),
 )

@@ -118,5 +118,6 @@ class PairSpec:
     target_id: str
     drafter_id: str
     cache_length: int
+    num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
     prefix_lengths: tuple[int, ...]

@@ -61,7 +61,9 @@ _OPTIONS = (
     click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
     click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
     click.option(
-        "--num-draft-tokens", type=int, default=4, show_default=True, help="Most tokens drafted in a round, K."
+        "--num-draft-tokens",
+        type=int,
+        help="Most tokens drafted in a round, K.  [e2b and e4b 3, nano and --delegate gpu 4]",
     ),
     click.option(
         "--drafter-position-offset",

@@ -14,7 +14,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from mtp_export.lower.onnx import output_name, value_info
-from mtp_runtime.contract import TOKEN_COUNTS, GraphSignature, for_sequences, of_sequence
+from mtp_runtime.contract import ROW_COUNTS, TOKEN_COUNTS, GraphSignature, for_sequences, of_sequence
 
 _INPUTS_OF_ROWS = 3  # query, key and value; what follows belongs to a sequence
 _BATCH, _TOKENS = 0, 1  # axes of rows
@@ -35,15 +35,17 @@ def _batched(model: onnx.ModelProto, signature: GraphSignature, sequences: int) 
     graph = copy.graph
     nodes = list(graph.node)
     del graph.node[:]
-    if any(spec.name == TOKEN_COUNTS for spec in signature.inputs):
-        axis, counts = _TOKENS, f"{TOKEN_COUNTS}/Cast"
-        graph.node.append(helper.make_node("Cast", [TOKEN_COUNTS], [counts], counts, to=TensorProto.INT64))
+    target = any(spec.name == TOKEN_COUNTS for spec in signature.inputs)
+    if target:
+        for name in (TOKEN_COUNTS, ROW_COUNTS):
+            graph.node.append(helper.make_node("Cast", [name], [f"{name}/Cast"], f"{name}/Cast", to=TensorProto.INT64))
     else:
-        axis, counts = _BATCH, "one_each"
-        graph.initializer.append(helper.make_tensor(counts, TensorProto.INT64, (sequences,), [1] * sequences))
+        graph.initializer.append(helper.make_tensor("one_each", TensorProto.INT64, (sequences,), [1] * sequences))
     for node in nodes:
         if node.op_type == "GroupQueryAttention":
-            graph.node.extend(_attention(node, counts, axis, sequences))
+            # Behind the last layer that writes, the tokens are those whose logits are wanted.
+            counts = f"{ROW_COUNTS if _only_reads(node) else TOKEN_COUNTS}/Cast" if target else "one_each"
+            graph.node.extend(_attention(node, counts, _TOKENS if target else _BATCH, sequences))
         else:
             graph.node.append(node)
     del graph.input[:], graph.output[:]
@@ -52,12 +54,16 @@ def _batched(model: onnx.ModelProto, signature: GraphSignature, sequences: int) 
     return copy
 
 
+def _only_reads(node: NodeProto) -> bool:
+    """Whether a layer writes no rows: one value of no tokens is its keys and values."""
+    return bool(node.input[1] == node.input[2])
+
+
 def _attention(node: NodeProto, counts: str, axis: int, sequences: int) -> list[NodeProto]:
     """The nodes that take the place of one attention: its rows are split, attended to apart, and joined."""
     numbers = range(sequences)
     rows = dict(zip(node.input[:_INPUTS_OF_ROWS], ("query", "key", "value"), strict=True))
-    if len(rows) < _INPUTS_OF_ROWS and axis == _TOKENS:
-        # A layer that only reads has keys and values of no tokens, which suit every sequence as they are.
+    if _only_reads(node) and axis == _TOKENS:  # its keys and values suit every sequence as they are
         del rows[node.input[1]]
     parts = {name: [f"{node.name}/{what}.{i}" for i in numbers] for name, what in rows.items()}
     made = [

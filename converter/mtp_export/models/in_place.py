@@ -16,7 +16,7 @@ from mtp_export.models import ops
 from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
 from mtp_export.models.clustered_head import BatchedClusteredHead
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables
-from mtp_export.models.target import PerLayerInputs, TargetHead
+from mtp_export.models.target import PerLayerInputs
 
 
 class RopeTables:
@@ -140,12 +140,12 @@ class ReaderAttention(nn.Module):
         return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 
-class RowsHead(TargetHead):
-    """The target's head, for the tokens whose logits are wanted."""
+class TakeRows(nn.Module):
+    """What is kept of a pass behind the last layer that writes a cache: the tokens whose logits are wanted."""
 
-    def forward(self, x: Tensor, logit_rows: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Shapes: x [B,T,H], logit_rows [N] int32 -> activations [B,N,H], logits [B,N,V]"""
-        return super().forward(ops.gather(x, logit_rows, 1))
+    def forward(self, rows: Tensor, **values: Tensor) -> dict[str, Tensor]:
+        """Shapes: rows [N] int32, values [B,T,...] -> the same [B,N,...]"""
+        return {name: ops.gather(value, rows, 1) for name, value in values.items()}
 
 
 class CandidateHead(nn.Module):
