@@ -21,7 +21,8 @@ def describe() -> dict[str, Any]:
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # Other results do not change what is measured.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")),
     }
 
 

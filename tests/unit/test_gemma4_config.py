@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mtp_export import pipeline
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.config import ExportConfig
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
@@ -258,6 +261,26 @@ def test_another_model_than_the_one_named() -> None:
         gemma4.check_model("e2b", "target", gemma4.E2B.target, gemma4.E4B.target)
     fine_tuned = dataclasses.replace(gemma4.E2B.target, eos_token_ids=(1,), max_position_embeddings=8192)
     gemma4.check_model("e2b", "target", gemma4.E2B.target, fine_tuned)
+
+
+@pytest.mark.parametrize(
+    ("model", "delegate", "given", "drafts"),
+    [("nano", "cpu", None, 4), ("e2b", "cpu", None, 3), ("e4b", "gpu", None, 4), ("e2b", "gpu", 7, 7)],
+)
+def test_drafts_of_a_round_by_model_and_processor(model: str, delegate: str, given: int | None, drafts: int) -> None:
+    spec = gemma4.PAIRS[model]
+    pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target)
+    config = ExportConfig(
+        model=model,
+        export_format="tflite",
+        target=None,
+        drafter=None,
+        recipe="int4",
+        output=Path(),
+        delegate=delegate,
+        num_draft_tokens=given,
+    )
+    assert pipeline.graph_shape(config, pair).num_draft_tokens == drafts
 
 
 def graph_shape() -> GraphShape:
