@@ -293,7 +293,7 @@ def _weight_bytes(config: ExportConfig, values: Mapping[str, Mapping[str, Parame
 
 def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
     return [
-        trace_target(pair.target_spec, shape, delegated=config.delegate == "gpu"),
+        trace_target(pair.target_spec, shape),
         trace_embedder(pair.target_spec, "embedder"),
         trace_embedder(pair.target_spec, "per_layer_embedder"),
         trace_drafter(

@@ -195,15 +195,14 @@ def _read(
     return read
 
 
-def trace_target(spec: TargetSpec, shape: GraphShape, *, delegated: bool = False) -> TracedGraph:
-    """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants.
-    `delegated` keeps to operations that a GPU delegate is known to take."""
+def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
+    """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
     builder = GraphBuilder("target")
     passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
         passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
     for kind, num_tokens, length in passes:
-        _target_pass(builder, spec, shape.cache_length, kind, num_tokens, length, aligned=not delegated)
+        _target_pass(builder, spec, shape.cache_length, kind, num_tokens, length)
     return builder.graph()
 
 
@@ -214,8 +213,6 @@ def _target_pass(
     kind: SignatureKind,
     num_tokens: int,
     length: int,
-    *,
-    aligned: bool,
 ) -> None:
     caches = {f"kv_cache_{p}_{i}": spec.cache_shape(i, cache_length) for i in range(spec.num_caches) for p in "kv"}
     builder.start(
@@ -231,7 +228,7 @@ def _target_pass(
     num_layers = spec.num_caches if prefill else spec.num_layers
     given = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
     key = f"prologue_{num_layers}_{num_tokens}"
-    builder.call(key, lambda: TargetPrologue(spec, num_layers, aligned=aligned), {n: n for n in given})
+    builder.call(key, lambda: TargetPrologue(spec, num_layers), {n: n for n in given})
     x = "embeddings"
     reads: dict[int, dict[str, str]] = {}
     for i in range(num_layers):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mtp_calibration.corpus import heldout_prompts
 from mtp_export.delegation import delegate_table
-from tests.conftest import Export
+from tools.gpu_check.converted import conversions
 from tools.gpu_check.equality import check_equality
+from tools.gpu_check.full_size import BUNDLES, bundle
 from tools.gpu_check.machine import gpu
 from tools.gpu_check.probe import collect, run_probes, write_probes
 
@@ -22,10 +26,19 @@ pytestmark = [
 ]
 
 
-def test_the_drafter_changes_nothing(export_nano: Export) -> None:
+@pytest.fixture
+def exported(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Bundles of nano by recipe and delegate. A machine with a GPU may lack the converter: they come from where
+    `tools.gpu_check` puts them, if it started the tests."""
+    folder = Path(os.environ.get(BUNDLES, tmp_path))
+    with conversions(folder / "converted"):
+        yield functools.partial(bundle, folder)
+
+
+def test_the_drafter_changes_nothing(exported: Callable[[str, str], Path]) -> None:
     prompts = [prompt.text for prompt in heldout_prompts()][:2]
     rows = check_equality(
-        export_nano("int8", export_format="tflite-gpu"),
+        exported("int8", "gpu"),
         prompts,
         max_new_tokens=32,
         drafters=("exported", "noise"),
@@ -37,8 +50,8 @@ def test_the_drafter_changes_nothing(export_nano: Export) -> None:
     assert acceptance["exported"] > 0.1 > acceptance["noise"]
 
 
-def test_the_table_says_what_the_backend_does(export_nano: Export, tmp_path: Path) -> None:
-    forms = collect([export_nano("int8") / "drafter.tflite"])  # the CPU's, whose scatter is refused
+def test_the_table_says_what_the_backend_does(exported: Callable[[str, str], Path], tmp_path: Path) -> None:
+    forms = collect([exported("int8", "cpu") / "drafter.tflite"])  # the CPU's, whose scatter is refused
     write_probes(forms, tmp_path)
     found = {row["form"]: row["delegated"] for row in run_probes(tmp_path)}
     table = delegate_table("gpu")

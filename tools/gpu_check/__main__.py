@@ -5,27 +5,28 @@ reads), whether stock LiteRT-LM says there with drafts what it says without, and
 the sizes of E2B and E4B, in time and memory. Without a name, these three. `tests` runs the
 tests that need a GPU.
 
-What is missing in FOLDER is exported there first, 55 GB in all; `export` only does that, for the full sizes. Where a
-machine has no converter, bring FOLDER/converted: `convert` writes it where there is one.
+What is missing in FOLDER is exported there, 55 GB in all, the full sizes while the first two checks run; `export` only
+does that. Where a machine has no converter, bring FOLDER/converted: `convert` writes it where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
 from mtp_calibration.corpus import heldout_prompts
-from mtp_export import pipeline
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
-from tools.gpu_check.full_size import Silent, convert_all, export_config, write_full_size
+from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, write_full_size
 from tools.gpu_check.machine import described
 from tools.gpu_check.probe import collect, run_probes, write_probes
 from tools.gpu_check.speed import check_speed
@@ -52,18 +53,22 @@ def main() -> int:
     options = parser.parse_args()
     code = 0
     models = options.models.split(",")
-    with conversions(options.bundles / "converted"):
+    with conversions(options.bundles / "converted"), ThreadPoolExecutor(1) as beside:
         if "convert" in options.checks:
             convert_all(models)
-        if "export" in options.checks:
-            for model in models:
-                write_full_size(model, options.bundles)
-        if "tests" in options.checks:
-            code = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"], cwd=ROOT).returncode
+        written = None
+        if {"export", "speed"} & set(options.checks):
+            written = beside.submit(lambda: [write_full_size(model, options.bundles) for model in models])
         if "probe" in options.checks:
             probe(options)
+        if "tests" in options.checks:
+            environment = {**os.environ, BUNDLES: str(options.bundles.absolute())}
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
+            code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if "equality" in options.checks:
             code = equality(options) or code
+        if written is not None:
+            written.result()
         if "speed" in options.checks:
             for model in models:
                 figures = check_speed(model, options.bundles, options.activations.split(","), _say)
@@ -74,15 +79,6 @@ def main() -> int:
 
 def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
-
-
-def bundle(folder: Path, recipe: str, delegate: str) -> Path:
-    """A bundle of nano, exported if it is not there."""
-    path = folder / f"nano-{recipe}-{delegate}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        pipeline.export(export_config("nano", recipe, delegate, path, None), Silent())
-    return path
 
 
 def probe(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from mtp_runtime.litertlm import read_sections
 
 _NUMPY: dict[int, Any] = {
     schema.TensorType.INT8: np.int8,
+    schema.TensorType.INT4: np.uint8,  # two to a byte
     schema.TensorType.INT32: np.int32,
     schema.TensorType.FLOAT32: np.float32,
 }
@@ -57,6 +58,8 @@ def with_drafter(path: Path, drafter: str, output: Path, seed: int = 0) -> Path:
 def _noise(data: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
     if data.dtype == np.int8:
         return random.integers(-127, 128, data.shape, np.int8)
+    if data.dtype == np.uint8:
+        return random.integers(0, 256, data.shape, np.uint8)
     drawn: NDArray[Any] = random.standard_normal(data.shape, np.float32) * data.std()
     return drawn
 
@@ -65,5 +68,5 @@ def _is_wanted(name: str, tensor: Any, drafter: str, graph: Any) -> bool:
     if not graph.is_constant(tensor):
         return False
     if drafter == "noise":
-        return name == "FULLY_CONNECTED" and tensor.type in (schema.TensorType.INT8, schema.TensorType.FLOAT32)
+        return name == "FULLY_CONNECTED" and tensor.type in _NUMPY
     return name == "GATHER" and tensor.type == schema.TensorType.INT32

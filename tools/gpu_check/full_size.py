@@ -1,4 +1,4 @@
-"""E2B or E4B at true shapes for a GPU, with synthetic weights: its bundle, and graphs that no bundle has."""
+"""Bundles for the checks: of nano; of E2B or E4B at true shapes with synthetic weights, and graphs no bundle has."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from mtp_export.trace import GraphShape, TracedGraph, trace_target
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime import read_manifest
 
+BUNDLES = "MTP_GPU_BUNDLES"  # the variable that names the folder of bundles to tests
 VERIFIED = tuple(range(2, 9))  # tokens of a verify pass
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -50,6 +51,15 @@ class FullSize:
     dense: Path
     passes: Path
     dense_drafter: Path
+
+
+def bundle(folder: Path, recipe: str, delegate: str) -> Path:
+    """A bundle of nano, exported if it is not there."""
+    path = folder / f"nano-{recipe}-{delegate}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline.export(export_config("nano", recipe, delegate, path, None), Silent())
+    return path
 
 
 def write_full_size(model: str, folder: Path) -> FullSize:
@@ -132,7 +142,7 @@ def trace_passes(pair: PairSpec) -> TracedGraph:
         GraphShape(cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=())
         for n in VERIFIED
     )
-    graphs = [trace_target(pair.target, shape, delegated=True) for shape in shapes]
+    graphs = [trace_target(pair.target, shape) for shape in shapes]
     renamed = [
         dataclasses.replace(traced, signature=msgspec.structs.replace(traced.signature, name=f"verify_{n}"))
         for n, graph in zip(VERIFIED, graphs, strict=True)

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.delegation import Graph, Operator, open_graph
-from mtp_export.stock_runtime import last_complaint
 from tools.gpu_check.cut import SIGNATURE, cut_out, inputs_for
 
 BACKEND = "gpu"
@@ -63,14 +62,14 @@ def run_probes(folder: Path) -> list[dict[str, Any]]:
         answers = folder / "answers.jsonl"  # the library has standard output for itself
         answers.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tools.gpu_check.probe", str(folder), *left]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else ():
             row = json.loads(line)
             rows[row.pop("name")] = row
         unfinished = [name for name in left if name not in rows]
         if unfinished:
             form = (folder / f"{unfinished[0]}.txt").read_text(encoding="utf-8")
-            why = f"the process ended with code {done.returncode}: {last_complaint(done.stderr)[:300]}"
+            why = f"the process ended with code {done.returncode}"
             rows[unfinished[0]] = {"form": form, "delegated": False, "reason": why}
     return [rows[name] for name in names]
 
