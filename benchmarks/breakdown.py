@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 
 from mtp_runtime import Session, onnx_graphs
+from mtp_runtime.packed_weights import PackedWeights
 from mtp_runtime.timing import filled_prompt
 
 REPEATS = 12
@@ -63,9 +64,9 @@ def profile(bundle: Path, threads: int, filled: int, folder: Path) -> tuple[list
     opened: list[ort.InferenceSession] = []
     plain = onnx_graphs.open_graph
 
-    def open_profiled(path: Path | str, threads: int) -> ort.InferenceSession:
-        if Path(path).name != "target.onnx":
-            return plain(path, threads)
+    def open_profiled(path: Path, threads: int, packed: PackedWeights | None = None) -> ort.InferenceSession:
+        if path.name != "target.onnx":
+            return plain(path, threads, packed)
         options = onnx_graphs.pooled_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(folder / "target")
         opened.append(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))

@@ -21,7 +21,7 @@ from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import GRAPH_ROLES, GraphSignature
 from mtp_runtime.errors import BackendError, BundleError, MtpError
 from mtp_runtime.kv_cache import StaticKVCache
-from mtp_runtime.packed_weights import PackedWeights, default_folder
+from mtp_runtime.packed_weights import LITERT, PackedWeights, default_folder
 from mtp_runtime.quiet import hold_back_native_log_at_exit, native_log_held_back
 
 
@@ -144,7 +144,7 @@ class LiteRTGraphs:
     @classmethod
     def _open(cls, bundle: Bundle, threads: int, cache_dir: Path) -> LiteRTGraphs:
         environment = Environment.create()
-        packed = {role: PackedWeights(cache_dir, bundle.manifest.files[role]) for role in GRAPH_ROLES}
+        packed = {role: PackedWeights(cache_dir, LITERT, bundle.manifest.files[role]) for role in GRAPH_ROLES}
         try:
             models = {
                 role: CompiledModel.from_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mtp_runtime.backend import Draft, FloatArray, TargetPass
 from mtp_runtime.bundle import Bundle
@@ -23,24 +24,28 @@ class OnnxBackend:
         self._fewest_tokens = fewest_tokens
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 2) -> OnnxBackend:
+    def open(cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None) -> OnnxBackend:
         """Open the bundle for one sequence.
+
+        Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
 
         Raises:
             BundleError: a graph is missing or contradicts the manifest.
             BackendError: ONNX Runtime refuses a graph.
         """
-        (backend,) = cls.open_batch(bundle, sequences=1, threads=threads)
+        (backend,) = cls.open_batch(bundle, sequences=1, threads=threads, cache_dir=cache_dir)
         return backend
 
     @classmethod
-    def open_batch(cls, bundle: Bundle, *, sequences: int, threads: int = 2) -> tuple[OnnxBackend, ...]:
+    def open_batch(
+        cls, bundle: Bundle, *, sequences: int, threads: int = 2, cache_dir: Path | None = None
+    ) -> tuple[OnnxBackend, ...]:
         """Open the bundle for several sequences, each to be used from a thread of its own; closing one closes all.
 
         Raises:
             BundleError, BackendError: as `open` does.
         """
-        graphs = OnnxGraphs.open(bundle, threads=threads, sequences=sequences)
+        graphs = OnnxGraphs.open(bundle, threads=threads, sequences=sequences, cache_dir=cache_dir)
         passes = SharedPasses({DraftStep: graphs.run_drafter, TargetPiece: graphs.run_target})
         # A quantised target decodes two tokens at a time (docs/decisions/0005).
         fewest = 1 if bundle.manifest.recipe == "f32" else 2

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from mtp_runtime.backend import Draft, FloatArray, TargetPass
 from mtp_runtime.bundle import Bundle
@@ -33,6 +34,7 @@ from mtp_runtime.contract import (
     of_sequence,
 )
 from mtp_runtime.errors import BackendError, BundleError
+from mtp_runtime.packed_weights import ONNX_RUNTIME, PackedWeights, default_folder
 from mtp_runtime.pooled_cache import PooledKVCache
 
 # Of one sequence in a pass: enough to use the cores, few enough for the buffers of sliding layers. It is the same for a
@@ -41,6 +43,20 @@ PREFILL_TOKENS = 256
 _MOST_BINDINGS = 64  # kept, by the numbers of tokens of their passes
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+# onnxruntime's own errors, which have no base in common but Exception, and what pybind raises.
+_REFUSED: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, *_REFUSED)  # a full disk, a damaged file
 _CPU = "cpu"
 
 
@@ -81,8 +97,9 @@ class OnnxGraphs:
         self.embed_ms = 0.0
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int, sequences: int = 1) -> OnnxGraphs:
+    def open(cls, bundle: Bundle, *, threads: int, sequences: int = 1, cache_dir: Path | None = None) -> OnnxGraphs:
         """Load the bundle's graphs and allocate the caches. The thread pool is the process's: its first user sizes it.
+        Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
 
         Raises:
             BundleError: a graph is missing or contradicts the manifest.
@@ -91,11 +108,14 @@ class OnnxGraphs:
         sessions = {}
         try:
             for role, spec in _signatures(bundle.manifest, sequences).items():
-                path = str(bundle.path(batch_role(role) if sequences > 1 and role in BATCH_ROLES else role))
-                sessions[role] = open_graph(path, threads)
+                file = batch_role(role) if sequences > 1 and role in BATCH_ROLES else role
+                packed = None
+                if role in BATCH_ROLES:  # the others look rows up, which nothing packs
+                    files = (bundle.manifest.files[name] for name in (file, f"{role}_data"))
+                    packed = PackedWeights(cache_dir or default_folder(), ONNX_RUNTIME, *files)
+                sessions[role] = open_graph(bundle.path(file), threads, packed)
                 _check_graph(sessions[role], role, spec)
-        except (RuntimeError, ValueError) as error:
-            # onnxruntime's own errors have no common base of theirs; all are RuntimeErrors or ValueErrors of pybind.
+        except _REFUSED as error:
             raise BackendError(f"ONNX Runtime refuses the bundle: {error}") from error
         return cls(bundle.manifest, sessions, sequences)
 
@@ -286,7 +306,7 @@ class BoundGraph:
             raise _closed(self._role)
         try:
             self._session.run_with_iobinding(self.binding)
-        except (RuntimeError, ValueError) as error:
+        except _REFUSED as error:
             raise BackendError(f"ONNX Runtime failed to run {self._role}: {error}") from error
 
     def release(self) -> None:
@@ -348,9 +368,36 @@ class DraftRun(_Run):
 _pools: list[int] = []  # the one that was made, if any: it cannot be made twice, nor change its size
 
 
-def open_graph(path: Path | str, threads: int) -> ort.InferenceSession:
-    """Load a graph for the CPU, onto the process's one thread pool."""
+def open_graph(path: Path, threads: int, packed: PackedWeights | None = None) -> ort.InferenceSession:
+    """Load a graph for the CPU, onto the process's one thread pool; from `packed`, which is written if it is new."""
+    if packed is not None and packed.path is not None:
+        try:
+            if packed.is_new:
+                _write_packed(path, threads, packed.path)
+                packed.keep()
+            return _open_packed(packed.path / path.name, threads)
+        except _NO_PACKED_WEIGHTS:
+            packed.remove()
+        finally:
+            packed.discard()
     return ort.InferenceSession(str(path), pooled_options(threads), providers=["CPUExecutionProvider"])
+
+
+def _write_packed(path: Path, threads: int, folder: Path) -> None:
+    """Write a graph as it was optimised for this processor, with its packed weights, to a new folder."""
+    folder.mkdir()
+    options = pooled_options(threads)
+    options.optimized_model_filepath = str(folder / path.name)
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _open_packed(path: Path, threads: int) -> ort.InferenceSession:
+    options = pooled_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def pooled_options(threads: int) -> ort.SessionOptions:

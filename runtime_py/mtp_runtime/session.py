@@ -136,7 +136,7 @@ class Session:
     ) -> Session:
         """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
-        `verify` compares every file with its SHA-256. LiteRT keeps packed weights in `cache_dir`, by default
+        `verify` compares every file with its SHA-256. Packed weights are kept in `cache_dir`, by default
         `~/.cache/mtp-export/packed`: they make the second start fast and are in memory once.
 
         Raises:
@@ -321,7 +321,7 @@ def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None) -> Backe
     if bundle.manifest.export_format == "onnx":
         from mtp_runtime.onnx import OnnxBackend
 
-        return OnnxBackend.open(bundle, threads=threads)
+        return OnnxBackend.open(bundle, threads=threads, cache_dir=cache_dir)
     from mtp_runtime.litert import LiteRTGraphs
     from mtp_runtime.static_backend import StaticBackend
 
