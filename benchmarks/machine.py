@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_BUT_RESULTS = f":(exclude){RESULTS}"  # other results do not change what is measured
 _PACKAGES = ("ai-edge-litert", "litert-lm-api", "litert-torch", "numpy", "onnxruntime", "torch", "transformers")
 
 
@@ -21,8 +22,7 @@ def describe() -> dict[str, Any]:
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "commit": _git("rev-parse", "HEAD"),
-        # Other results do not change what is measured.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", _BUT_RESULTS)),
     }
 
 

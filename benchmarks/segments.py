@@ -64,7 +64,8 @@ def main() -> int:
         for key, part in passes[label].items():
             whole = part["count"] * part["us"]
             print(f"  {key:32} {part['count']:3} x {part['us']:9.1f} us = {whole / 1000:7.2f} ms  {whole / total:5.1%}")
-    figures = {"model": options.model, "recipe": options.recipe, "threads": options.threads, "passes": passes}
+    figures = {name: getattr(options, name) for name in ("model", "recipe", "threads", "filled", "turns")}
+    figures["passes"] = passes
     print(f"written: {write_result(f'segments_{options.model}', figures)}")
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,20 +44,14 @@ PREFILL_TOKENS = 256
 _MOST_BINDINGS = 64  # kept, by the numbers of tokens of their passes
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
-# onnxruntime's own errors, which have no base in common but Exception, and what pybind raises.
+# What pybind raises, and onnxruntime's own errors, which have no base in common but Exception.
 _REFUSED: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
+    *(found for found in vars(ort_errors).values() if isinstance(found, type) and issubclass(found, Exception)),
 )
-_NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, *_REFUSED)  # a full disk, a damaged file
+# A full disk, a damaged file, or no memory left to write one.
+_NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, MemoryError, *_REFUSED)
 _CPU = "cpu"
 
 
@@ -376,8 +371,10 @@ def open_graph(path: Path, threads: int, packed: PackedWeights | None = None) ->
                 _write_packed(path, threads, packed.path)
                 packed.keep()
             return _open_packed(packed.path / path.name, threads)
-        except _NO_PACKED_WEIGHTS:
-            packed.remove()
+        except _NO_PACKED_WEIGHTS as error:
+            warnings.warn(f"no packed weights of {path.name}, it starts more slowly: {error}", stacklevel=2)
+            if not packed.is_new:
+                packed.remove()
         finally:
             packed.discard()
     return ort.InferenceSession(str(path), pooled_options(threads), providers=["CPUExecutionProvider"])

@@ -56,8 +56,8 @@ class PackedWeights:
                 os.utime(self._final)  # it is in use
                 self.path = self._final
             elif shutil.disk_usage(folder).free > needed and os.access(folder, os.W_OK):
-                _tidy(folder)
                 self.path = self._new
+                _tidy(folder)
 
     @property
     def is_new(self) -> bool:
@@ -68,6 +68,7 @@ class PackedWeights:
         """Give a new file its name, now that it is complete; what maps it does not notice."""
         if self.is_new:
             with contextlib.suppress(OSError):  # another process was faster with a folder
+                _sync(self._new)
                 self._new.rename(self._final)
             if self._final.exists():
                 self.path = self._final
@@ -84,6 +85,13 @@ class PackedWeights:
 def default_folder() -> Path:
     """The folder `packed` of the user's cache."""
     return user_cache() / "packed"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or those of a folder, are on the disk: only their lengths are checked when they are used."""
+    for file in path.iterdir() if path.is_dir() else (path,):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _remove(path: Path) -> None:
@@ -114,5 +122,6 @@ def _tidy(folder: Path) -> None:
     for path in (path for library in (LITERT, ONNX_RUNTIME) for path in folder.glob(f"*{library.suffix}")):
         owner = path.name.removeprefix(".").partition("-")[0] if path.name.startswith(".") else ""
         abandoned = owner.isdigit() and not Path("/proc", owner).exists()
-        if abandoned or now - path.stat().st_mtime > _UNUSED_S:
-            _remove(path)
+        with contextlib.suppress(OSError):  # another process was faster
+            if abandoned or now - path.stat().st_mtime > _UNUSED_S:
+                _remove(path)

@@ -29,7 +29,9 @@ class SessionBatch:
         self.sessions = tuple(sessions)
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int = 2, verify: bool = True) -> SessionBatch:
+    def open(
+        cls, path: Path | str, *, threads: int = 2, verify: bool = True, cache_dir: Path | str | None = None
+    ) -> SessionBatch:
         """Open the bundle at `path` for as many sequences as it was exported for, as `Session.open` does.
 
         Raises:
@@ -47,7 +49,12 @@ class SessionBatch:
                 )
             from mtp_runtime.onnx import OnnxBackend
 
-            backends = OnnxBackend.open_batch(bundle, sequences=bundle.manifest.batch_size, threads=threads)
+            backends = OnnxBackend.open_batch(
+                bundle,
+                sequences=bundle.manifest.batch_size,
+                threads=threads,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+            )
             opened.pop_all()
         return cls([Session(bundle, backend) for backend in backends])
 

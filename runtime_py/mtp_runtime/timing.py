@@ -138,7 +138,7 @@ def time_rounds(
 def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: float) -> Iterator[None]:
     """Let drafts be the target's own next words, `tokens`, with a chance of `alpha` each, and wrong otherwise.
 
-    Rounds take their chances evenly from 0 to 1, not at random: a short run commits what a long one does.
+    Rounds take their chances evenly from 0 to 1, not at random: a short run commits nearly what a long one does.
     """
     backend, own = session.backend, session.backend.draft
     state = {"filled": -1, "step": 0}

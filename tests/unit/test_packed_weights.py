@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtp_runtime import Session
 from mtp_runtime.contract import FileEntry
 from mtp_runtime.errors import BackendError
-from mtp_runtime.packed_weights import LITERT, ONNX_RUNTIME, PackedWeights
+from mtp_runtime.packed_weights import LITERT, ONNX_RUNTIME, Library, PackedWeights
 from tests.conftest import Export
 from tests.unit.test_staging import names
 
@@ -87,34 +91,74 @@ def test_a_damaged_file_is_packed_again(export_nano: Export, tmp_path: Path, kep
     first = said(bundle, tmp_path)
     path = large(tmp_path)
     os.truncate(path, int(path.stat().st_size * kept))
-    assert said(bundle, tmp_path) == first
+    with pytest.warns(UserWarning, match="no packed weights") if export_format == "onnx" else contextlib.nullcontext():
+        assert said(bundle, tmp_path) == first
     assert said(bundle, tmp_path) == first
     assert path.stat().st_size > 1 << 20
 
 
-def test_a_new_file_has_its_name_only_when_it_is_kept(tmp_path: Path) -> None:
-    weights = PackedWeights(tmp_path, LITERT, GRAPH)
-    assert weights.path is not None
-    weights.path.write_text("packed")
-    assert PackedWeights(tmp_path, LITERT, GRAPH).path != weights.path, "another process packs its own"
-    weights.keep()
-    weights.discard()
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["packed"]
-    again = PackedWeights(tmp_path, LITERT, GRAPH)
-    assert again.path == tmp_path / names(tmp_path)[0]
+@pytest.mark.parametrize("library", [LITERT, ONNX_RUNTIME])
+def test_what_is_new_has_its_name_only_when_it_is_kept(library: Library, tmp_path: Path) -> None:
+    first, second = (PackedWeights(tmp_path, library, GRAPH) for _ in range(2))
+    for weights in (first, second):
+        assert weights.path is not None
+        pack(weights.path, library)
+    assert first.path != second.path, "each process packs its own"
+    for weights in (first, second):  # the second finds that there is one
+        weights.keep()
+        weights.discard()
+    assert len(names(tmp_path)) == 1
+    again = PackedWeights(tmp_path, library, GRAPH)
+    assert again.path == first.path == second.path == tmp_path / names(tmp_path)[0]
     again.discard()
     assert len(names(tmp_path)) == 1
+    again.remove()
+    assert not names(tmp_path)
 
 
-def test_what_nobody_needs_is_removed(tmp_path: Path) -> None:
+def pack(path: Path, library: Library) -> None:
+    """A file, or what ONNX Runtime writes: a folder."""
+    if library is ONNX_RUNTIME:
+        path.mkdir()
+        (path / "target.onnx").write_text("packed")
+    else:
+        path.write_text("packed")
+
+
+@pytest.mark.parametrize("library", [LITERT, ONNX_RUNTIME])
+def test_what_nobody_needs_is_removed(library: Library, tmp_path: Path) -> None:
     living, ended, old, recent = (
-        tmp_path / f"{name}.xnnpack_cache" for name in (f".{os.getpid()}-1", ".4194305-1", "old", "recent")
+        tmp_path / f"{name}{library.suffix}" for name in (f".{os.getpid()}-1", ".4194305-1", "old", "recent")
     )
     for path in (living, ended, old, recent):
-        path.write_text("x")
+        pack(path, library)
     os.utime(old, (0, time.time() - 40 * 86400))
     PackedWeights(tmp_path, LITERT, GRAPH)
     assert names(tmp_path) == sorted([living.name, recent.name])
+
+
+def test_a_graph_opens_where_nothing_can_be_written(
+    export_nano: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk."""
+    bundle = export_nano("int4", export_format="onnx")
+    first = said(bundle, tmp_path / "other")
+    monkeypatch.setattr(Path, "mkdir", refused_below(tmp_path / "packed"))
+    with pytest.warns(UserWarning, match=r"no packed weights of target\.onnx"):
+        assert said(bundle, tmp_path / "packed") == first
+    assert not names(tmp_path / "packed")
+
+
+def refused_below(folder: Path) -> Callable[..., None]:
+    """A `Path.mkdir` for which the disk is full within `folder`."""
+    make = Path.mkdir
+
+    def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.parent == folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        make(path, *arguments, **options)
+
+    return mkdir
 
 
 def test_without_room_or_a_place_there_is_no_file(tmp_path: Path) -> None:

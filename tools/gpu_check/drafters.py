@@ -68,5 +68,5 @@ def _is_wanted(name: str, tensor: Any, drafter: str, graph: Any) -> bool:
     if not graph.is_constant(tensor):
         return False
     if drafter == "noise":
-        return name == "FULLY_CONNECTED" and tensor.type in _NUMPY
+        return name == "FULLY_CONNECTED" and tensor.type in _NUMPY and tensor.type != schema.TensorType.INT32
     return name == "GATHER" and tensor.type == schema.TensorType.INT32

@@ -62,7 +62,9 @@ def run_probes(folder: Path) -> list[dict[str, Any]]:
         answers = folder / "answers.jsonl"  # the library has standard output for itself
         answers.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tools.gpu_check.probe", str(folder), *left]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        if done.returncode > 0:  # not the backend's doing, which ends a process by a signal
+            raise RuntimeError(done.stderr.decode(errors="replace")[-2000:])
         for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else ():
             row = json.loads(line)
             rows[row.pop("name")] = row
