@@ -69,7 +69,7 @@ def profile(bundle: Path, threads: int, filled: int, folder: Path) -> tuple[list
             return plain(path, threads, packed)
         options = onnx_graphs.pooled_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(folder / "target")
-        opened.append(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
+        opened.append(onnx_graphs.open_session(path, options))
         return opened[0]
 
     onnx_graphs.open_graph = open_profiled

@@ -54,8 +54,6 @@ SCHEMES = {
     "ONNX int4 blocks of 32": ("onnx", WeightFormat(bits=4, block_size=32)),
     "ONNX int8 blocks of 32": ("onnx", WeightFormat(bits=8, block_size=32)),
 }
-
-
 FUSED = ", fused"
 
 
@@ -81,13 +79,15 @@ def main() -> int:
         copies = max(1, BYTES // (width * sum(outputs) // 2))
         table[case] = {}
         for runtime in ("tflite", "onnx"):
+            cuts = {"": outputs}
+            if runtime == "tflite" and len(outputs) > 1:
+                cuts[FUSED] = (sum(outputs),)
             with tempfile.TemporaryDirectory() as folder:
                 steps = {
                     f"{name}{label}": steps_of(width, cut, copies, name, Path(folder), options.threads)
                     for name, (target, _) in SCHEMES.items()
                     if target == runtime
-                    for label, cut in (("", outputs), (FUSED, (sum(outputs),)))
-                    if not label or (runtime == "tflite" and len(outputs) > 1)
+                    for label, cut in cuts.items()
                 }
                 # One runtime at a time: the threads of ONNX Runtime spin for a while after a run.
                 table[case] |= timed(steps, options.turns, copies)

@@ -32,7 +32,15 @@ from mtp_calibration.recipes import RECIPES, Recipe, WeightFormat
 from mtp_export.arch import gemma4
 from mtp_export.lower import tflite as lower_tflite
 from mtp_export.parameters import target_format
-from mtp_export.trace import GraphBuilder, GraphShape, Segment, TracedGraph, trace_drafter, trace_target
+from mtp_export.trace import (
+    GraphBuilder,
+    GraphShape,
+    Segment,
+    TracedGraph,
+    TracedSignature,
+    trace_drafter,
+    trace_target,
+)
 from mtp_export.weights import Parameter, write_graph
 
 MOST_BYTES = 128 << 20  # of the weights of all copies, more than the caches hold
@@ -50,14 +58,13 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
     passes: dict[str, dict[str, dict[str, float]]] = {}
-    for graph, name in graphs_of(options.model, [int(n) for n in options.tokens.split(",")], options.filled):
-        (traced,) = (signature for signature in graph.signatures if signature.signature.name == name)
+    for graph, traced in passes_of(options.model, [int(n) for n in options.tokens.split(",")], options.filled):
         counts = Counter(call.segment for call in traced.calls)
         if graph.role == "drafter":
             del counts["head"]  # benchmarks.head has it
         recipe = RECIPES[options.recipe if graph.role == "target" else "int8"]
         micros = segments_us({key: graph.segments[key] for key in counts}, recipe, options)
-        label = f"{name} of {traced.signature.num_tokens}"
+        label = f"{traced.signature.name} of {traced.signature.num_tokens}"
         passes[label] = {key: {"count": count, "us": round(micros[key], 1)} for key, count in counts.items()}
         total = sum(part["count"] * part["us"] for part in passes[label].values())
         print(f"{label}: {total / 1000:.1f} ms")
@@ -70,20 +77,26 @@ def main() -> int:
     return 0
 
 
-def graphs_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[TracedGraph, str]]:
-    """The target's pass for every number of tokens and the drafter's, with the shortest prefix that holds what is
-    filled."""
+def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[TracedGraph, TracedSignature]]:
+    """The target's pass for every number of tokens and the drafter's, over the shortest prefix that holds them behind
+    what is filled."""
     pair = gemma4.PAIRS[model]
-    found: list[tuple[TracedGraph, str]] = []
-    prefix = 1024 if filled < 1000 else pair.cache_length
-    for n in tokens:
-        shape = GraphShape(
-            cache_length=pair.cache_length, num_draft_tokens=max(n - 1, 1), prefill_lengths=(), prefix_lengths=(prefix,)
+    prefixes = (n for n in pair.prefix_lengths if n >= filled + max(tokens))
+    length = min((pair.cache_length, *prefixes))
+    shapes = [
+        GraphShape(
+            cache_length=pair.cache_length, num_draft_tokens=max(n - 1, 1), prefill_lengths=(), prefix_lengths=(length,)
         )
-        name = "decode" if n == 1 else "verify"
-        found.append((trace_target(pair.target, shape), name + f"_{prefix}" * (prefix < pair.cache_length)))
-    drafter = trace_drafter(pair.drafter, pair.target, shape, position_offset=1, row_scales=True)
-    return [*found, (drafter, "draft" + f"_{prefix}" * (prefix < pair.cache_length))]
+        for n in tokens
+    ]
+    graphs = [(trace_target(pair.target, shape), n) for shape, n in zip(shapes, tokens, strict=True)]
+    graphs.append((trace_drafter(pair.drafter, pair.target, shapes[0], position_offset=1, row_scales=True), 1))
+    return [
+        (graph, traced)
+        for graph, n in graphs
+        for traced in graph.signatures
+        if (traced.signature.num_tokens, traced.signature.attention_length) == (n, length)
+    ]
 
 
 def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:

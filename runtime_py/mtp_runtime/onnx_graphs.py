@@ -370,14 +370,21 @@ def open_graph(path: Path, threads: int, packed: PackedWeights | None = None) ->
             if packed.is_new:
                 _write_packed(path, threads, packed.path)
                 packed.keep()
-            return _open_packed(packed.path / path.name, threads)
+            options = pooled_options(threads)
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
+            return open_session(packed.path / path.name, options)
         except _NO_PACKED_WEIGHTS as error:
             warnings.warn(f"no packed weights of {path.name}, it starts more slowly: {error}", stacklevel=2)
             if not packed.is_new:
                 packed.remove()
         finally:
             packed.discard()
-    return ort.InferenceSession(str(path), pooled_options(threads), providers=["CPUExecutionProvider"])
+    return open_session(path, pooled_options(threads))
+
+
+def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Load a graph for the CPU."""
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _write_packed(path: Path, threads: int, folder: Path) -> None:
@@ -388,13 +395,7 @@ def _write_packed(path: Path, threads: int, folder: Path) -> None:
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _open_packed(path: Path, threads: int) -> ort.InferenceSession:
-    options = pooled_options(threads)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    open_session(path, options)
 
 
 def pooled_options(threads: int) -> ort.SessionOptions:

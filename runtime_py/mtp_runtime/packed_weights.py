@@ -119,7 +119,7 @@ def _processor() -> str:
 def _tidy(folder: Path) -> None:
     """Remove what ended processes left half-written, and what was not used for long."""
     now = time.time()
-    for path in (path for library in (LITERT, ONNX_RUNTIME) for path in folder.glob(f"*{library.suffix}")):
+    for path in [found for library in (LITERT, ONNX_RUNTIME) for found in folder.glob(f"*{library.suffix}")]:
         owner = path.name.removeprefix(".").partition("-")[0] if path.name.startswith(".") else ""
         abandoned = owner.isdigit() and not Path("/proc", owner).exists()
         with contextlib.suppress(OSError):  # another process was faster

@@ -79,16 +79,15 @@ def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> d
     for _ in range(3):
         backend.kv_cache.rewind(0)
         prefills.append(_ms(lambda: backend.prefill(prompt)))
-    steps: dict[str, tuple[int, Callable[[], object]]] = {}
+    steps: dict[str, tuple[int, int, Callable[[], object]]] = {}  # tokens of a pass, passes in a row, one pass
     for size in pass_sizes(session):
-        steps["decode" if size == 1 else f"verify_{size}"] = size, lambda n=size: backend.verify(prompt[:n])  # type: ignore[misc]
-    drafts = session.manifest.num_draft_tokens
-    steps["draft"] = 1, lambda: [backend.draft(prompt[-1], activations) for _ in range(drafts)]
+        steps["decode" if size == 1 else f"verify_{size}"] = size, 1, lambda n=size: backend.verify(prompt[:n])  # type: ignore[misc]
+    steps["draft"] = 1, session.manifest.num_draft_tokens, lambda: backend.draft(prompt[-1], activations)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(_WARM_UP + repeats):
-        for name, (_, step) in steps.items():
-            times[name].append(_ms(step) / (drafts if name == "draft" else 1))
-    taken = {name: Timing.of(times[name][_WARM_UP:], tokens) for name, (tokens, _) in steps.items()}
+        for name, (_, in_a_row, step) in steps.items():
+            times[name].append(sum(_ms(step) for _ in range(in_a_row)) / in_a_row)
+    taken = {name: Timing.of(times[name][_WARM_UP:], tokens) for name, (tokens, _, _) in steps.items()}
     return {f"prefill_{len(prompt)}": Timing.of(prefills[1:], len(prompt))} | taken
 
 
@@ -141,23 +140,20 @@ def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: f
     Rounds take their chances evenly from 0 to 1, not at random: a short run commits nearly what a long one does.
     """
     backend, own = session.backend, session.backend.draft
-    state = {"filled": -1, "step": 0}
-    chance = 0.0
+    filled, step, chance = -1, 0, 0.0
 
     def draft(token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
+        nonlocal filled, step, chance
         said = own(token_id, activations, with_candidates=with_candidates)
-        filled = backend.kv_cache.filled_length
-        nonlocal chance
-        if state["filled"] == filled:
-            state["step"] += 1
+        if backend.kv_cache.filled_length == filled:
+            step += 1
         else:
-            state.update(filled=filled, step=0)
-            chance = (chance + _GOLDEN_RATIO) % 1.0
+            filled, step, chance = backend.kv_cache.filled_length, 0, (chance + _GOLDEN_RATIO) % 1.0
         # The pending token, at `filled`, is output number filled - prompt_length; the first draft is the one after it.
-        number = filled - prompt_length + 1 + state["step"]
+        number = filled - prompt_length + 1 + step
         right = tokens[number] if number < len(tokens) else 0
         # The first n drafts of a round are all right with a chance of alpha^n.
-        is_right = chance < alpha ** (state["step"] + 1)
+        is_right = chance < alpha ** (step + 1)
         return said._replace(best=right if is_right else (right + 1) % session.manifest.vocab_size)
 
     backend.draft = draft  # type: ignore[method-assign]

@@ -24,12 +24,12 @@ from transformers import (
 from mtp_export import pipeline
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
-from mtp_export.config import ExportConfig
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from tests.parity.tiny import Tiny
 from tests.unit.gemma4_configs import F, S, drafter_config, target_config
+from tests.unit.test_checkpoint import config_of
 
 PUBLISHED = {"e2b": gemma4.E2B, "e4b": gemma4.E4B}
 Change = Callable[[dict[str, Any]], object]
@@ -270,16 +270,7 @@ def test_another_model_than_the_one_named() -> None:
 def test_drafts_of_a_round_by_model_and_processor(model: str, delegate: str, given: int | None, drafts: int) -> None:
     spec = gemma4.PAIRS[model]
     pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target)
-    config = ExportConfig(
-        model=model,
-        export_format="tflite",
-        target=None,
-        drafter=None,
-        recipe="int4",
-        output=Path(),
-        delegate=delegate,
-        num_draft_tokens=given,
-    )
+    config = config_of(Path(), model=model, delegate=delegate, num_draft_tokens=given)
     assert pipeline.graph_shape(config, pair).num_draft_tokens == drafts
 
 

@@ -48,12 +48,6 @@ def test_the_second_start_maps_what_the_first_packed(export_format: str, export_
     assert str(large(tmp_path)) in mapped_by_a_session(bundle, tmp_path)
 
 
-def test_onnx_runtime_says_the_same_without_packed_weights(export_nano: Export, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    bundle = export_nano("int4", export_format="onnx")
-    assert said(bundle, tmp_path / "file") == said(bundle, tmp_path / "packed")
-
-
 def test_what_onnx_runtime_refuses_is_told(export_nano: Export, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(export_nano("int4", export_format="onnx"), tmp_path / "bundle"))
     graph = bundle / "target.onnx"
@@ -168,6 +162,8 @@ def test_without_room_or_a_place_there_is_no_file(tmp_path: Path) -> None:
     assert PackedWeights(tmp_path / "file", LITERT, GRAPH).path is None
 
 
-def test_a_session_opens_without_a_place_for_them(export_nano: Export, tmp_path: Path) -> None:
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_a_session_opens_without_a_place_for_them(export_format: str, export_nano: Export, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert said(export_nano("int4"), tmp_path / "file") == said(export_nano("int4"), tmp_path / "packed")
+    bundle = export_nano("int4", export_format=export_format)
+    assert said(bundle, tmp_path / "file") == said(bundle, tmp_path / "packed")
