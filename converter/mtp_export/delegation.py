@@ -27,7 +27,10 @@ DELEGATED_ROLES = ("target", "drafter")
 _OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 _TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
 # Options that say nothing about what is computed, or are repeated by a tensor.
-_IDLE_OPTIONS = frozenset(("newShape", "potScaleInt16", "quantSpec", "quantizedBiasType"))
+_IDLE_OPTIONS = frozenset(
+    ("newShape", "potScaleInt16", "quantSpec", "quantizedBiasType", "decompositionSubgraphIndex", "version")
+)
+COMPOSITE = "STABLEHLO_COMPOSITE"
 # Operators whose constant integer input says along which axes they work.
 _BY_AXES = frozenset(("MEAN", "REDUCE_MAX", "REDUCE_MIN", "SUM", "TRANSPOSE", "ARG_MAX"))
 
@@ -81,11 +84,23 @@ class Graph:
         return bool(empty or buffer.offset or (buffer.data is not None and len(buffer.data)))
 
     def operators(self) -> Iterator[Operator]:
-        """Every operator, in order."""
+        """Every operator, in order; a composite is one, and its parts none."""
+        parts = set(self.parts().values())
         for number, subgraph in enumerate(self.model.subgraphs):
+            if number in parts:
+                continue
             for index, operator in enumerate(subgraph.operators):
                 name = self.name_of(operator)
                 yield Operator(subgraph=number, index=index, name=name, form=self._form(name, subgraph, operator))
+
+    def parts(self) -> dict[tuple[int, int], int]:
+        """The subgraph with the parts of each composite, by the composite's subgraph and place in it."""
+        return {
+            (number, index): operator.builtinOptions2.decompositionSubgraphIndex
+            for number, subgraph in enumerate(self.model.subgraphs)
+            for index, operator in enumerate(subgraph.operators)
+            if self.name_of(operator) == COMPOSITE
+        }
 
     def name_of(self, operator: Any) -> str:
         """TFLite's name of an operator."""
@@ -101,6 +116,8 @@ class Graph:
         inputs = ", ".join(self._tensor(subgraph, int(i), values=name in _BY_AXES) for i in operator.inputs)
         outputs = ", ".join(self._tensor(subgraph, int(i), values=False) for i in operator.outputs)
         options = " ".join(f"{key}={value}" for key, value in _options(operator))
+        if name == COMPOSITE:
+            name += f" {operator.builtinOptions2.name.decode(errors='replace')}"
         return f"{name}({inputs}) -> {outputs}" + (f" {{{options}}}" if options else "")
 
     def _tensor(self, subgraph: Any, index: int, *, values: bool) -> str:

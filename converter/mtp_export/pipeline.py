@@ -316,10 +316,14 @@ def _write_tflite(
     progress: Progress,
     clock: _Clock,
 ) -> dict[str, Path]:
+    from mtp_export.composites import with_composites
+    from mtp_export.delegation import DELEGATED_ROLES
     from mtp_export.lower import tflite
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
+    if config.delegate == "gpu":
+        lowered = [with_composites(graph) if graph.role in DELEGATED_ROLES else graph for graph in lowered]
     clock.lap("lower")
     progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}

@@ -23,12 +23,13 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
 from mtp_calibration.corpus import heldout_prompts
+from mtp_export.delegation import COMPOSITE, open_graph
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
 from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, write_full_size
 from tools.gpu_check.machine import described
-from tools.gpu_check.probe import collect, run_probes, write_probes
+from tools.gpu_check.probe import collect, run_probes, try_composites, write_probes
 from tools.gpu_check.speed import check_speed
 
 CHECKS = ("probe", "equality", "speed")
@@ -84,10 +85,13 @@ def _say(what: str) -> None:
 def probe(options: argparse.Namespace) -> None:
     """Run an operator of each form of our graphs, and write the table."""
     wanted = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
-    graphs = [path for name in wanted for path in sorted(bundle(options.bundles, *name).glob("*.tflite"))]
+    paths = [path for name in wanted for path in sorted(bundle(options.bundles, *name).glob("*.tflite"))]
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        write_probes(collect(graphs), Path(folder))
+        write_probes(collect(paths), Path(folder))
         rows = run_probes(Path(folder))
+    graphs = map(open_graph, paths)
+    composites = {operator.form for graph in graphs for operator in graph.operators() if operator.name == COMPOSITE}
+    rows += try_composites(sorted(composites), bundle(options.bundles, "f32", "gpu"))
     write(TABLE, {**described(options.commit), "forms": rows})
     print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")
 

@@ -22,6 +22,7 @@ from mtp_export import pipeline
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle import write_litertlm
+from mtp_export.composites import with_composites
 from mtp_export.config import ExportConfig
 from mtp_export.lower import tflite
 from mtp_export.models.layers import RMSNorm
@@ -133,7 +134,7 @@ def convert_all(models: Sequence[str]) -> None:
 
 def _write(graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
     (lowered,) = tflite.lower([graph], 2)
-    write_graph(lowered, {name: values[name] for name in graph.weights}, path)
+    write_graph(with_composites(lowered), {name: values[name] for name in graph.weights}, path)
 
 
 def trace_passes(pair: PairSpec) -> TracedGraph:

@@ -1,11 +1,13 @@
 """What one pass of a graph takes on the GPU, signature by signature.
 
 Each signature is loaded in a process of its own, from a file without the others: LiteRT's API uploads the weights again
-for each. A few load side by side, and are then timed one after another.
+for each. A few load side by side, and are then timed one after another. Composites are taken apart: LiteRT 2.3.0 ends
+with a segmentation fault on any of them (docs/tried.md), so what passes take here is with every operator of a norm.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import statistics
@@ -70,7 +72,7 @@ def write_alone(graph: Graph, path: Path, name: str, output: Path) -> None:
     signature = type(entry)()
     signature.__dict__.update(entry.__dict__)
     signature.subgraphIndex = 0
-    model.subgraphs, model.signatureDefs = [graph.model.subgraphs[entry.subgraphIndex]], [signature]
+    model.subgraphs, model.signatureDefs = [taken_apart(graph, entry.subgraphIndex)], [signature]
     builder = flatbuffers.Builder(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
     header = bytes(builder.Output())
@@ -80,6 +82,27 @@ def write_alone(graph: Graph, path: Path, name: str, output: Path) -> None:
     shutil.copyfile(path, output)
     with output.open("r+b") as file:
         file.write(header)
+
+
+def taken_apart(graph: Graph, number: int) -> Any:
+    """A subgraph with the parts of each composite in its place."""
+    whole, parts = copy.copy(graph.model.subgraphs[number]), graph.parts()
+    whole.tensors, whole.operators = list(whole.tensors), []
+    for index, operator in enumerate(graph.model.subgraphs[number].operators):
+        if (number, index) not in parts:
+            whole.operators.append(operator)
+            continue
+        part = graph.model.subgraphs[parts[number, index]]
+        places = dict(enumerate(range(len(whole.tensors), len(whole.tensors) + len(part.tensors)))) | {-1: -1}
+        places |= {int(theirs): int(ours) for theirs, ours in zip(part.inputs, operator.inputs, strict=True)}
+        places |= {int(theirs): int(ours) for theirs, ours in zip(part.outputs, operator.outputs, strict=True)}
+        whole.tensors += part.tensors
+        for inner in part.operators:
+            new = copy.copy(inner)
+            new.inputs = np.array([places[int(i)] for i in inner.inputs], np.int32)
+            new.outputs = np.array([places[int(i)] for i in inner.outputs], np.int32)
+            whole.operators.append(new)
+    return whole
 
 
 def _main(path: Path, activations: str) -> None:

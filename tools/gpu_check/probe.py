@@ -18,21 +18,27 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.delegation import Graph, Operator, open_graph
+from mtp_export.delegation import COMPOSITE, Graph, Operator, open_graph
+from mtp_export.stock_runtime import run_stock
+from mtp_runtime import Session
+from mtp_runtime.errors import BackendError
 from tools.gpu_check.cut import SIGNATURE, cut_out, inputs_for
 
 BACKEND = "gpu"
+_PROMPT, _TOKENS = "class Stack:\n    def push(self", 32
 # Of the largest value. The CPU rounds activations to int8 where weights are quantised, the GPU does not: that makes a
 # few hundredths.
 TOLERANCE = 0.05
 
 
 def collect(paths: Sequence[Path]) -> dict[str, tuple[Graph, Operator]]:
-    """An operator of each form in some graphs, the smallest that there is of it."""
+    """An operator of each form in some graphs, the smallest that there is of it. Composites are not among them."""
     found: dict[str, tuple[int, Graph, Operator]] = {}
     for path in paths:
         graph = open_graph(path)
         for operator in graph.operators():
+            if operator.name == COMPOSITE:
+                continue
             size = _elements(graph, operator)
             if operator.form not in found or size < found[operator.form][0]:
                 found[operator.form] = (size, graph, operator)
@@ -74,6 +80,31 @@ def run_probes(folder: Path) -> list[dict[str, Any]]:
             why = f"the process ended with code {done.returncode}"
             rows[unfinished[0]] = {"form": form, "delegated": False, "reason": why}
     return [rows[name] for name in names]
+
+
+def try_composites(forms: Sequence[str], bundle: Path) -> list[dict[str, Any]]:
+    """A row for each form of a composite. LiteRT 2.3.0's own API ends on any, so they run where bundles do: LiteRT-LM
+    takes them if it starts with a pair of them, which it does not where a graph is left to the CPU in part, and says in
+    fp32 what the CPU says."""
+    with Session.open(bundle) as session:
+        expected = session.generate(_PROMPT, max_new_tokens=_TOKENS, num_draft_tokens=0).finish().tokens
+        text = "".join(session.text_pieces(expected))
+        path, length = session.bundle.path("litertlm"), session.manifest.context_length
+    try:
+        run = run_stock(
+            path,
+            [_PROMPT],
+            max_new_tokens=_TOKENS,
+            context_length=length,
+            use_mtp=True,
+            backend=BACKEND,
+            activations="fp32",
+        )
+        why = None if run.outputs[0].text.startswith(text) else "accepted, and the text is another than the CPU's"
+    except BackendError as error:
+        why = str(error)
+    verdict: dict[str, Any] = {"delegated": True} if why is None else {"delegated": False, "reason": why}
+    return [{"form": form, **verdict} for form in forms]
 
 
 def _main(folder: Path, names: Sequence[str]) -> None:
