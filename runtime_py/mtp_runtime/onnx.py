@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mtp_runtime.backend import Draft, FloatArray, TargetPass
 from mtp_runtime.bundle import Bundle
-from mtp_runtime.onnx_graphs import PREFILL_TOKENS, DraftStep, OnnxGraphs, TargetPiece
+from mtp_runtime.onnx_graphs import PREFILL_TOKENS, DraftStep, OnnxGraphs, Provider, TargetPiece
 from mtp_runtime.pooled_cache import PooledKVCache
 from mtp_runtime.shared_passes import SharedPasses
 
 
 class OnnxBackend:
-    """Implements `Backend` on onnxruntime's CPU provider, for one sequence of `graphs`."""
+    """Implements `Backend` on onnxruntime, for one sequence of `graphs`."""
 
     def __init__(self, graphs: OnnxGraphs, sequence: int, passes: SharedPasses, *, fewest_tokens: int) -> None:
         """Run through `passes`; use `open` or `open_batch`."""
@@ -24,28 +24,37 @@ class OnnxBackend:
         self._fewest_tokens = fewest_tokens
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None) -> OnnxBackend:
-        """Open the bundle for one sequence.
+    def open(
+        cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None, provider: Provider = "cpu"
+    ) -> OnnxBackend:
+        """Open the bundle for one sequence, on the CPU or, with "webgpu", on a GPU.
 
         Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
 
         Raises:
+            UserError: the provider is not there.
             BundleError: a graph is missing or contradicts the manifest.
             BackendError: ONNX Runtime refuses a graph.
         """
-        (backend,) = cls.open_batch(bundle, sequences=1, threads=threads, cache_dir=cache_dir)
+        (backend,) = cls.open_batch(bundle, sequences=1, threads=threads, cache_dir=cache_dir, provider=provider)
         return backend
 
     @classmethod
     def open_batch(
-        cls, bundle: Bundle, *, sequences: int, threads: int = 2, cache_dir: Path | None = None
+        cls,
+        bundle: Bundle,
+        *,
+        sequences: int,
+        threads: int = 2,
+        cache_dir: Path | None = None,
+        provider: Provider = "cpu",
     ) -> tuple[OnnxBackend, ...]:
         """Open the bundle for several sequences, each to be used from a thread of its own; closing one closes all.
 
         Raises:
-            BundleError, BackendError: as `open` does.
+            UserError, BundleError, BackendError: as `open` does.
         """
-        graphs = OnnxGraphs.open(bundle, threads=threads, sequences=sequences, cache_dir=cache_dir)
+        graphs = OnnxGraphs.open(bundle, threads=threads, sequences=sequences, cache_dir=cache_dir, provider=provider)
         passes = SharedPasses({DraftStep: graphs.run_drafter, TargetPiece: graphs.run_target})
         # A quantised target decodes two tokens at a time (docs/decisions/0005).
         fewest = 1 if bundle.manifest.recipe == "f32" else 2

@@ -14,12 +14,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from mtp_runtime import onnx_webgpu
 from mtp_runtime.backend import Draft, FloatArray, TargetPass
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import (
@@ -34,9 +34,10 @@ from mtp_runtime.contract import (
     for_sequences,
     of_sequence,
 )
-from mtp_runtime.errors import BackendError, BundleError
+from mtp_runtime.errors import BackendError, BundleError, UserError
+from mtp_runtime.onnx_errors import REFUSED
 from mtp_runtime.packed_weights import ONNX_RUNTIME, PackedWeights, default_folder
-from mtp_runtime.pooled_cache import PooledKVCache
+from mtp_runtime.pooled_cache import CacheRows, PooledKVCache
 
 # Of one sequence in a pass: enough to use the cores, few enough for the buffers of sliding layers. It is the same for a
 # sequence alone and among others, because attention rounds otherwise over another number of tokens.
@@ -44,15 +45,10 @@ PREFILL_TOKENS = 256
 _MOST_BINDINGS = 64  # kept, by the numbers of tokens of their passes
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
-# What pybind raises, and onnxruntime's own errors, which have no base in common but Exception.
-_REFUSED: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(found for found in vars(ort_errors).values() if isinstance(found, type) and issubclass(found, Exception)),
-)
 # A full disk, a damaged file, or no memory left to write one.
-_NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, MemoryError, *_REFUSED)
-_CPU = "cpu"
+_NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, MemoryError, *REFUSED)
+_CPU, _CPU_PROVIDER = "cpu", "CPUExecutionProvider"
+Provider = Literal["cpu", "webgpu"]
 
 
 class TargetPiece(NamedTuple):
@@ -76,8 +72,15 @@ class OnnxGraphs:
     A sequence without a part in a pass is not touched by it: buffers of one row that nobody reads take its place.
     """
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], sequences: int) -> None:
-        """Take opened `sessions` by role; use `open`."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        sessions: Mapping[str, ort.InferenceSession],
+        sequences: int,
+        new_rows: Callable[[tuple[int, ...]], BoundRows] | None = None,
+    ) -> None:
+        """Take opened `sessions` by role, and what makes zeroed rows of a cache where they run; use `open`."""
+        self._new_rows = new_rows or HostRows
         self._manifest = manifest
         self._sessions = dict(sessions)
         self._sequences = sequences
@@ -92,27 +95,44 @@ class OnnxGraphs:
         self.embed_ms = 0.0
 
     @classmethod
-    def open(cls, bundle: Bundle, *, threads: int, sequences: int = 1, cache_dir: Path | None = None) -> OnnxGraphs:
+    def open(
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int,
+        sequences: int = 1,
+        cache_dir: Path | None = None,
+        provider: Provider = "cpu",
+    ) -> OnnxGraphs:
         """Load the bundle's graphs and allocate the caches. The thread pool is the process's: its first user sizes it.
         Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
 
+        With "webgpu" the graphs that attend run on the GPU, and the caches are in its memory. What looks rows up stays
+        on the CPU, which maps the tables.
+
         Raises:
+            UserError: the provider is not there.
             BundleError: a graph is missing or contradicts the manifest.
             BackendError: ONNX Runtime refuses a graph.
         """
+        if provider not in get_args(Provider):
+            raise UserError(f"there is no provider {provider!r}: give one of {', '.join(get_args(Provider))}")
         sessions = {}
         try:
             for role, spec in _signatures(bundle.manifest, sequences).items():
                 file = batch_role(role) if sequences > 1 and role in BATCH_ROLES else role
-                packed = None
-                if role in BATCH_ROLES:  # the others look rows up, which nothing packs
-                    files = (bundle.manifest.files[name] for name in (file, f"{role}_data"))
-                    packed = PackedWeights(cache_dir or default_folder(), ONNX_RUNTIME, *files)
-                sessions[role] = open_graph(bundle.path(file), threads, packed)
+                if role in BATCH_ROLES and provider == "webgpu":
+                    sessions[role] = onnx_webgpu.open_session(bundle.path(file), pooled_options(threads))
+                else:
+                    packed = None
+                    if role in BATCH_ROLES:  # the others look rows up, which nothing packs
+                        files = (bundle.manifest.files[name] for name in (file, f"{role}_data"))
+                        packed = PackedWeights(cache_dir or default_folder(), ONNX_RUNTIME, *files)
+                    sessions[role] = open_graph(bundle.path(file), threads, packed)
                 _check_graph(sessions[role], role, spec)
-        except _REFUSED as error:
+        except REFUSED as error:
             raise BackendError(f"ONNX Runtime refuses the bundle: {error}") from error
-        return cls(bundle.manifest, sessions, sequences)
+        return cls(bundle.manifest, sessions, sequences, HostRows if provider == "cpu" else onnx_webgpu.DeviceRows)
 
     def run_target(self, pieces: Mapping[int, TargetPiece]) -> dict[int, TargetPass]:
         """Process tokens of some sequences, by their numbers, in one pass; no cache is advanced.
@@ -270,12 +290,35 @@ class OnnxGraphs:
         allocate = functools.partial(self._allocate, sequence)
         return PooledKVCache(caches, manifest.cache_length, _window(manifest), longest, allocate)
 
-    def _allocate(self, sequence: int, name: str, shape: tuple[int, ...]) -> FloatArray:
+    def _allocate(self, sequence: int, name: str, shape: tuple[int, ...]) -> CacheRows:
         batch, groups, _, size = shape
-        memory = np.zeros(shape, np.float32)
-        self._own[sequence][name] = _shared(memory)
-        self._nobody[name] = _shared(np.zeros((batch, groups, 1, size), np.float32))
-        return memory
+        rows = self._new_rows(shape)
+        self._own[sequence][name] = rows.value
+        self._nobody[name] = self._new_rows((batch, groups, 1, size)).value
+        return rows
+
+
+class BoundRows(CacheRows, Protocol):
+    """Rows of a cache that are bound to graphs as `value`."""
+
+    value: ort.OrtValue
+
+
+class HostRows:
+    """Rows of a cache in the CPU's memory. Shapes: value [1, G, slots, D]."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Allocate zeroed rows."""
+        self._memory = np.zeros(shape, np.float32)
+        self.value = _shared(self._memory)
+
+    def read(self) -> FloatArray:
+        """Return all rows, the very memory."""
+        return self._memory
+
+    def write(self, rows: FloatArray) -> None:
+        """Replace the leading rows. Shapes: rows [1, G, n, D]."""
+        self._memory[:, :, : rows.shape[2]] = rows
 
 
 class BoundGraph:
@@ -291,6 +334,9 @@ class BoundGraph:
         self._session: ort.InferenceSession | None = session
         self._role = role
         self.binding = session.io_binding()
+        # A provider with memory of its own copies an input when it is bound: what changes is bound for each pass again.
+        copies = session.get_providers()[0] != _CPU_PROVIDER
+        self._copied = {name: value for name, value in inputs.items() if copies and value.device_name() == _CPU}
         for name, value in inputs.items():
             self.binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
@@ -300,8 +346,10 @@ class BoundGraph:
         if self._session is None:
             raise _closed(self._role)
         try:
+            for name, value in self._copied.items():
+                self.binding.bind_ortvalue_input(name, value)
             self._session.run_with_iobinding(self.binding)
-        except _REFUSED as error:
+        except REFUSED as error:
             raise BackendError(f"ONNX Runtime failed to run {self._role}: {error}") from error
 
     def release(self) -> None:
@@ -384,7 +432,7 @@ def open_graph(path: Path, threads: int, packed: PackedWeights | None = None) ->
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """Load a graph for the CPU."""
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=[_CPU_PROVIDER])
 
 
 def _write_packed(path: Path, threads: int, folder: Path) -> None:

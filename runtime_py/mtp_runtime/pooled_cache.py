@@ -9,6 +9,7 @@ that a result never depends on how a position was reached. RoPE is in the rows a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,18 @@ FloatArray = NDArray[np.float32]
 SLIDING_SLOTS = "sliding_slots"
 
 
+class CacheRows(Protocol):
+    """The rows of a cache tensor, wherever they are. Shapes: [1, G, slots, D]."""
+
+    def read(self) -> FloatArray:
+        """Return all rows: a copy, or the very memory, which `write` changes."""
+        ...
+
+    def write(self, rows: FloatArray) -> None:
+        """Replace the leading rows. Shapes: rows [1, G, n, D]."""
+        ...
+
+
 class PooledKVCache(CachePositions):
     """Rows of every cache tensor, of one sequence. Shapes: each buffer is [1, G, slots, D]."""
 
@@ -31,12 +44,12 @@ class PooledKVCache(CachePositions):
         length: int,
         window: int,
         longest_pass: int,
-        allocate: Callable[[str, tuple[int, ...]], FloatArray],
+        allocate: Callable[[str, tuple[int, ...]], CacheRows],
     ) -> None:
         """Allocate room for `length` positions; a pass has at most `longest_pass` tokens.
 
         `window` rows of a sliding layer, and one more, are always at hand: the drafter sees one more than the target.
-        `allocate` makes the zeroed memory of a tensor, by its name.
+        `allocate` makes the zeroed rows of a tensor, by its name.
         """
         super().__init__(length)
         self._longest_pass = longest_pass
@@ -44,7 +57,7 @@ class PooledKVCache(CachePositions):
         sliding_length = min(length, self._kept + self._stride + longest_pass)
         self._sliding = {spec.name for spec in specs if spec.shape[2] == SLIDING_SLOTS}
         self._specs: dict[str, TensorSpec] = {}
-        self._buffers: dict[str, FloatArray] = {}
+        self._buffers: dict[str, CacheRows] = {}
         for spec in specs:
             groups, size = int(spec.shape[1]), int(spec.shape[3])
             slots = sliding_length if spec.name in self._sliding else length
@@ -78,7 +91,7 @@ class PooledKVCache(CachePositions):
             return
         for name in self._sliding:
             buffer, aside = self._buffers[name], self._put_aside[name]
-            rows = buffer[:, :, : max(0, self._filled - self._first)]
+            rows = buffer.read()[:, :, : max(0, self._filled - self._first)]
             before = self._first // self._stride
             if first > self._first:
                 moved = first - self._first
@@ -88,7 +101,7 @@ class PooledKVCache(CachePositions):
                 rows = np.concatenate([*aside[first // self._stride : before], rows], axis=2)
                 rows = rows[:, :, : self._filled - first]
                 del aside[first // self._stride :]
-            buffer[:, :, : rows.shape[2]] = rows
+            buffer.write(rows)
         self._first = first
 
     def rewind(self, filled_length: int) -> None:
@@ -103,8 +116,9 @@ class PooledKVCache(CachePositions):
     def rows(self, name: str) -> FloatArray:
         """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
         if name not in self._sliding:
-            return self._buffers[name][:, :, : self._filled].copy()
-        return np.concatenate([*self._put_aside[name], self._buffers[name][:, :, : self._filled - self._first]], axis=2)
+            return self._buffers[name].read()[:, :, : self._filled].copy()
+        last = self._buffers[name].read()[:, :, : self._filled - self._first]
+        return np.concatenate([*self._put_aside[name], last], axis=2)
 
     def restore(self, rows: Mapping[str, FloatArray]) -> None:
         """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
@@ -112,7 +126,7 @@ class PooledKVCache(CachePositions):
         first = self._first_row_at(filled)
         for name, values in rows.items():
             start = first if name in self._sliding else 0
-            self._buffers[name][:, :, : filled - start] = values[:, :, start:]
+            self._buffers[name].write(values[:, :, start:])
             if name in self._sliding:
                 self._put_aside[name] = [
                     values[:, :, at : at + self._stride].copy() for at in range(0, first, self._stride)

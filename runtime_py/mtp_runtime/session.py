@@ -132,14 +132,22 @@ class Session:
 
     @classmethod
     def open(
-        cls, path: Path | str, *, threads: int = 2, verify: bool = True, cache_dir: Path | str | None = None
+        cls,
+        path: Path | str,
+        *,
+        threads: int = 2,
+        verify: bool = True,
+        cache_dir: Path | str | None = None,
+        provider: Literal["cpu", "webgpu"] = "cpu",
     ) -> Session:
         """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
         `verify` compares every file with its SHA-256. Packed weights are kept in `cache_dir`, by default
         `~/.cache/mtp-export/packed`: they make the second start fast and are in memory once.
+        `provider` is where the graphs of an ONNX bundle run: "webgpu" is a GPU, and takes `mtp-export[webgpu]`.
 
         Raises:
+            UserError: the provider is not there, or not for this bundle.
             BundleError: the bundle is missing, damaged, of another kind or of a newer version.
             BackendError: the inference library refuses its graphs.
         """
@@ -147,7 +155,7 @@ class Session:
             raise UserError(f"threads is {threads}: give 1 or more")
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
-            backend = _open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir))
+            backend = _open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir), provider)
             opened.callback(backend.close)
             session = cls(bundle, backend)
             opened.pop_all()
@@ -316,12 +324,16 @@ class Session:
         self.close()
 
 
-def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None) -> Backend:
+def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider: Literal["cpu", "webgpu"]) -> Backend:
     """The libraries are imported here, so that reading manifests, traces and reports loads none."""
     if bundle.manifest.export_format == "onnx":
         from mtp_runtime.onnx import OnnxBackend
 
-        return OnnxBackend.open(bundle, threads=threads, cache_dir=cache_dir)
+        return OnnxBackend.open(bundle, threads=threads, cache_dir=cache_dir, provider=provider)
+    if provider != "cpu":
+        raise UserError(
+            f"a {bundle.manifest.export_format} bundle runs on the cpu, not on {provider}: export it with --target onnx"
+        )
     from mtp_runtime.litert import LiteRTGraphs
     from mtp_runtime.static_backend import StaticBackend
 

@@ -1,12 +1,13 @@
-"""python -m tools.gpu_check [probe] [equality] [speed] [tests] [convert] [export]
+"""python -m tools.gpu_check [probe] [equality] [speed] [onnx] [tests] [convert] [convert-onnx] [export]
 
 On a machine with a GPU and a Vulkan driver: which operators its backend takes (the table that `mtp-export inspect`
 reads), whether stock LiteRT-LM says there with drafts what it says without, and what passes, tokens and rounds take at
-the sizes of E2B and E4B, in time and memory. Without a name, these three. `tests` runs the
-tests that need a GPU.
+the sizes of E2B and E4B, in time and memory; and what ONNX Runtime's WebGPU provider does with the ONNX pair, which
+takes `mtp-export[webgpu]`. Without a name, these four. `tests` runs the tests that need a GPU.
 
-What is missing in FOLDER is exported there, 55 GB in all, the full sizes while the first two checks run; `export` only
-does that. Where a machine has no converter, bring FOLDER/converted: `convert` writes it where there is one.
+What is missing in FOLDER is exported there, 30 GB in all and as much again meanwhile, the full sizes while the first
+checks run; `export` only does that. Where a machine has no converter, bring FOLDER/converted and FOLDER/*-onnx:
+`convert` writes them where there is one, and `convert-onnx` the latter alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,15 @@ from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
 from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, write_full_size
 from tools.gpu_check.machine import described
+from tools.gpu_check.onnx_bundles import write_onnx_bundles
 from tools.gpu_check.probe import collect, run_probes, try_composites, write_probes
 from tools.gpu_check.speed import check_speed
 
-CHECKS = ("probe", "equality", "speed")
-STEPS = ("convert", "export", "tests", *CHECKS)
+CHECKS = ("probe", "equality", "speed", "onnx")
+STEPS = ("convert", "convert-onnx", "export", "tests", *CHECKS)
 RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
 EQUALITY_RECIPES = ("f32", "int8", "int4")
+_ONNX_PROMPTS, _ONNX_TOKENS = 8, 64  # at most: a pass there is some thousand small operations, started one by one
 TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
 
 
@@ -57,6 +61,8 @@ def main() -> int:
     with conversions(options.bundles / "converted"), ThreadPoolExecutor(1) as beside:
         if "convert" in options.checks:
             convert_all(models)
+        if {"convert", "convert-onnx"} & set(options.checks):
+            write_onnx_bundles(options.bundles)
         written = None
         if {"export", "speed"} & set(options.checks):
             written = beside.submit(lambda: [write_full_size(model, options.bundles) for model in models])
@@ -75,6 +81,8 @@ def main() -> int:
                 figures = check_speed(model, options.bundles, options.activations.split(","), _say)
                 write(RESULTS / f"gpu_speed_{model}.json", {**described(options.commit), **figures})
                 print(json.dumps(figures, indent=1))
+        if "onnx" in options.checks:
+            code = onnx(options) or code
     return code
 
 
@@ -118,6 +126,22 @@ def equality(options: argparse.Namespace) -> int:
             f"acceptance {row['acceptance_rate']}"
         )
     return int(any(row["against_plain"]["different"] for row in rows))
+
+
+def onnx(options: argparse.Namespace) -> int:
+    """Run the ONNX pair, and write the result."""
+    # Imported here: the other checks need neither onnx nor the provider.
+    from tools.gpu_check.onnx import check_onnx
+
+    prompts = [prompt.text for prompt in heldout_prompts()][: min(options.prompts, _ONNX_PROMPTS)]
+    figures = check_onnx(
+        options.bundles, prompts, max_new_tokens=min(options.max_new_tokens, _ONNX_TOKENS), on_run=_say
+    )
+    found = described(options.commit)
+    found["versions"]["onnxruntime-ep-webgpu"] = version("onnxruntime-ep-webgpu")
+    write(RESULTS / "gpu_onnx.json", {**found, **figures})
+    print(json.dumps(figures, indent=1))
+    return int(any(row["mtp_against_plain"]["different"] for row in figures["equality"]))
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import subprocess
 import sys
 import types
@@ -64,22 +65,24 @@ def bundle(folder: Path, recipe: str, delegate: str) -> Path:
 
 
 def write_full_size(model: str, folder: Path) -> FullSize:
-    """Synthesise a pair and export it at int4 for a GPU, as far as that is not there."""
+    """Synthesise a pair and export it at int4 for a GPU, unless that was done. The checkpoint is removed again."""
     checkpoint = folder / model
-    if not checkpoint.exists():
-        command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
-        subprocess.run(command, check=True, cwd=ROOT)
     config = export_config(model, "int4", "gpu", folder / f"{model}-int4-gpu", checkpoint)
-    if not config.output.exists():
-        pipeline.export(config, Silent())
     found = FullSize(
         bundle=config.output,
         dense=folder / f"{model}-dense.litertlm",
         passes=folder / f"{model}-passes.tflite",
         dense_drafter=folder / f"{model}-dense" / "drafter.tflite",
     )
-    if not found.dense.exists():
-        _write_others(config, found)
+    if found.dense.exists():
+        return found
+    if not checkpoint.exists():
+        command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    if not config.output.exists():
+        pipeline.export(config, Silent())
+    _write_others(config, found)
+    shutil.rmtree(checkpoint)
     return found
 
 
@@ -107,6 +110,7 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
         format=INT8,
         rows=functools.partial(pair.drafter.rows, _EMBEDDING),
     )
+    shutil.rmtree(found.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
     found.dense_drafter.parent.mkdir()
     dense = trace_dense_drafter(pair.model, graphs[3])
     _write(dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)

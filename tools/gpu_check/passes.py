@@ -24,7 +24,7 @@ import numpy as np
 
 from mtp_export.delegation import Graph, open_graph
 
-_AT_ONCE = 4  # each takes up to three times the weights in memory while it loads, and once on the disk
+_AT_ONCE = 6  # each takes up to three times the weights in memory while it loads, and once on the disk
 _WARM_UP, _REPEATS = 10, 30
 
 

@@ -1,0 +1,110 @@
+"""What can be known of the WebGPU provider without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mtp_runtime import Session, UserError, onnx_webgpu
+from mtp_runtime.backend import FloatArray
+from mtp_runtime.contract import TensorSpec
+from mtp_runtime.onnx_graphs import HostRows
+from mtp_runtime.pooled_cache import SLIDING_SLOTS, PooledKVCache
+
+
+def test_without_the_provider_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_webgpu, "_loaded", [])
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_webgpu", None)
+    with pytest.raises(UserError, match=r"not installed.*: pip install 'mtp-export\[webgpu\]'$"):
+        onnx_webgpu.open_session(Path("target.onnx"), ort.SessionOptions())
+
+
+def test_a_tflite_bundle_names_the_format_that_it_takes(toy_talking: Path) -> None:
+    with pytest.raises(UserError, match="--target onnx"):
+        Session.open(toy_talking, verify=False, provider="webgpu")
+
+
+def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
+    scales = {"one": np.array([0.5], np.float32), "each": np.arange(1, 5, dtype=np.float32)}
+    nodes = [helper.make_node("RMSNormalization", ["x", name], [f"y_{name}"], name=name, axis=-1) for name in scales]
+    graph = helper.make_graph(
+        nodes,
+        "norms",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])],
+        [helper.make_tensor_value_info(f"y_{name}", TensorProto.FLOAT, ["rows", 4]) for name in scales],
+        initializer=[numpy_helper.from_array(value, name) for name, value in scales.items()],
+    )
+    path = tmp_path / "norms.onnx"
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 23)]), path)
+    whole = onnx_webgpu._whole_scales(path)
+
+    used = [node.input[1] for node in onnx.load_from_string(whole).graph.node if node.op_type == "RMSNormalization"]
+    assert used == ["one/scale", "each"]
+    feeds = {"x": np.linspace(-2, 3, 12, dtype=np.float32).reshape(3, 4)}
+    outputs = ["y_one", "y_each", "one/scale"]
+    with_scale = onnx.load_from_string(whole)
+    with_scale.graph.output.append(helper.make_tensor_value_info("one/scale", TensorProto.FLOAT, [4]))
+    found = _run(with_scale.SerializeToString(), outputs, feeds)
+    expected = _run(path.read_bytes(), outputs[:2], feeds)
+    np.testing.assert_array_equal(found[2], np.full(4, 0.5, np.float32))
+    for ours, theirs in zip(found, expected, strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def _run(model: bytes, outputs: list[str], feeds: dict[str, FloatArray]) -> list[FloatArray]:
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    found: list[FloatArray] = session.run(outputs, feeds)
+    return found
+
+
+class ElsewhereRows(HostRows):
+    """Rows that are copied out, as those in a GPU's memory are."""
+
+    def read(self) -> FloatArray:
+        return super().read().copy()
+
+
+def test_rows_that_are_copied_out_move_as_rows_at_hand_do() -> None:
+    specs = [
+        TensorSpec(name="full", shape=(1, 2, "full_slots", 3), dtype="float32"),
+        TensorSpec(name="sliding", shape=(1, 2, SLIDING_SLOTS, 3), dtype="float32"),
+    ]
+    random = np.random.default_rng(0)
+    kinds: list[type[HostRows]] = [HostRows, ElsewhereRows]
+    bound: list[dict[str, HostRows]] = [{}, {}]
+    caches = []
+    for kind, rows in zip(kinds, bound, strict=True):
+
+        def allocate(
+            name: str, shape: tuple[int, ...], kind: type[HostRows] = kind, rows: dict[str, HostRows] = rows
+        ) -> HostRows:
+            rows[name] = kind(shape)
+            return rows[name]
+
+        caches.append(PooledKVCache(specs, 64, 8, 4, allocate))
+    rewound = 0
+    for step in range(40):
+        values = random.standard_normal((2, 1, 2, 3, 3), np.float32)
+        for cache, rows in zip(caches, bound, strict=True):
+            if cache.filled_length + 3 > 60:
+                cache.rewind(int(5 + step))
+                rewound += 1
+            cache.settle(3)
+            for name, first, value in (("full", 0, values[0]), ("sliding", cache.first_position, values[1])):
+                start = cache.filled_length - first
+                rows[name].value.numpy()[:, :, start : start + 3] = value
+            cache.advance(3)
+        for name in ("full", "sliding"):
+            np.testing.assert_array_equal(caches[0].rows(name), caches[1].rows(name))
+    assert rewound > 0
+    saved = {name: caches[1].rows(name) for name in caches[1].names}
+    caches[1].rewind(0)
+    caches[1].restore(saved)
+    for name, rows_before in saved.items():
+        np.testing.assert_array_equal(caches[1].rows(name), rows_before)
