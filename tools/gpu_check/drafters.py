@@ -65,8 +65,8 @@ def _noise(data: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
 
 
 def _is_wanted(name: str, tensor: Any, drafter: str, graph: Any) -> bool:
-    if not graph.model.buffers[tensor.buffer].offset:  # no weight, which are behind the graph
+    if not graph.is_constant(tensor):
         return False
     if drafter == "noise":
         return name == "FULLY_CONNECTED" and tensor.type in _NUMPY and tensor.type != schema.TensorType.INT32
-    return name == "GATHER" and tensor.type == schema.TensorType.INT32
+    return name == "GATHER" and bytes(tensor.name).endswith(b"token_places")
