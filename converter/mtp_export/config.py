@@ -26,10 +26,11 @@ class ExportConfig:
     target and drafter: local folders or Hugging Face ids. drafter_position_offset: 1 for transformers' position
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
     graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps the drafter to operations that
-    a GPU takes. gate: keep the bundle only if it is measured to be the same model still. rounding: of the target's
-    matrices, to the nearest value or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships,
-    fewer bits than the recipe's where they cost least on `prompts`. centroid_top_k: clusters that the head scores.
-    measured: which of drafter_position_offset and centroid_top_k are what is best on `prompts`.
+    a GPU takes. composites: norms as operators of LiteRT-LM's GPU backend. gate: keep the bundle only if it is measured
+    to be the same model still. rounding: of the target's matrices, to the nearest value or by GPTQ on `prompts` (None:
+    those of the package). max_size_bytes: of what ships, fewer bits than the recipe's where they cost least on
+    `prompts`. centroid_top_k: clusters that the head scores. measured: which of drafter_position_offset and
+    centroid_top_k are what is best on `prompts`.
     """
 
     model: str
@@ -49,6 +50,7 @@ class ExportConfig:
     embedder_recipe: str | None = None
     adapters: tuple[Path, ...] = ()
     delegate: str = "cpu"
+    composites: bool = False
     gate: bool = False
     rounding: str = "nearest"
     prompts: Path | None = None
@@ -88,6 +90,8 @@ class ExportConfig:
                 raise UserError(f"{option} is for --target onnx, got --target {self.export_format}")
         if self.delegate != "cpu" and self.export_format != "tflite":
             raise UserError(f"--delegate {self.delegate} is for --target tflite, got --target {self.export_format}")
+        if self.composites and self.delegate != "gpu":
+            raise UserError(f"--composites is for --delegate gpu, got --delegate {self.delegate}")
         if self.portable and self.batch_size > 1:
             raise UserError("--batch-size needs ONNX Runtime's own attention: leave --portable out")
 

@@ -322,7 +322,7 @@ def _write_tflite(
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
-    if config.delegate == "gpu":
+    if config.composites:
         lowered = [with_composites(graph) if graph.role in DELEGATED_ROLES else graph for graph in lowered]
     clock.lap("lower")
     progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)

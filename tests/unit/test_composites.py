@@ -1,7 +1,8 @@
-"""What `--delegate gpu` makes of a graph: fewer operators, and on the CPU the same bits."""
+"""What `--composites` makes of a graph: fewer operators, and on the CPU the same bits."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 from mtp_export.composites import with_composites
 from mtp_export.delegation import Graph, open_graph
 from mtp_export.lower.tflite import LoweredGraph
-from tests.conftest import Export
+from tests.conftest import Export, run_cli
 from tools.gpu_check.passes import write_alone
 
 KEPT = ("FULLY_CONNECTED", "BATCH_MATMUL", "SOFTMAX", "DYNAMIC_UPDATE_SLICE", "GELU")
@@ -21,8 +22,9 @@ KEPT = ("FULLY_CONNECTED", "BATCH_MATMUL", "SOFTMAX", "DYNAMIC_UPDATE_SLICE", "G
 
 @pytest.fixture(scope="module")
 def targets(export_nano: Export) -> tuple[Path, Path]:
-    """The target for the CPU and the one for a GPU."""
-    return (export_nano("int8") / "target.tflite", export_nano("int8", export_format="tflite-gpu") / "target.tflite")
+    """The target without composites and with them."""
+    composed = export_nano("int8", export_format="tflite-composites")
+    return export_nano("int8") / "target.tflite", composed / "target.tflite"
 
 
 def counts(graph: Graph, signature: str) -> Counter[str]:
@@ -41,6 +43,13 @@ def run(path: Path, signature: str) -> dict[str, np.ndarray]:
             inputs[name] = random.standard_normal(shape, dtype=np.float32)
     outputs: dict[str, np.ndarray] = runner(**inputs)
     return outputs
+
+
+def test_a_gpu_takes_them_and_a_cpu_bundle_has_none(targets: tuple[Path, Path]) -> None:
+    done = run_cli("inspect", str(targets[1].parent), "--json")
+    assert json.loads(done.stdout)["wholly_delegated"] is True
+    refused = run_cli("export", "--model", "nano", "--composites", "--output", "unused", check=False)
+    assert (refused.returncode, "--composites is for --delegate gpu, got --delegate cpu" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("signature", ["decode", "verify"])

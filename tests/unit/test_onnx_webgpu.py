@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mtp_runtime import Session, UserError, onnx_webgpu
 from mtp_runtime.backend import FloatArray
 from mtp_runtime.contract import TensorSpec
-from mtp_runtime.onnx_graphs import HostRows
+from mtp_runtime.onnx_graphs import HostRows, pooled_options
 from mtp_runtime.pooled_cache import SLIDING_SLOTS, PooledKVCache
 
 
@@ -58,7 +58,7 @@ def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
 
 
 def _run(model: bytes, outputs: list[str], feeds: dict[str, FloatArray]) -> list[FloatArray]:
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, pooled_options(2), providers=["CPUExecutionProvider"])
     found: list[FloatArray] = session.run(outputs, feeds)
     return found
 

@@ -29,7 +29,7 @@ from mtp_export.delegation import COMPOSITE, open_graph
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
-from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, write_full_size
+from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, suffix, write_full_size
 from tools.gpu_check.machine import described
 from tools.gpu_check.onnx_bundles import write_onnx_bundles
 from tools.gpu_check.probe import collect, run_probes, try_composites, write_probes
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--drafters", default=",".join(DRAFTERS), help="for equality")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--composites", action="store_true", help="equality and speed of bundles with composites")
     parser.add_argument("--models", default="e2b,e4b", help="for speed")
     parser.add_argument("--activations", default="fp32,fp16", help="for speed")
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
@@ -65,7 +66,9 @@ def main() -> int:
             write_onnx_bundles(options.bundles)
         written = None
         if {"export", "speed"} & set(options.checks):
-            written = beside.submit(lambda: [write_full_size(model, options.bundles) for model in models])
+            written = beside.submit(
+                lambda: [write_full_size(model, options.bundles, composites=options.composites) for model in models]
+            )
         if "probe" in options.checks:
             probe(options)
         if "tests" in options.checks:
@@ -78,8 +81,10 @@ def main() -> int:
             written.result()
         if "speed" in options.checks:
             for model in models:
-                figures = check_speed(model, options.bundles, options.activations.split(","), _say)
-                write(RESULTS / f"gpu_speed_{model}.json", {**described(options.commit), **figures})
+                figures = check_speed(
+                    model, options.bundles, options.activations.split(","), _say, composites=options.composites
+                )
+                write(result(f"gpu_speed_{model}", options), {**described(options.commit), **figures})
                 print(json.dumps(figures, indent=1))
         if "onnx" in options.checks:
             code = onnx(options) or code
@@ -93,13 +98,15 @@ def _say(what: str) -> None:
 def probe(options: argparse.Namespace) -> None:
     """Run an operator of each form of our graphs, and write the table."""
     wanted = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
-    paths = [path for name in wanted for path in sorted(bundle(options.bundles, *name).glob("*.tflite"))]
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        write_probes(collect(paths), Path(folder))
-        rows = run_probes(Path(folder))
+    composed = bundle(options.bundles, "f32", "gpu", composites=True)
+    folders = [*(bundle(options.bundles, *name) for name in wanted), composed]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.tflite"))]
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
+        write_probes(collect(paths), Path(place))
+        rows = run_probes(Path(place))
     graphs = map(open_graph, paths)
     composites = {operator.form for graph in graphs for operator in graph.operators() if operator.name == COMPOSITE}
-    rows += try_composites(sorted(composites), bundle(options.bundles, "f32", "gpu"))
+    rows += try_composites(sorted(composites), composed)
     write(TABLE, {**described(options.commit), "forms": rows})
     print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")
 
@@ -110,14 +117,14 @@ def equality(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for recipe in options.recipes.split(","):
         rows += check_equality(
-            bundle(options.bundles, recipe, "gpu"),
+            bundle(options.bundles, recipe, "gpu", composites=options.composites),
             prompts,
             max_new_tokens=options.max_new_tokens,
             drafters=options.drafters.split(","),
             on_run=_say,
         )
         counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
-        write(RESULTS / "gpu_equality.json", {**described(options.commit), **counts, "runs": rows})
+        write(result("gpu_equality", options), {**described(options.commit), **counts, "runs": rows})
     for row in rows:
         found = row["against_plain"]
         print(
@@ -142,6 +149,10 @@ def onnx(options: argparse.Namespace) -> int:
     write(RESULTS / "gpu_onnx.json", {**found, **figures})
     print(json.dumps(figures, indent=1))
     return int(any(row["mtp_against_plain"]["different"] for row in figures["equality"]))
+
+
+def result(name: str, options: argparse.Namespace) -> Path:
+    return RESULTS / f"{name}{suffix(options.composites)}.json"
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:

@@ -55,24 +55,32 @@ class FullSize:
     dense_drafter: Path
 
 
-def bundle(folder: Path, recipe: str, delegate: str) -> Path:
+def bundle(folder: Path, recipe: str, delegate: str, *, composites: bool = False) -> Path:
     """A bundle of nano, exported if it is not there."""
-    path = folder / f"nano-{recipe}-{delegate}"
+    path = folder / f"nano-{recipe}-{delegate}{suffix(composites)}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pipeline.export(export_config("nano", recipe, delegate, path, None), Silent())
+        config = export_config("nano", recipe, delegate, path, None)
+        pipeline.export(dataclasses.replace(config, composites=composites), Silent())
     return path
 
 
-def write_full_size(model: str, folder: Path) -> FullSize:
+def suffix(composites: bool) -> str:
+    """What tells files of graphs with composites from those without."""
+    return "-composites" if composites else ""
+
+
+def write_full_size(model: str, folder: Path, *, composites: bool = False) -> FullSize:
     """Synthesise a pair and export it at int4 for a GPU, unless that was done. The checkpoint is removed again."""
     checkpoint = folder / model
-    config = export_config(model, "int4", "gpu", folder / f"{model}-int4-gpu", checkpoint)
+    name = f"{model}{suffix(composites)}"
+    config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint)
+    config = dataclasses.replace(config, composites=composites)
     found = FullSize(
         bundle=config.output,
-        dense=folder / f"{model}-dense.litertlm",
-        passes=folder / f"{model}-passes.tflite",
-        dense_drafter=folder / f"{model}-dense" / "drafter.tflite",
+        dense=folder / f"{name}-dense.litertlm",
+        passes=folder / f"{name}-passes.tflite",
+        dense_drafter=folder / f"{name}-dense" / "drafter.tflite",
     )
     if found.dense.exists():
         return found
@@ -104,7 +112,7 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
     pair = pipeline.open_pair(config)
     graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
     values = pipeline.pair_parameters(config, pair, graphs)
-    _write(trace_passes(pair.model), values["target"], found.passes)
+    _write(config, trace_passes(pair.model), values["target"], found.passes)
     embedding = Parameter(
         shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
         format=INT8,
@@ -113,7 +121,7 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
     shutil.rmtree(found.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
     found.dense_drafter.parent.mkdir()
     dense = trace_dense_drafter(pair.model, graphs[3])
-    _write(dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
+    _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
     for path in config.output.iterdir():
         if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
             (found.dense_drafter.parent / path.name).symlink_to(path.absolute())
@@ -136,9 +144,11 @@ def convert_all(models: Sequence[str]) -> None:
                 tflite.lower([graph], config.workers)
 
 
-def _write(graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
+def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
     (lowered,) = tflite.lower([graph], 2)
-    write_graph(with_composites(lowered), {name: values[name] for name in graph.weights}, path)
+    if config.composites:
+        lowered = with_composites(lowered)
+    write_graph(lowered, {name: values[name] for name in graph.weights}, path)
 
 
 def trace_passes(pair: PairSpec) -> TracedGraph:

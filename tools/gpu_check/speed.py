@@ -22,12 +22,14 @@ from tools.gpu_check.memory import Watched
 from tools.gpu_check.passes import time_passes
 
 _PROMPTS = ("def add(a, b):\n    return", "class Stack:\n    def push(self") * 2
-_TOKENS = 64
+_TOKENS, _REPEATS = 64, 3
 
 
-def check_speed(model: str, folder: Path, kinds: Sequence[str], on_run: Callable[[str], None]) -> dict[str, Any]:
+def check_speed(
+    model: str, folder: Path, kinds: Sequence[str], on_run: Callable[[str], None], *, composites: bool = False
+) -> dict[str, Any]:
     """Write a pair's graphs unless they are there, and run them with each kind of activations."""
-    written = write_full_size(model, folder)
+    written = write_full_size(model, folder, composites=composites)
     figures: dict[str, Any] = {"model": model, "recipe": "int4"}
     figures |= {"file_bytes": {path.stem: path.stat().st_size for path in sorted(written.bundle.glob("*.tflite"))}}
     figures["roofline"] = roofline(figures["file_bytes"]["target"])
@@ -44,31 +46,40 @@ def check_speed(model: str, folder: Path, kinds: Sequence[str], on_run: Callable
 
 
 def _runs(written: FullSize, activations: str, on_run: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Plain decoding, and rounds with each head, in stock LiteRT-LM."""
+    """Plain decoding, and rounds with each head, in stock LiteRT-LM; in turns, because runs minutes apart differ by a
+    tenth."""
     manifest = read_manifest(written.bundle)
     clustered = written.bundle / manifest.files["litertlm"].path
-    rows: list[dict[str, Any]] = []
-    for drafter, path in (("none", clustered), ("clustered", clustered), ("dense", written.dense)):
-        on_run(f"{manifest.model}: LiteRT-LM, {activations}, drafter {drafter}")
-        with Watched() as watched:
-            run = run_stock(
-                path,
-                _PROMPTS,
-                max_new_tokens=_TOKENS,
-                context_length=manifest.context_length,
-                use_mtp=drafter != "none",
-                backend="gpu",
-                activations=activations,
-            )
-        # The first output pays for compiling shaders.
-        taken = statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:])
-        row: dict[str, Any] = {"activations": activations, "drafter": drafter, "acceptance": run.acceptance_rate}
-        row |= {"load_ms": round(run.load_ms), "token_or_round_ms": round(taken, 2), "peak_mib": watched.mib}
-        row |= {"warnings": run.warnings}
-        if rows:
-            row["gain"] = gains(rows[0]["token_or_round_ms"], taken, manifest.num_draft_tokens)
-        rows.append(row)
-    return rows
+    files = {"none": clustered, "clustered": clustered, "dense": written.dense}
+    rows: dict[str, dict[str, Any]] = {
+        drafter: {"activations": activations, "drafter": drafter, "each_ms": [], "load_ms": [], "peak_mib": {}}
+        for drafter in files
+    }
+    for repeat in range(_REPEATS):
+        for drafter, path in files.items():
+            on_run(f"{manifest.model}: LiteRT-LM, {activations}, drafter {drafter}, {repeat + 1} of {_REPEATS}")
+            with Watched() as watched:
+                run = run_stock(
+                    path,
+                    _PROMPTS,
+                    max_new_tokens=_TOKENS,
+                    context_length=manifest.context_length,
+                    use_mtp=drafter != "none",
+                    backend="gpu",
+                    activations=activations,
+                )
+            # The first output pays for compiling shaders.
+            taken = statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:])
+            row = rows[drafter]
+            row["each_ms"].append(round(taken, 2))
+            row["load_ms"].append(round(run.load_ms))
+            row["peak_mib"] = {name: max(mib, row["peak_mib"].get(name, 0)) for name, mib in watched.mib.items()}
+            row |= {"acceptance": run.acceptance_rate, "warnings": run.warnings}
+    for drafter, row in rows.items():
+        row["token_or_round_ms"] = statistics.median(row["each_ms"])
+        if drafter != "none":
+            row["gain"] = gains(rows["none"]["token_or_round_ms"], row["token_or_round_ms"], manifest.num_draft_tokens)
+    return list(rows.values())
 
 
 def gains(token_ms: float, round_ms: float, num_draft_tokens: int) -> dict[str, float]:

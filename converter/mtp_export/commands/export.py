@@ -82,6 +82,11 @@ _OPTIONS = (
         show_default=True,
         help="TFLite: gpu for a drafter that a GPU takes too; slower on the CPU.",
     ),
+    click.option(
+        "--composites",
+        is_flag=True,
+        help="With --delegate gpu: norms as LiteRT-LM's own operator; faster there, in fp16 less exact.",
+    ),
     click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
     click.option(
         "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
