@@ -28,6 +28,10 @@ def bundle(export_nano: Export) -> Path:
     return export_nano("int8")
 
 
+def test_the_provider_is_asked_for_by_its_name(bundle: Path) -> None:
+    assert "export it with --target onnx" in refused("run", str(bundle), PROMPT, "--provider", "webgpu")
+
+
 @pytest.fixture(scope="module")
 def session(bundle: Path) -> Iterator[Session]:
     with Session.open(bundle) as opened:

@@ -40,6 +40,12 @@ def _depth(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 against repetition.  [1]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where TEXT begins; may be given several times.")
 @click.option("--threads", type=int, default=2, show_default=True)
+@click.option(
+    "--provider",
+    type=click.Choice(("cpu", "webgpu")),
+    default="cpu",
+    help="ONNX: where graphs run; webgpu is a GPU, and takes mtp-export[webgpu].  [cpu]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON: tokens, origins, statistics.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
@@ -59,6 +65,7 @@ def command(
     repetition_penalty: float,
     stop: tuple[str, ...],
     threads: int,
+    provider: Literal["cpu", "webgpu"],
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -84,7 +91,7 @@ def command(
         if sys.stdin.isatty():
             raise UserError("no prompt: give it as an argument or on standard input")
         prompt = sys.stdin.read()
-    with Session.open(bundle, threads=threads) as session:
+    with Session.open(bundle, threads=threads, provider=provider) as session:
         text = session.chat_prompt(prompt) if chat else prompt
         generation = session.generate(
             text,
