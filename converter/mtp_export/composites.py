@@ -26,23 +26,32 @@ _TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): s
 def with_composites(lowered: LoweredGraph) -> LoweredGraph:
     """Rewrite a graph, in place, for a GPU: norms as composites, and halves swapped by one look-up. The result is the
     graph with the places that its parameters have then."""
-    parts: dict[object, int] = {}
+    model, shared = lowered.model, _Shared()
+    weights = [place for places in lowered.weights.values() for place in places]
     kept = []
-    for number, subgraph in enumerate(list(lowered.model.subgraphs)):
-        rewriting = _Rewriting(lowered.model, subgraph, parts)
+    for number, subgraph in enumerate(list(model.subgraphs)):
+        rewriting = _Rewriting(model, subgraph, shared)
         for operator in list(subgraph.operators):
             rewriting.swap_halves(operator)
             rewriting.compose_norm(operator)
-        kept.append(_without_unused(lowered.model, number))
-    weights = {name: [(s, kept[s][index]) for s, index in places] for name, places in lowered.weights.items()}
-    return dataclasses.replace(lowered, weights=weights)
+        kept.append(_without_unused(model, number, {index for s, index in weights if s == number}))
+    moved = {name: [(s, kept[s][index]) for s, index in places] for name, places in lowered.weights.items()}
+    return dataclasses.replace(lowered, weights=moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """What is in a model once: the subgraphs of composites' parts, by all that they compute, and constants."""
+
+    parts: dict[object, int] = dataclasses.field(default_factory=dict)
+    buffers: dict[tuple[str, bytes], int] = dataclasses.field(default_factory=dict)
 
 
 class _Rewriting:
-    """One subgraph while it is rewritten. `parts` are the subgraphs of composites, by what they compute."""
+    """One subgraph while it is rewritten."""
 
-    def __init__(self, model: Any, subgraph: Any, parts: dict[object, int]) -> None:
-        self.model, self.subgraph, self.parts = model, subgraph, parts
+    def __init__(self, model: Any, subgraph: Any, shared: _Shared) -> None:
+        self.model, self.subgraph, self.shared = model, subgraph, shared
         self.makers = {int(i): operator for operator in subgraph.operators for i in operator.outputs}
         self.users: dict[int, list[Any]] = {}
         for operator in subgraph.operators:
@@ -54,17 +63,22 @@ class _Rewriting:
         if self._code(operator) != _CODES.CONCATENATION or len(operator.inputs) != 2:
             return
         slices = [self._maker(i, _CODES.SLICE) for i in operator.inputs]
-        sources = {int(part.inputs[0]) for part in slices if part is not None}
-        if None in slices or len(sources) != 1:
+        if None in slices or slices[0].inputs[0] != slices[1].inputs[0]:
             return
-        (x,) = sources
-        size, axis = self._shape(x)[-1], len(self._shape(x)) - 1
-        starts = [int(self._values(part.inputs[1], np.int32)[-1]) for part in slices]
-        if starts != [size // 2, 0] or self._shape(operator.outputs[0]) != self._shape(x):
+        x = int(slices[0].inputs[0])
+        *leading, size = self._shape(x)
+        half = size // 2
+        starts = [self._values(part.inputs[1], np.int32) for part in slices]
+        expected = [[*(0 for _ in leading), half], [0] * (len(leading) + 1)]
+        if [None if start is None else start.tolist() for start in starts] != expected:
             return
-        order = self._constant(np.roll(np.arange(size, dtype=np.int32), -(size // 2)))
+        if size % 2 or any(self._shape(part.outputs[0]) != [*leading, half] for part in slices):
+            return
+        if self._shape(operator.outputs[0]) != self._shape(x):
+            return
+        order = self._constant(np.roll(np.arange(size, dtype=np.int32), -half))
         options = schema.GatherOptionsT()
-        options.axis = axis
+        options.axis = len(leading)
         gather = self._operator(_CODES.GATHER, [x, order], operator.outputs)
         gather.builtinOptions, gather.builtinOptionsType = options, schema.BuiltinOptions.GatherOptions
         self.subgraph.operators[self._place(operator)] = gather
@@ -80,16 +94,30 @@ class _Rewriting:
         reshape = mean and self._maker(mean.inputs[0], _CODES.RESHAPE)
         square = mean and self._maker((reshape or mean).inputs[0], _CODES.MUL)
         users = self._users(rsqrt.outputs[0])
-        if square is None or not self._alone(users) or users[0].inputs[0] != square.inputs[0]:
+        if square is None or not self._alone(users):
             return
         x, last = int(square.inputs[0]), users[0]
+        size, epsilon = self._shape(x)[-1], self._values(add.inputs[1], np.float32)
+        if not (x == square.inputs[1] == last.inputs[0] and self._over_last(mean, size)):
+            return
+        if epsilon is None or epsilon.size != 1:
+            return
         weight = self._weight_after(last)
         if weight is None:
-            weight = self._constant(np.ones(self._shape(x)[-1], np.float32))
+            weight = self._constant(np.ones(size, np.float32))
         else:
             (last,) = self._users(last.outputs[0])
-        epsilon = float(self._values(add.inputs[1], np.float32)[0])
-        self._compose(RMS_NORM, {"epsilon": epsilon}, (x, weight), int(last.outputs[0]), self._shape(x))
+        if all(self._is_plain(operator) for operator in (square, add, last, users[0])):
+            self._compose(RMS_NORM, {"epsilon": float(epsilon[0])}, (x, weight), int(last.outputs[0]), self._shape(x))
+
+    def _over_last(self, mean: Any, size: int) -> bool:
+        """Whether a mean is that of the last axis, which has `size` elements."""
+        shape, axes = self._shape(mean.inputs[0]), self._values(mean.inputs[1], np.int32)
+        return shape[-1] == size and axes is not None and axes.tolist() in ([-1], [len(shape) - 1])
+
+    def _is_plain(self, operator: Any) -> bool:
+        """Whether nothing is fused to a sum or product."""
+        return not getattr(operator.builtinOptions, "fusedActivationFunction", 0)
 
     def _weight_after(self, scaled: Any) -> int | None:
         """The parameter that a norm's row is multiplied with next, if there is one."""
@@ -112,13 +140,14 @@ class _Rewriting:
             result = self._tensor(self.subgraph.tensors[output], shape)
             chosen.append(self._reshape(output, result))
             after.append(self._reshape(result, output))
-        key = (name, *attributes.items(), *(tuple(self._shape(i)) for i in (*inputs, result, output)))
-        if key not in self.parts:
-            self.parts[key] = len(self.model.subgraphs)
+        steps = tuple(self._code(operator) for operator in chosen)
+        key = (name, steps, *attributes.items(), *(tuple(self._shape(i)) for i in (*inputs, result, output)))
+        if key not in self.shared.parts:
+            self.shared.parts[key] = len(self.model.subgraphs)
             self.model.subgraphs.append(self._parts(name, chosen, inputs, result))
         options = schema.StableHLOCompositeOptionsT()
         options.name, options.version = name.encode(), 1
-        options.decompositionSubgraphIndex = self.parts[key]
+        options.decompositionSubgraphIndex = self.shared.parts[key]
         options.compositeAttributes = np.frombuffer(bytes(flexbuffers.Dumps(attributes)), np.uint8)
         composite = self._operator(_CODES.STABLEHLO_COMPOSITE, inputs, [result])
         composite.builtinOptions2Type = schema.BuiltinOptions2.StableHLOCompositeOptions
@@ -182,8 +211,11 @@ class _Rewriting:
     def _shape(self, tensor: Any) -> list[int]:
         return [int(n) for n in self.subgraph.tensors[int(tensor)].shape]
 
-    def _values(self, tensor: Any, dtype: Any) -> NDArray[Any]:
+    def _values(self, tensor: Any, dtype: Any) -> NDArray[Any] | None:
+        """The values of a constant; None where they are computed."""
         data = self.model.buffers[self.subgraph.tensors[int(tensor)].buffer].data
+        if data is None or int(tensor) in self.makers:
+            return None
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype)
 
     def _operator(self, code: int, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
@@ -198,7 +230,7 @@ class _Rewriting:
 
     def _opcode(self, builtin: int) -> int:
         for number, code in enumerate(self.model.operatorCodes):
-            if code.builtinCode == builtin:
+            if (code.builtinCode, code.version) == (builtin, 1):
                 return number
         code = schema.OperatorCodeT()
         # Readers from before there were more than 127 look at the other field.
@@ -208,14 +240,14 @@ class _Rewriting:
 
     def _constant(self, values: NDArray[Any]) -> int:
         """A constant tensor; it and its buffer may be those of an equal one."""
-        key = (values.dtype.str, values.tobytes())
-        if key not in self.parts:
+        key, buffers = (values.dtype.str, values.tobytes()), self.shared.buffers
+        if key not in buffers:
             buffer = schema.BufferT()
             buffer.data = np.frombuffer(values.tobytes(), np.uint8)
-            self.parts[key] = len(self.model.buffers)
+            buffers[key] = len(self.model.buffers)
             self.model.buffers.append(buffer)
         tensor = schema.TensorT()
-        tensor.name, tensor.type, tensor.buffer = b"constant", _TYPES[values.dtype], self.parts[key]
+        tensor.name, tensor.type, tensor.buffer = b"constant", _TYPES[values.dtype], buffers[key]
         return self._tensor(tensor, list(values.shape))
 
     def _tensor(self, like: Any, shape: list[int]) -> int:
@@ -225,16 +257,16 @@ class _Rewriting:
         return len(self.subgraph.tensors) - 1
 
 
-def _without_unused(model: Any, number: int) -> dict[int, int]:
-    """Take from a subgraph the operators and tensors that lead to none of its outputs; from a tensor's old place to its
-    new one."""
+def _without_unused(model: Any, number: int, parameters: set[int]) -> dict[int, int]:
+    """Take from a subgraph the operators and tensors that lead to none of its outputs, parameters excepted; from a
+    tensor's old place to its new one."""
     subgraph = model.subgraphs[number]
     wanted, operators = {int(i) for i in subgraph.outputs}, []
     for operator in reversed(subgraph.operators):
         if wanted & {int(i) for i in operator.outputs}:
             wanted |= {int(i) for i in (*operator.inputs, *operator.outputs)}
             operators.append(operator)
-    wanted |= {int(i) for i in subgraph.inputs}
+    wanted |= {int(i) for i in subgraph.inputs} | parameters
     places = {old: new for new, old in enumerate(sorted(wanted - {-1}))}
     subgraph.operators = operators[::-1]
     subgraph.tensors = [subgraph.tensors[i] for i in places]
