@@ -26,7 +26,8 @@ from mtp_runtime.errors import BundleError, UserError
 DELEGATED_ROLES = ("target", "drafter")
 _OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 _TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
-# Options that say nothing about what is computed, or are repeated by a tensor.
+# Options that say nothing about what is computed, or are repeated by a tensor; and the version of a composite, of which
+# there is one.
 _IDLE_OPTIONS = frozenset(
     ("newShape", "potScaleInt16", "quantSpec", "quantizedBiasType", "decompositionSubgraphIndex", "version")
 )
@@ -94,13 +95,27 @@ class Graph:
                 yield Operator(subgraph=number, index=index, name=name, form=self._form(name, subgraph, operator))
 
     def parts(self) -> dict[tuple[int, int], int]:
-        """The subgraph with the parts of each composite, by the composite's subgraph and place in it."""
-        return {
-            (number, index): operator.builtinOptions2.decompositionSubgraphIndex
-            for number, subgraph in enumerate(self.model.subgraphs)
-            for index, operator in enumerate(subgraph.operators)
-            if self.name_of(operator) == COMPOSITE
-        }
+        """The subgraph with the parts of each composite, by the composite's subgraph and place in it.
+
+        Raises:
+            BundleError: a composite has none, or those of a signature.
+        """
+        called = {entry.subgraphIndex for entry in self.model.signatureDefs or ()}
+        found = {}
+        for number, subgraph in enumerate(self.model.subgraphs):
+            for index, operator in enumerate(subgraph.operators):
+                if self.name_of(operator) != COMPOSITE:
+                    continue
+                options = operator.builtinOptions2
+                if not isinstance(options, schema.StableHLOCompositeOptionsT) or options.name is None:
+                    raise BundleError("a composite has no name: the model is damaged, export it again")
+                part = options.decompositionSubgraphIndex
+                if part in called or not 0 <= part < len(self.model.subgraphs):
+                    raise BundleError(
+                        f"a composite's parts are no subgraph ({part}): the model is damaged, export it again"
+                    )
+                found[number, index] = part
+        return found
 
     def name_of(self, operator: Any) -> str:
         """TFLite's name of an operator."""
@@ -117,7 +132,8 @@ class Graph:
         outputs = ", ".join(self._tensor(subgraph, int(i), values=False) for i in operator.outputs)
         options = " ".join(f"{key}={value}" for key, value in _options(operator))
         if name == COMPOSITE:
-            name += f" {operator.builtinOptions2.name.decode(errors='replace')}"
+            # Written out: the name of a stranger's model may hold what a terminal obeys.
+            name += f" {ascii(operator.builtinOptions2.name.decode(errors='replace'))[1:-1]}"
         return f"{name}({inputs}) -> {outputs}" + (f" {{{options}}}" if options else "")
 
     def _tensor(self, subgraph: Any, index: int, *, values: bool) -> str:

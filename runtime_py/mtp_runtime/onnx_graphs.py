@@ -363,14 +363,18 @@ class _Run:
     def __init__(self, graphs: OnnxGraphs, role: str, sizes: Mapping[str, int], sequences: Collection[int]) -> None:
         values, results = graphs.inputs(role, sizes, sequences), graphs.outputs(role, sizes, sequences)
         self.graph = graphs.bind(role, values, results)
-        self.inputs = {name: value.numpy() for name, value in values.items()}
-        self.outputs = {name: value.numpy() for name, value in results.items()}
+        self.inputs, self.outputs = _at_hand(values), _at_hand(results)
         self.values = values
         self.look_ups: list[BoundGraph] = []
 
     def release(self) -> None:
         for graph in (self.graph, *self.look_ups):
             graph.release()
+
+
+def _at_hand(values: Mapping[str, ort.OrtValue]) -> dict[str, Any]:
+    """The memory of those values that the CPU can write and read in place."""
+    return {name: value.numpy() for name, value in values.items() if value.device_name() == _CPU}
 
 
 class TargetRun(_Run):

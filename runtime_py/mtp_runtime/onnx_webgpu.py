@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mtp_runtime.backend import FloatArray
-from mtp_runtime.errors import UserError
+from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.onnx_errors import REFUSED
 
 _INSTALL = "pip install 'mtp-export[webgpu]'"
@@ -86,14 +86,18 @@ def _whole_scales(path: Path) -> bytes:
     takes and which is what the export gives norms without weights."""
     try:
         import onnx
+        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise UserError(f"the webgpu provider needs onnx ({error}): {_INSTALL}") from error
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BundleError(f"{path.name} is a damaged ONNX model ({type(error).__name__}): export it again") from error
     single = {tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [1]}
     nodes = []
     for node in model.graph.node:
         if node.op_type == "RMSNormalization" and node.input[1] in single:
-            size, scale = f"{node.name}/size", f"{node.name}/scale"
+            size, scale = f"{node.output[0]}/size", f"{node.output[0]}/scale"
             nodes.append(onnx.helper.make_node("Shape", [node.input[0]], [size], name=size, start=-1))
             nodes.append(onnx.helper.make_node("Expand", [node.input[1], size], [scale], name=scale))
             node.input[1] = scale

@@ -15,6 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 from mtp_export.composites import with_composites
 from mtp_export.delegation import Graph, open_graph
 from mtp_export.lower.tflite import LoweredGraph
+from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
 from tools.gpu_check.passes import write_alone
 
@@ -188,3 +189,23 @@ def test_norms_with_a_weight_and_without_share_no_parts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0]["b/out"], found[0]["a/out"] * VALUES["w"])
     for name in ("a/out", "b/out"):
         np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+@pytest.mark.parametrize(("part", "named"), [(1, False), (99, True), (-1, True), (0, True)])
+def test_a_damaged_composite_is_one_line(part: int, named: bool) -> None:
+    model = model_of(norm(), ["out"])
+    composed(model)
+    (composite,) = model.subgraphs[0].operators
+    composite.builtinOptions2.decompositionSubgraphIndex = part
+    if not named:
+        composite.builtinOptions2 = None
+    with pytest.raises(BundleError, match=r"damaged, export it again$"):
+        list(Graph(model=model, content=b"").operators())
+
+
+def test_a_stranger_s_name_is_written_out() -> None:
+    model = model_of(norm(), ["out"])
+    composed(model)
+    model.subgraphs[0].operators[0].builtinOptions2.name = b"\x1b[31m\n"
+    (operator,) = Graph(model=model, content=b"").operators()
+    assert operator.form.startswith(r"STABLEHLO_COMPOSITE \x1b[31m\n(")

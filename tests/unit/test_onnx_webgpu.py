@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mtp_runtime import Session, UserError, onnx_webgpu
 from mtp_runtime.backend import FloatArray
 from mtp_runtime.contract import TensorSpec
+from mtp_runtime.errors import BundleError
 from mtp_runtime.onnx_graphs import HostRows, pooled_options
 from mtp_runtime.pooled_cache import SLIDING_SLOTS, PooledKVCache
 
@@ -45,11 +46,11 @@ def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
     whole = onnx_webgpu._whole_scales(path)
 
     used = [node.input[1] for node in onnx.load_from_string(whole).graph.node if node.op_type == "RMSNormalization"]
-    assert used == ["one/scale", "each"]
+    assert used == ["y_one/scale", "each"]
     feeds = {"x": np.linspace(-2, 3, 12, dtype=np.float32).reshape(3, 4)}
-    outputs = ["y_one", "y_each", "one/scale"]
+    outputs = ["y_one", "y_each", "y_one/scale"]
     with_scale = onnx.load_from_string(whole)
-    with_scale.graph.output.append(helper.make_tensor_value_info("one/scale", TensorProto.FLOAT, [4]))
+    with_scale.graph.output.append(helper.make_tensor_value_info("y_one/scale", TensorProto.FLOAT, [4]))
     found = _run(with_scale.SerializeToString(), outputs, feeds)
     expected = _run(path.read_bytes(), outputs[:2], feeds)
     np.testing.assert_array_equal(found[2], np.full(4, 0.5, np.float32))
@@ -70,41 +71,48 @@ class ElsewhereRows(HostRows):
         return super().read().copy()
 
 
-def test_rows_that_are_copied_out_move_as_rows_at_hand_do() -> None:
+def _cache_elsewhere() -> tuple[PooledKVCache, dict[str, HostRows]]:
     specs = [
         TensorSpec(name="full", shape=(1, 2, "full_slots", 3), dtype="float32"),
         TensorSpec(name="sliding", shape=(1, 2, SLIDING_SLOTS, 3), dtype="float32"),
     ]
+    bound: dict[str, HostRows] = {}
+
+    def allocate(name: str, shape: tuple[int, ...]) -> HostRows:
+        bound[name] = ElsewhereRows(shape)
+        return bound[name]
+
+    return PooledKVCache(specs, 64, 8, 4, allocate), bound
+
+
+def test_rows_that_are_copied_out_are_those_that_were_written() -> None:
     random = np.random.default_rng(0)
-    kinds: list[type[HostRows]] = [HostRows, ElsewhereRows]
-    bound: list[dict[str, HostRows]] = [{}, {}]
-    caches = []
-    for kind, rows in zip(kinds, bound, strict=True):
-
-        def allocate(
-            name: str, shape: tuple[int, ...], kind: type[HostRows] = kind, rows: dict[str, HostRows] = rows
-        ) -> HostRows:
-            rows[name] = kind(shape)
-            return rows[name]
-
-        caches.append(PooledKVCache(specs, 64, 8, 4, allocate))
+    cache, bound = _cache_elsewhere()
+    written = {name: np.zeros((1, 2, 0, 3), np.float32) for name in cache.names}
     rewound = 0
     for step in range(40):
-        values = random.standard_normal((2, 1, 2, 3, 3), np.float32)
-        for cache, rows in zip(caches, bound, strict=True):
-            if cache.filled_length + 3 > 60:
-                cache.rewind(int(5 + step))
-                rewound += 1
-            cache.settle(3)
-            for name, first, value in (("full", 0, values[0]), ("sliding", cache.first_position, values[1])):
-                start = cache.filled_length - first
-                rows[name].value.numpy()[:, :, start : start + 3] = value
-            cache.advance(3)
-        for name in ("full", "sliding"):
-            np.testing.assert_array_equal(caches[0].rows(name), caches[1].rows(name))
+        if cache.filled_length + 3 > 60:
+            cache.rewind(5 + step)
+            written = {name: rows[:, :, : 5 + step] for name, rows in written.items()}
+            rewound += 1
+        cache.settle(3)
+        for name, first in (("full", 0), ("sliding", cache.first_position)):
+            rows = random.standard_normal((1, 2, 3, 3), np.float32)
+            start = cache.filled_length - first
+            bound[name].value.numpy()[:, :, start : start + 3] = rows
+            written[name] = np.concatenate([written[name], rows], axis=2)
+        cache.advance(3)
+        for name in cache.names:
+            np.testing.assert_array_equal(cache.rows(name), written[name])
     assert rewound > 0
-    saved = {name: caches[1].rows(name) for name in caches[1].names}
-    caches[1].rewind(0)
-    caches[1].restore(saved)
-    for name, rows_before in saved.items():
-        np.testing.assert_array_equal(caches[1].rows(name), rows_before)
+    fresh, _ = _cache_elsewhere()
+    fresh.restore(written)
+    for name in fresh.names:
+        np.testing.assert_array_equal(fresh.rows(name), written[name])
+
+
+def test_a_damaged_graph_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "target.onnx"
+    path.write_bytes(b"\xff\xff no graph")
+    with pytest.raises(BundleError, match=r"^target.onnx is a damaged ONNX model .*: export it again$"):
+        onnx_webgpu._whole_scales(path)

@@ -71,7 +71,7 @@ def suffix(composites: bool) -> str:
 
 
 def write_full_size(model: str, folder: Path, *, composites: bool = False) -> FullSize:
-    """Synthesise a pair and export it at int4 for a GPU, unless that was done. The checkpoint is removed again."""
+    """Synthesise a pair and export it at int4 for a GPU, unless that was done. Its checkpoint is removed again."""
     checkpoint = folder / model
     name = f"{model}{suffix(composites)}"
     config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint)
@@ -84,13 +84,15 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
     )
     if found.dense.exists():
         return found
-    if not checkpoint.exists():
+    ours = not checkpoint.exists()
+    if ours:
         command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
         subprocess.run(command, check=True, cwd=ROOT)
     if not config.output.exists():
         pipeline.export(config, Silent())
     _write_others(config, found)
-    shutil.rmtree(checkpoint)
+    if ours:  # it is larger than all that was made of it
+        shutil.rmtree(checkpoint)
     return found
 
 

@@ -85,7 +85,7 @@ _OPTIONS = (
     click.option(
         "--composites",
         is_flag=True,
-        help="With --delegate gpu: norms as LiteRT-LM's own operator; faster there, in fp16 less exact.",
+        help="With --delegate gpu: norms as LiteRT-LM's own operator; faster, and MTP less alike plain output.",
     ),
     click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
     click.option(
