@@ -16,7 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 from numpy.typing import NDArray
 
-from mtp_export.lower.tflite import LoweredGraph
+from mtp_export.lower.tflite import LoweredGraph, leading_to
 
 RMS_NORM = "odml.rms_norm"
 _CODES = schema.BuiltinOperator
@@ -53,7 +53,7 @@ class _Rewriting:
     def __init__(self, model: Any, subgraph: Any, shared: _Shared) -> None:
         self.model, self.subgraph, self.shared = model, subgraph, shared
         self.makers = {int(i): operator for operator in subgraph.operators for i in operator.outputs}
-        self.users: dict[int, list[Any]] = {}
+        self.users: dict[int, list[Any]] = {int(i): [None] for i in subgraph.outputs}
         for operator in subgraph.operators:
             for i in operator.inputs:
                 self.users.setdefault(int(i), []).append(operator)
@@ -133,7 +133,7 @@ class _Rewriting:
     ) -> None:
         """Put a composite in place of what leads from `inputs` to `output`. It gives `shape`; what follows is given
         `output` in its own."""
-        chosen = self._leading_to(output, inputs)
+        chosen = leading_to(self.subgraph, [output], inputs)
         place = self._place(chosen[-1])
         result, after = output, []
         if shape != self._shape(output):
@@ -153,15 +153,6 @@ class _Rewriting:
         composite.builtinOptions2Type = schema.BuiltinOptions2.StableHLOCompositeOptions
         composite.builtinOptions2 = options
         self.subgraph.operators[place : place + 1] = [composite, *after]
-
-    def _leading_to(self, output: int, inputs: Sequence[int]) -> list[Any]:
-        """The operators between some tensors and one that is computed from them, in order."""
-        wanted, chosen = {output}, []
-        for operator in reversed(self.subgraph.operators):
-            if wanted & {int(i) for i in operator.outputs}:
-                wanted |= {int(i) for i in operator.inputs} - set(inputs)
-                chosen.append(operator)
-        return chosen[::-1]
 
     def _parts(self, name: str, operators: Sequence[Any], inputs: Sequence[int], output: int) -> Any:
         """A subgraph of copies of `operators`."""
@@ -202,8 +193,7 @@ class _Rewriting:
 
     def _users(self, tensor: Any) -> list[Any]:
         """The operators that a tensor is an input of; None stands for the subgraph's caller."""
-        called = [None] * (int(tensor) in {int(i) for i in self.subgraph.outputs})
-        return self.users.get(int(tensor), []) + called
+        return self.users.get(int(tensor), [])
 
     def _place(self, operator: Any) -> int:
         return next(i for i, other in enumerate(self.subgraph.operators) if other is operator)
@@ -261,14 +251,9 @@ def _without_unused(model: Any, number: int, parameters: set[int]) -> dict[int, 
     """Take from a subgraph the operators and tensors that lead to none of its outputs, parameters excepted; from a
     tensor's old place to its new one."""
     subgraph = model.subgraphs[number]
-    wanted, operators = {int(i) for i in subgraph.outputs}, []
-    for operator in reversed(subgraph.operators):
-        if wanted & {int(i) for i in operator.outputs}:
-            wanted |= {int(i) for i in (*operator.inputs, *operator.outputs)}
-            operators.append(operator)
-    wanted |= {int(i) for i in subgraph.inputs} | parameters
+    subgraph.operators = leading_to(subgraph, (int(i) for i in subgraph.outputs))
+    wanted = parameters | {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
     places = {old: new for new, old in enumerate(sorted(wanted - {-1}))}
-    subgraph.operators = operators[::-1]
     subgraph.tensors = [subgraph.tensors[i] for i in places]
     for owner in (subgraph, *subgraph.operators):
         owner.inputs = np.array([places.get(int(i), -1) for i in owner.inputs], np.int32)

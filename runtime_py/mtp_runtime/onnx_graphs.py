@@ -77,10 +77,10 @@ class OnnxGraphs:
         manifest: Manifest,
         sessions: Mapping[str, ort.InferenceSession],
         sequences: int,
-        new_rows: Callable[[tuple[int, ...]], BoundRows] | None = None,
+        new_rows: Callable[[tuple[int, ...]], BoundRows],
     ) -> None:
         """Take opened `sessions` by role, and what makes zeroed rows of a cache where they run; use `open`."""
-        self._new_rows = new_rows or HostRows
+        self._new_rows = new_rows
         self._manifest = manifest
         self._sessions = dict(sessions)
         self._sequences = sequences

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
 from mtp_calibration.corpus import heldout_prompts
-from mtp_export.delegation import COMPOSITE, open_graph
+from mtp_export.delegation import COMPOSITE
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
@@ -101,12 +101,12 @@ def probe(options: argparse.Namespace) -> None:
     composed = bundle(options.bundles, "f32", "gpu", composites=True)
     folders = [*(bundle(options.bundles, *name) for name in wanted), composed]
     paths = [path for folder in folders for path in sorted(folder.glob("*.tflite"))]
+    found = collect(paths)
+    composites = [form for form, (_, operator) in found.items() if operator.name == COMPOSITE]
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
-        write_probes(collect(paths), Path(place))
+        write_probes({form: found[form] for form in found if form not in composites}, Path(place))
         rows = run_probes(Path(place))
-    graphs = map(open_graph, paths)
-    composites = {operator.form for graph in graphs for operator in graph.operators() if operator.name == COMPOSITE}
-    rows += try_composites(sorted(composites), composed)
+    rows += try_composites(composites, composed)
     write(TABLE, {**described(options.commit), "forms": rows})
     print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")
 

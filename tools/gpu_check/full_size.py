@@ -58,11 +58,15 @@ class FullSize:
 def bundle(folder: Path, recipe: str, delegate: str, *, composites: bool = False) -> Path:
     """A bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-{delegate}{suffix(composites)}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = export_config("nano", recipe, delegate, path, None)
-        pipeline.export(dataclasses.replace(config, composites=composites), Silent())
-    return path
+    return exported(export_config("nano", recipe, delegate, path, None, composites=composites))
+
+
+def exported(config: ExportConfig) -> Path:
+    """The bundle of an export, made if it is not there."""
+    if not config.output.exists():
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        pipeline.export(config, Silent())
+    return config.output
 
 
 def suffix(composites: bool) -> str:
@@ -74,8 +78,7 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
     """Synthesise a pair and export it at int4 for a GPU, unless that was done. Its checkpoint is removed again."""
     checkpoint = folder / model
     name = f"{model}{suffix(composites)}"
-    config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint)
-    config = dataclasses.replace(config, composites=composites)
+    config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint, composites=composites)
     found = FullSize(
         bundle=config.output,
         dense=folder / f"{name}-dense.litertlm",
@@ -88,15 +91,16 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
     if ours:
         command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
         subprocess.run(command, check=True, cwd=ROOT)
-    if not config.output.exists():
-        pipeline.export(config, Silent())
+    exported(config)
     _write_others(config, found)
     if ours:  # it is larger than all that was made of it
         shutil.rmtree(checkpoint)
     return found
 
 
-def export_config(model: str, recipe: str, delegate: str, output: Path, checkpoint: Path | None) -> ExportConfig:
+def export_config(
+    model: str, recipe: str, delegate: str, output: Path, checkpoint: Path | None, *, composites: bool = False
+) -> ExportConfig:
     """An export with the defaults of the command line."""
     return ExportConfig(
         model=model,
@@ -107,6 +111,7 @@ def export_config(model: str, recipe: str, delegate: str, output: Path, checkpoi
         output=output,
         workers=2,
         delegate=delegate,
+        composites=composites,
     )
 
 

@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from mtp_export import pipeline
 from mtp_runtime import Bundle, read_manifest
-from tools.gpu_check.full_size import Silent, export_config
+from tools.gpu_check.full_size import export_config, exported
 
 NANO_RECIPES = ("f32", "int4")
 _EIGHTH, _DEPTH = "e2b-eighth-onnx", "1/8"
@@ -27,11 +26,7 @@ def write_onnx_bundles(folder: Path) -> None:
 def nano(folder: Path, recipe: str) -> Path:
     """A bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-onnx"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(export_config("nano", recipe, "cpu", path, None), export_format="onnx")
-        pipeline.export(config, Silent())
-    return path
+    return exported(dataclasses.replace(export_config("nano", recipe, "cpu", path, None), export_format="onnx"))
 
 
 def eighth(folder: Path) -> Bundle:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.delegation import COMPOSITE, Graph, Operator, open_graph
+from mtp_export.delegation import Graph, Operator, open_graph
 from mtp_export.stock_runtime import run_stock
 from mtp_runtime import Session
 from mtp_runtime.errors import BackendError
@@ -32,13 +32,11 @@ TOLERANCE = 0.05
 
 
 def collect(paths: Sequence[Path]) -> dict[str, tuple[Graph, Operator]]:
-    """An operator of each form in some graphs, the smallest that there is of it. Composites are not among them."""
+    """An operator of each form in some graphs, the smallest that there is of it."""
     found: dict[str, tuple[int, Graph, Operator]] = {}
     for path in paths:
         graph = open_graph(path)
         for operator in graph.operators():
-            if operator.name == COMPOSITE:
-                continue
             size = _elements(graph, operator)
             if operator.form not in found or size < found[operator.form][0]:
                 found[operator.form] = (size, graph, operator)
@@ -100,11 +98,8 @@ def try_composites(forms: Sequence[str], bundle: Path) -> list[dict[str, Any]]:
             backend=BACKEND,
             activations="fp32",
         )
-        why = (
-            None
-            if text and run.outputs[0].text.startswith(text)
-            else "accepted, and the text is another than the CPU's"
-        )
+        same = text and run.outputs[0].text.startswith(text)
+        why = None if same else "accepted, and the text is another than the CPU's"
     except BackendError as error:
         why = str(error)
     verdict: dict[str, Any] = {"delegated": True} if why is None else {"delegated": False, "reason": why}

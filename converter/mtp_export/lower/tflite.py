@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def _split(content: bytes, count: int) -> list[_Template]:
         _Template(
             model=model,
             subgraph=subgraph,
-            operators=_leading_to(subgraph, set(outputs[i].values())),
+            operators=leading_to(subgraph, outputs[i].values()),
             inputs={name: index for name, index in inputs[i].items() if not name.startswith("w.")},
             weights={name.removeprefix("w."): index for name, index in inputs[i].items() if name.startswith("w.")},
             outputs=outputs[i],
@@ -100,12 +100,14 @@ def _split(content: bytes, count: int) -> list[_Template]:
     ]
 
 
-def _leading_to(subgraph: schema.SubGraphT, wanted: set[int]) -> list[schema.OperatorT]:
-    """The operators that tensors depend on, in their order."""
-    chosen: list[schema.OperatorT] = []
+def leading_to(
+    subgraph: schema.SubGraphT, tensors: Iterable[int], given: Collection[int] = ()
+) -> list[schema.OperatorT]:
+    """The operators that tensors depend on, in their order; what makes `given` ones is left out."""
+    wanted, chosen = set(tensors), []
     for operator in reversed(subgraph.operators):
         if wanted & {int(i) for i in operator.outputs}:
-            wanted |= {int(i) for i in operator.inputs}
+            wanted |= {int(i) for i in operator.inputs} - set(given)
             chosen.append(operator)
     return chosen[::-1]
 
