@@ -8,12 +8,13 @@ many it keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+Provider = Literal["cpu", "webgpu"]  # where the graphs of an ONNX pair run
 IntArray = NDArray[np.int32]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_runtime.backend import Draft, FloatArray, TargetPass
+from mtp_runtime.backend import Draft, FloatArray, Provider, TargetPass
 from mtp_runtime.bundle import Bundle
-from mtp_runtime.onnx_graphs import PREFILL_TOKENS, DraftStep, OnnxGraphs, Provider, TargetPiece
+from mtp_runtime.onnx_graphs import PREFILL_TOKENS, DraftStep, OnnxGraphs, TargetPiece
 from mtp_runtime.pooled_cache import PooledKVCache
 from mtp_runtime.shared_passes import SharedPasses
 

@@ -14,13 +14,13 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
 
 from mtp_runtime import onnx_webgpu
-from mtp_runtime.backend import Draft, FloatArray, TargetPass
+from mtp_runtime.backend import Draft, FloatArray, Provider, TargetPass
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import (
     BATCH_ROLES,
@@ -48,7 +48,6 @@ _ERRORS_ONLY = 3
 # A full disk, a damaged file, or no memory left to write one.
 _NO_PACKED_WEIGHTS: tuple[type[Exception], ...] = (OSError, MemoryError, *REFUSED)
 _CPU, _CPU_PROVIDER = "cpu", "CPUExecutionProvider"
-Provider = Literal["cpu", "webgpu"]
 
 
 class TargetPiece(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from mtp_runtime.backend import Backend
+from mtp_runtime.backend import Backend, Provider
 from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import BundleError, MtpError, UserError
@@ -138,7 +138,7 @@ class Session:
         threads: int = 2,
         verify: bool = True,
         cache_dir: Path | str | None = None,
-        provider: Literal["cpu", "webgpu"] = "cpu",
+        provider: Provider = "cpu",
     ) -> Session:
         """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
@@ -324,7 +324,7 @@ class Session:
         self.close()
 
 
-def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider: Literal["cpu", "webgpu"]) -> Backend:
+def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider: Provider) -> Backend:
     """The libraries are imported here, so that reading manifests, traces and reports loads none."""
     if bundle.manifest.export_format == "onnx":
         from mtp_runtime.onnx import OnnxBackend
