@@ -25,6 +25,7 @@ from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError, GateError, OutputError
 from mtp_export.journal import Journal, identity
+from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.trace_in_place import trace_graphs
@@ -248,6 +249,7 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
         num_draft_tokens=drafts if config.num_draft_tokens is None else config.num_draft_tokens,
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
         prefix_lengths=pair.model.prefix_lengths,
+        filled=config.delegate == "gpu",
     )
 
 
@@ -316,14 +318,11 @@ def _write_tflite(
     progress: Progress,
     clock: _Clock,
 ) -> dict[str, Path]:
-    from mtp_export.composites import with_composites
-    from mtp_export.delegation import DELEGATED_ROLES
     from mtp_export.lower import tflite
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
-    if config.composites:
-        lowered = [with_composites(graph) if graph.role in DELEGATED_ROLES else graph for graph in lowered]
+    lowered = [for_delegate(config, graph) for graph in lowered]
     clock.lap("lower")
     progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
@@ -335,6 +334,19 @@ def _write_tflite(
         journal.add(files[graph.role])
     clock.lap("weights")
     return files
+
+
+def for_delegate(config: ExportConfig, graph: LoweredGraph) -> LoweredGraph:
+    """A converted graph with the operators of the backend that it is for."""
+    from mtp_export.composites import with_composites
+    from mtp_export.delegation import DELEGATED_ROLES
+    from mtp_export.filled_caches import with_filled_caches
+
+    if config.delegate == "gpu" and graph.role in DELEGATED_ROLES:
+        graph = with_filled_caches(graph)
+        if config.composites:
+            graph = with_composites(graph)
+    return graph
 
 
 def _trace_onnx(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:

@@ -9,6 +9,7 @@ streams the parameters from the checkpoint to their places.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,25 +20,28 @@ from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPref
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
 from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
-from mtp_runtime.contract import Dtype, GraphSignature, SignatureKind, TensorSpec
+from mtp_runtime.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphShape:
     """The static sizes of a pair's graphs.
 
-    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
+    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens. filled: a
+    runtime writes and reads caches in place and as far as they are filled (`filled_caches.py`): no prefixes then.
     """
 
     cache_length: int
     num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
     prefix_lengths: tuple[int, ...]
+    filled: bool = False
 
     @property
     def attention_lengths(self) -> tuple[int, ...]:
         """The whole cache first, then the shorter prefixes."""
-        return (self.cache_length, *(n for n in self.prefix_lengths if n < self.cache_length))
+        shorter = () if self.filled else (n for n in self.prefix_lengths if n < self.cache_length)
+        return (self.cache_length, *shorter)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,8 @@ def run_signature(
 class GraphBuilder:
     """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
 
-    def __init__(self, role: str) -> None:
-        self.role = role
+    def __init__(self, role: str, *, filled: bool = False) -> None:
+        self.role, self.filled = role, filled
         self.segments: dict[str, Segment] = {}
         self.weights: dict[str, tuple[int, ...]] = {}
         self.signatures: list[TracedSignature] = []
@@ -117,6 +121,8 @@ class GraphBuilder:
 
     def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Begin a signature from its inputs' shapes and dtypes."""
+        if self.filled:
+            inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}
         self._values = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in inputs.items()}
         self._inputs, self._calls = tuple(inputs), []
 
@@ -164,7 +170,10 @@ class GraphBuilder:
     def _spec(self, name: str, value: str) -> TensorSpec:
         tensor = self._values[value]
         dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
-        return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype)
+        shape = tuple(tensor.shape)
+        if self.filled and name.startswith("kv_cache_v_"):
+            shape = (*shape[:2], shape[3], shape[2])  # as filled_caches.py makes them
+        return TensorSpec(name=name, shape=shape, dtype=dtype)
 
     def shape_of(self, value: str) -> tuple[int, ...]:
         return tuple(self._values[value].shape)
@@ -183,6 +192,8 @@ def _read(
     builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
 ) -> dict[str, str]:
     """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
+    if builder.filled:
+        return {"keys": keys, "values": values, "mask": f"mask_{layer_type}"}
     read = {"keys": f"{keys}_read", "values": f"{values}_read"}
     if layer_type == SLIDING:
         builder.call(f"window_{key}", ReadWindow, {"slots": "slots", "keys": keys, "values": values}, read)
@@ -197,7 +208,7 @@ def _read(
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
     """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
-    builder = GraphBuilder("target")
+    builder = GraphBuilder("target", filled=shape.filled)
     passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
         passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
@@ -228,7 +239,7 @@ def _target_pass(
     num_layers = spec.num_caches if prefill else spec.num_layers
     given = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
     key = f"prologue_{num_layers}_{num_tokens}"
-    builder.call(key, lambda: TargetPrologue(spec, num_layers), {n: n for n in given})
+    builder.call(key, lambda: TargetPrologue(spec, num_layers, whole_caches=builder.filled), {n: n for n in given})
     x = "embeddings"
     reads: dict[int, dict[str, str]] = {}
     for i in range(num_layers):
@@ -302,7 +313,7 @@ def trace_drafter(
 ) -> TracedGraph:
     """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. `delegated` keeps to
     operations that a GPU takes."""
-    builder = GraphBuilder("drafter")
+    builder = GraphBuilder("drafter", filled=shape.filled)
     for length in shape.attention_lengths:
         _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales, delegated)
     return builder.graph()
@@ -329,7 +340,8 @@ def _draft_pass(
         }
     )
     inputs = {n: n for n in ("activations", "input_pos", "mask")}
-    builder.call("prologue", lambda: DrafterPrologue(spec, position_offset), inputs)
+    prologue = functools.partial(DrafterPrologue, spec, position_offset, whole_caches=builder.filled)
+    builder.call("prologue", prologue, inputs)
     reads = {
         kind: _read(builder, kind, f"kv_cache_k_{owner}", f"kv_cache_v_{owner}", kind, length)
         for kind, owner in owners.items()

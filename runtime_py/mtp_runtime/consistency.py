@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mtp_runtime.contract import BATCH_ROLES, MANIFEST_NAME, GraphSignature, Manifest, TensorSpec, batch_role
+from mtp_runtime.contract import (
+    BATCH_ROLES,
+    MANIFEST_NAME,
+    PARAM_COUNT,
+    PARAM_TENSOR,
+    GraphSignature,
+    Manifest,
+    TensorSpec,
+    batch_role,
+    slot_axis,
+)
 from mtp_runtime.errors import BundleError
 
 Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
@@ -127,15 +137,25 @@ def _as_read(spec: GraphSignature, caches: Tensors) -> Tensors:
 def _caches(manifest: Manifest) -> Tensors:
     """Return the caches of the target's `decode`."""
     caches: Tensors = {}
-    for tensor in manifest.signature("target", "decode").inputs:
+    decode = manifest.signature("target", "decode")
+    for tensor in decode.inputs:
         if tensor.is_cache:
-            fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[2] == manifest.cache_length
+            axis = slot_axis(decode, tensor.name)
+            fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[axis] == manifest.cache_length
             if not fits or tensor.dtype != "float32" or not _CACHE_NAME.fullmatch(tensor.name):
-                raise _error(f"{tensor.name} is {tensor.shape}, expected (1, G, {manifest.cache_length}, D)")
+                expected = ["1", "G", "D", "D"]
+                expected[axis] = str(manifest.cache_length)
+                raise _error(f"{tensor.name} is {tensor.shape}, expected ({', '.join(expected)})")
             caches[tensor.name] = (tensor.dtype, tensor.shape)
     if not caches:
         raise _error("the target's decode has no KV caches")
     return caches
+
+
+def _params(manifest: Manifest) -> Tensors:
+    """What every signature of target and drafter takes where one of them does."""
+    filled = manifest.signature("target", "decode").filled
+    return {PARAM_TENSOR: ("int32", (1, 1, 1, PARAM_COUNT))} if filled else {}
 
 
 def _per_layer_shape(manifest: Manifest) -> tuple[int, ...]:
@@ -153,6 +173,7 @@ def _check_target(spec: GraphSignature, manifest: Manifest, caches: Tensors, per
         "per_layer_embeddings": ("float32", (1, tokens, *per_layer)),
         "input_pos": ("int32", (tokens,)),
         "mask": ("float32", (1, 1, tokens, manifest.cache_length)),
+        **_params(manifest),
     }
     outputs: Tensors = {
         "logits": ("float32", (1, tokens, manifest.vocab_size)),
@@ -169,6 +190,7 @@ def _check_draft(spec: GraphSignature, manifest: Manifest, caches: Tensors) -> N
         "activations": ("float32", (1, 1, 2 * manifest.hidden_size)),
         "input_pos": ("int32", (1,)),
         "mask": ("float32", (1, 1, 1, manifest.cache_length)),
+        **_params(manifest),
     }
     outputs: Tensors = {
         "logits": ("float32", (1, 1, manifest.vocab_size)),

@@ -11,6 +11,10 @@ K draft tokens of a round, H hidden size, L layers, P per-layer embedding size, 
 - `embed`: token_ids[1,1] → embeddings[1,1,H], or [1,1,L,P] of the per-layer embedder.
 
 Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n counting the layers that own a cache.
+
+A bundle for a GPU (`--delegate gpu`) has one more input in every signature of target and drafter, `param_tensor`
+[1,1,1,7] int32: the first slot that a pass writes, the slot behind the last one, that again, and zeros. Its caches of
+values are [1,G,D,S].
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from mtp_runtime.errors import BundleError
 
@@ -28,6 +34,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
 
+PARAM_TENSOR = "param_tensor"
+PARAM_COUNT = 7
 Dtype = Literal["float32", "int32"]
 SignatureKind = Literal["prefill", "decode", "verify", "forward", "draft", "embed"]
 
@@ -80,6 +88,12 @@ class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     attention_length: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def filled(self) -> bool:
+        """Whether it is told which slots it writes and how many are filled then; caches of values are [1,G,D,S] in
+        that case."""
+        return any(tensor.name == PARAM_TENSOR for tensor in self.inputs)
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,6 +226,18 @@ def for_sequences(signature: GraphSignature, sequences: int) -> GraphSignature:
     counted = tuple(TensorSpec(name=name, shape=(sequences,), dtype="int32") for name in counts)
     inputs, outputs = tuple(repeated(signature.inputs)), tuple(repeated(signature.outputs))
     return msgspec.structs.replace(signature, inputs=inputs + counted, outputs=outputs)
+
+
+def param_tensor(start: int, stop: int) -> NDArray[np.int32]:
+    """What says that a pass writes the slots from `start` up to `stop`, and reads those up to `stop`."""
+    values = np.zeros((1, 1, 1, PARAM_COUNT), np.int32)
+    values[..., :3] = start, stop, stop
+    return values
+
+
+def slot_axis(signature: GraphSignature, cache: str) -> int:
+    """The axis of a cache of `signature` that counts slots."""
+    return 3 if signature.filled and cache.startswith("kv_cache_v_") else 2
 
 
 def of_sequence(name: str, sequence: int) -> str:

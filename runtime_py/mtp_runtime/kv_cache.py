@@ -7,7 +7,7 @@ whatever a padded or rejected pass left there: masks hide them, and the next pas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -80,13 +80,21 @@ class CachePositions:
 class StaticKVCache(CachePositions):
     """The buffers of every cache tensor and how many leading positions hold processed tokens.
 
-    Shapes: each buffer is [1, G, S, D].
+    Shapes: each buffer is [1, G, S, D], those `slots_last` [1, G, D, S].
     """
 
-    def __init__(self, specs: Iterable[TensorSpec], buffers: Mapping[str, CacheBuffer], length: int) -> None:
+    def __init__(
+        self,
+        specs: Iterable[TensorSpec],
+        buffers: Mapping[str, CacheBuffer],
+        length: int,
+        *,
+        slots_last: Collection[str] = (),
+    ) -> None:
         """Take the `buffers` of the tensors `specs`, all of `length` positions, and zero them."""
         super().__init__(length)
         self._specs = {spec.name: spec for spec in specs}
+        self._slots_last = frozenset(slots_last)
         self._buffers = dict(buffers)
         self.clear()
 
@@ -112,31 +120,36 @@ class StaticKVCache(CachePositions):
 
     def rows(self, name: str) -> NDArray[np.float32]:
         """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
-        spec = self._specs[name]
-        return self._buffers[name].read().reshape(spec.fixed_shape)[:, :, : self._filled]
+        whole = self._buffers[name].read().reshape(self._specs[name].fixed_shape)
+        return self._by_slot(name, whole)[:, :, : self._filled]
 
     def restore(self, rows: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
-        filled = check_rows(rows, self._specs, self._length)
-        for name, spec in self._specs.items():
-            whole = np.zeros(spec.fixed_shape, np.float32)
-            whole[:, :, :filled] = rows[name]
+        wholes = {name: np.zeros(spec.fixed_shape, np.float32) for name, spec in self._specs.items()}
+        by_slot = {name: self._by_slot(name, whole) for name, whole in wholes.items()}
+        filled = check_rows(rows, {name: whole.shape for name, whole in by_slot.items()})
+        for name, whole in wholes.items():
+            by_slot[name][:, :, :filled] = rows[name]
             self._buffers[name].write(whole)
         self._filled = filled
 
+    def _by_slot(self, name: str, whole: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A view of a whole cache as [1, G, S, D]."""
+        return whole.swapaxes(2, 3) if name in self._slots_last else whole
 
-def check_rows(rows: Mapping[str, NDArray[np.float32]], specs: Mapping[str, TensorSpec], length: int) -> int:
-    """Return how many positions `rows` fill.
+
+def check_rows(rows: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many positions `rows` fill. Shapes: `shapes` are [1, G, S, D], the largest that rows can have.
 
     Raises:
         MtpError: a tensor is missing or unknown, or of another shape than the cache takes.
     """
     filled = {values.shape[2] if values.ndim == 4 else -1 for values in rows.values()}
-    if rows.keys() != specs.keys() or len(filled) != 1:
-        raise MtpError(f"the rows of {sorted(rows)} do not fit the caches {sorted(specs)}: they are of another bundle")
+    if rows.keys() != shapes.keys() or len(filled) != 1:
+        raise MtpError(f"the rows of {sorted(rows)} do not fit the caches {sorted(shapes)}: they are of another bundle")
     (count,) = filled
-    for name, spec in specs.items():
-        expected = (spec.shape[0], spec.shape[1], count, spec.shape[3])
+    for name, (batch, groups, length, size) in shapes.items():
+        expected = (batch, groups, count, size)
         if rows[name].shape != expected or not 0 <= count <= length:
             raise MtpError(f"the rows of {name} are {rows[name].shape}, expected {expected} of at most {length}")
     return count

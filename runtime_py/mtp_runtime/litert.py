@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mtp_runtime.backend import FloatArray, IntArray
 from mtp_runtime.bundle import Bundle
-from mtp_runtime.contract import GRAPH_ROLES, GraphSignature
+from mtp_runtime.contract import GRAPH_ROLES, GraphSignature, slot_axis
 from mtp_runtime.errors import BackendError, BundleError, MtpError
 from mtp_runtime.kv_cache import StaticKVCache
 from mtp_runtime.packed_weights import LITERT, PackedWeights, default_folder
@@ -117,7 +117,8 @@ class LiteRTGraphs:
             spec.name: models["target"].create_input_buffer_by_name(decode.name, spec.name) for spec in specs
         }
         buffers = {spec.name: LiteRTCacheBuffer(self._caches[spec.name], math.prod(spec.fixed_shape)) for spec in specs}
-        self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length)
+        slots_last = [spec.name for spec in specs if slot_axis(decode, spec.name) == 3]
+        self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length, slots_last=slots_last)
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None) -> LiteRTGraphs:

@@ -122,7 +122,7 @@ class PooledKVCache(CachePositions):
 
     def restore(self, rows: Mapping[str, FloatArray]) -> None:
         """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
-        filled = check_rows(rows, self._specs, self._length)
+        filled = check_rows(rows, {name: spec.fixed_shape for name, spec in self._specs.items()})
         first = self._first_row_at(filled)
         for name, values in rows.items():
             start = first if name in self._sliding else 0

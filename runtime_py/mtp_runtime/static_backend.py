@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from mtp_runtime.backend import Draft, FloatArray, IntArray, TargetPass
-from mtp_runtime.contract import GraphSignature, Manifest, SignatureKind
+from mtp_runtime.contract import PARAM_TENSOR, GraphSignature, Manifest, SignatureKind, param_tensor
 from mtp_runtime.errors import BundleError, ContextFullError
 from mtp_runtime.kv_cache import StaticKVCache
 from mtp_runtime.masks import CausalMask
@@ -174,6 +174,8 @@ class TargetPasses:
         bound.write("per_layer_embeddings", rows.per_layer_embeddings[:, :count])
         bound.write("input_pos", self._positions[position : position + count])
         bound.write("mask", self._mask.visible(position + 1, count))
+        if bound.spec.filled:
+            bound.write(PARAM_TENSOR, param_tensor(position, position + used))
         bound.run()
         return bound
 
@@ -199,6 +201,8 @@ class DraftPasses:
             self._position[0] = position - 1
             bound.write("input_pos", self._position)
             bound.write("mask", self._mask.visible(position))
+            if bound.spec.filled:
+                bound.write(PARAM_TENSOR, param_tensor(position - 1, position))
             self._prepared = position
         size = activations.shape[-1]
         self._input[0, 0, :size], self._input[0, 0, size:] = embedding, activations

@@ -1,4 +1,4 @@
-"""Both backends on nano at f32: the one conformance class."""
+"""Both backends on nano at f32, LiteRT with a bundle for a GPU too: the one conformance class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.parity.backend_tests import (
     tokens_of,
 )
 
-FORMATS = ("tflite", "onnx")
+FORMATS = ("tflite", "tflite-gpu", "onnx")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -63,15 +63,17 @@ class TestClosing(ClosingTests):
     """Likewise."""
 
 
-def test_standard_operations_say_the_same(export_nano: Export) -> None:
-    """The portable variant against the one with ONNX Runtime's own attention: logits, drafts and rows."""
+@pytest.mark.parametrize(("usual", "variant"), [("onnx", "onnx-portable"), ("tflite", "tflite-gpu")])
+def test_variants_say_the_same(usual: str, variant: str, export_nano: Export) -> None:
+    """Standard operations against ONNX Runtime's own attention, caches for a GPU against those for a CPU: logits,
+    drafts and rows."""
     with (
-        Session.open(export_nano("f32", export_format="onnx")) as contrib,
-        Session.open(export_nano("f32", export_format="onnx-portable")) as portable,
+        Session.open(export_nano("f32", export_format=usual)) as first_session,
+        Session.open(export_nano("f32", export_format=variant)) as second_session,
     ):
-        tokens = tokens_of(contrib, 305)
+        tokens = tokens_of(first_session, 305)
         said = []
-        for session in (contrib, portable):
+        for session in (first_session, second_session):
             start(session, tokens[:300])
             passed = session.backend.verify(tokens[300:])
             draft = session.backend.draft(7, passed.activations[-1], with_candidates=True)
@@ -81,7 +83,7 @@ def test_standard_operations_say_the_same(export_nano: Export) -> None:
         np.testing.assert_allclose(second.activations, first.activations, atol=TOLERANCE)
         np.testing.assert_allclose(second_draft.activations, first_draft.activations, atol=TOLERANCE)
         assert second_draft.best == first_draft.best
-        assert_same_rows(portable, rows)
+        assert_same_rows(second_session, rows)
 
 
 def test_onnx_graphs_are_what_they_say(export_nano: Export) -> None:

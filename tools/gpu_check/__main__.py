@@ -29,7 +29,14 @@ from mtp_export.delegation import COMPOSITE
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality
-from tools.gpu_check.full_size import BUNDLES, bundle, convert_all, suffix, write_full_size
+from tools.gpu_check.full_size import (
+    BUNDLES,
+    bundle,
+    bundle_of_two_kv_heads,
+    convert_all,
+    suffix,
+    write_full_size,
+)
 from tools.gpu_check.machine import described
 from tools.gpu_check.onnx_bundles import write_onnx_bundles
 from tools.gpu_check.probe import collect, run_probes, try_composites, write_probes
@@ -98,15 +105,14 @@ def _say(what: str) -> None:
 def probe(options: argparse.Namespace) -> None:
     """Run an operator of each form of our graphs, and write the table."""
     wanted = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
-    composed = bundle(options.bundles, "f32", "gpu", composites=True)
-    folders = [*(bundle(options.bundles, *name) for name in wanted), composed]
-    paths = [path for folder in folders for path in sorted(folder.glob("*.tflite"))]
-    found = collect(paths)
-    composites = [form for form, (_, operator) in found.items() if operator.name == COMPOSITE]
+    composed = [bundle(options.bundles, "f32", "gpu", composites=True), bundle_of_two_kv_heads(options.bundles)]
+    folders = [*(bundle(options.bundles, *name) for name in wanted), *composed]
+    found = collect([path for folder in folders for path in sorted(folder.glob("*.tflite"))])
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
-        write_probes({form: found[form] for form in found if form not in composites}, Path(place))
+        write_probes({form: what for form, what in found.items() if what[1].name != COMPOSITE}, Path(place))
         rows = run_probes(Path(place))
-    rows += try_composites(composites, composed)
+    tried = {form: row for folder in composed for form, row in try_composites(folder).items()}
+    rows += [tried[form] for form in sorted(tried)]
     write(TABLE, {**described(options.commit), "forms": rows})
     print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -23,13 +26,13 @@ from mtp_export import pipeline
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle import write_litertlm
-from mtp_export.composites import with_composites
 from mtp_export.config import ExportConfig
 from mtp_export.lower import tflite
 from mtp_export.models.layers import RMSNorm
 from mtp_export.trace import GraphShape, TracedGraph, trace_target
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime import read_manifest
+from tools.synthesize.__main__ import synthesize
 
 BUNDLES = "MTP_GPU_BUNDLES"  # the variable that names the folder of bundles to tests
 VERIFIED = tuple(range(2, 9))  # tokens of a verify pass
@@ -59,6 +62,35 @@ def bundle(folder: Path, recipe: str, delegate: str, *, composites: bool = False
     """A bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-{delegate}{suffix(composites)}"
     return exported(export_config("nano", recipe, delegate, path, None, composites=composites))
+
+
+def bundle_of_two_kv_heads(folder: Path) -> Path:
+    """A bundle of random weights at f32, with composites, like nano's but for the two KV heads that E4B has, exported
+    if it is not there."""
+    path = folder / "two-kv-heads"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with two_kv_heads(), tempfile.TemporaryDirectory(prefix="two-kv-heads-", dir=folder) as place:
+            checkpoint = Path(place) / "pair"
+            synthesize("nano", checkpoint, variant="plain", depth=Fraction(1), seed=0)
+            exported(export_config("nano", "f32", "gpu", path, checkpoint, composites=True))
+    return path
+
+
+@contextlib.contextmanager
+def two_kv_heads() -> Iterator[None]:
+    """Within it, nano has two KV heads."""
+    pairs = cast(dict[str, PairSpec], gemma4.PAIRS)
+    nano = pairs["nano"]
+    pairs["nano"] = dataclasses.replace(
+        nano,
+        target=dataclasses.replace(nano.target, num_kv_heads=2),
+        drafter=dataclasses.replace(nano.drafter, num_kv_heads=2),
+    )
+    try:
+        yield
+    finally:
+        pairs["nano"] = nano
 
 
 def exported(config: ExportConfig) -> Path:
@@ -137,31 +169,39 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
 
 def convert_all(models: Sequence[str]) -> None:
     """Convert what the checks need of nano and `models`, without checkpoints."""
-    kinds = [("nano", recipe, delegate) for recipe in ("f32", "int8") for delegate in ("gpu", "cpu")]
-    for model, recipe, delegate in kinds + [(model, "int4", "gpu") for model in models]:
-        spec = gemma4.PAIRS[model]
-        config = export_config(model, recipe, delegate, Path(), None)
-        # All that tracing looks at of a pair.
-        specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
-        pair = cast(pipeline.Pair, specs)
-        graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
-        tflite.lower(graphs, config.workers)
-        if model in models:
-            for graph in (trace_passes(spec), trace_dense_drafter(spec, graphs[3])):
-                tflite.lower([graph], config.workers)
+    for recipe in ("f32", "int8"):
+        for delegate in ("gpu", "cpu"):
+            _convert("nano", recipe, delegate)
+    with two_kv_heads():
+        _convert("nano", "f32", "gpu")
+    for model in models:
+        drafter, spec = _convert(model, "int4", "gpu")[3], gemma4.PAIRS[model]
+        for graph in (trace_passes(spec), trace_dense_drafter(spec, drafter)):
+            tflite.lower([graph], 2)
+
+
+def _convert(model: str, recipe: str, delegate: str) -> list[TracedGraph]:
+    spec, config = gemma4.PAIRS[model], export_config(model, recipe, delegate, Path(), None)
+    # All that tracing looks at of a pair.
+    specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
+    pair = cast(pipeline.Pair, specs)
+    graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
+    tflite.lower(graphs, config.workers)
+    return graphs
 
 
 def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
     (lowered,) = tflite.lower([graph], 2)
-    if config.composites:
-        lowered = with_composites(lowered)
+    lowered = pipeline.for_delegate(config, lowered)
     write_graph(lowered, {name: values[name] for name in graph.weights}, path)
 
 
 def trace_passes(pair: PairSpec) -> TracedGraph:
     """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
-        GraphShape(cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=())
+        GraphShape(
+            cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=(), filled=True
+        )
         for n in VERIFIED
     )
     graphs = [trace_target(pair.target, shape) for shape in shapes]

@@ -23,6 +23,7 @@ import flatbuffers
 import numpy as np
 
 from mtp_export.delegation import Graph, open_graph
+from mtp_runtime.contract import PARAM_TENSOR, param_tensor
 
 _AT_ONCE = 6  # each takes up to three times the weights in memory while it loads, and once on the disk
 _WARM_UP, _REPEATS = 10, 30
@@ -151,6 +152,8 @@ def _value(key: str, shape: tuple[int, ...], filled: int = 500) -> Any:
     """What a pass is fed after so many tokens; hidden states and caches at random."""
     if key == "input_pos":
         return np.arange(filled, filled + shape[0], dtype=np.int32)
+    if key == PARAM_TENSOR:  # what reads it is taken apart
+        return param_tensor(filled, filled + 1)
     if key == "mask":
         seen = np.arange(shape[-1]) <= filled + np.arange(shape[-2])[:, None]
         return np.broadcast_to(np.where(seen, 0.0, -1e4), shape).astype(np.float32)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.delegation import Graph, Operator, open_graph
+from mtp_export.delegation import COMPOSITE, Graph, Operator, open_graph
 from mtp_export.stock_runtime import run_stock
 from mtp_runtime import Session
 from mtp_runtime.errors import BackendError
@@ -80,10 +80,12 @@ def run_probes(folder: Path) -> list[dict[str, Any]]:
     return [rows[name] for name in names]
 
 
-def try_composites(forms: Sequence[str], bundle: Path) -> list[dict[str, Any]]:
-    """A row for each form of a composite. LiteRT 2.3.0's own API ends on any, so they run where bundles do: LiteRT-LM
-    takes them if it starts with a pair of them, which it does not where a graph is left to the CPU in part, and says in
-    fp32 what the CPU says. All forms have that one verdict."""
+def try_composites(bundle: Path) -> dict[str, dict[str, Any]]:
+    """A row for each form of a composite in a bundle at f32. LiteRT 2.3.0's own API ends on any, so they run where
+    bundles do: LiteRT-LM takes them if it starts with a pair of them, which it does not where a graph is left to the
+    CPU in part, and says in fp32 what the CPU says. All forms have that one verdict."""
+    found = collect(sorted(bundle.glob("*.tflite")))
+    forms = [form for form, (_, operator) in found.items() if operator.name == COMPOSITE]
     with Session.open(bundle) as session:
         expected = session.generate(_PROMPT, max_new_tokens=_TOKENS, num_draft_tokens=0).finish().tokens
         text = "".join(session.text_pieces(expected))
@@ -103,7 +105,7 @@ def try_composites(forms: Sequence[str], bundle: Path) -> list[dict[str, Any]]:
     except BackendError as error:
         why = str(error)
     verdict: dict[str, Any] = {"delegated": True} if why is None else {"delegated": False, "reason": why}
-    return [{"form": form, **verdict} for form in forms]
+    return {form: {"form": form, **verdict} for form in forms}
 
 
 def _main(folder: Path, names: Sequence[str]) -> None:

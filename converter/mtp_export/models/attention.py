@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import SLIDING, DecoderSpec, LayerType
+from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, LayerType
 from mtp_export.models import ops
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, rotate
 
 # Taken off the score of a key once per position that it lies beyond the window; large against any score, and within
 # float16: there 1e9 is infinite, and 0 times that no number.
 _BEYOND_WINDOW = 1e4
+_SEEN = -1.0  # between what masks add to a key that is seen, 0, and to one that is not
 
 
 # Kernels sum a row in lanes, element i in lane i modulo at most this. Where a position always falls into the same one,
@@ -51,10 +52,13 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
     visible: Tensor = ops.gather(mask, slots, 3)
-    if slots.shape[0] <= window:
-        return visible
+    return visible if slots.shape[0] <= window else visible + _beyond(window, slots, input_pos)
+
+
+def _beyond(window: int, slots: Tensor, input_pos: Tensor) -> Tensor:
+    """What hides the slots beyond each query's window. Shapes: slots [N] and input_pos [T] int32 -> [1,1,T,N]"""
     distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
-    return visible + torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
+    return torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
 
 
 class QueryProjection(nn.Module):
@@ -160,14 +164,16 @@ class Attend(nn.Module):
         self.self_attn = OutputProjection(spec, layer_type)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] -> attended [1,T,H]"""
+        """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] additive, or bool: what is seen
+        -> attended [1,T,H]"""
         _, num_tokens, num_heads, head_dim = query.shape
         groups, length = keys.shape[1], keys.shape[2]
         rows = num_heads // groups * num_tokens
         # The query heads of a KV head are folded into its rows: one product per KV head, nothing is repeated.
         query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
         scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
-        weights = torch.softmax(scores + mask, -1).reshape(1, groups, rows, length)
+        scores = torch.where(mask, scores, -_BEYOND_WINDOW) if mask.dtype == torch.bool else scores + mask
+        weights = torch.softmax(scores, -1).reshape(1, groups, rows, length)
         out = ops.matmul(weights, values).reshape(1, num_heads, num_tokens, head_dim)
         out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
         return {"attended": self.self_attn.o_proj(out)}
@@ -176,11 +182,14 @@ class Attend(nn.Module):
 class PositionTables:
     """All that depends on positions alone, computed once per pass and read by every layer.
 
-    With `aligned`, a token has the same bits in every pass (docs/decisions/0011).
+    With `aligned`, a token has the same bits in every pass (docs/decisions/0011). With `whole`, every layer reads all
+    of a cache, and masks say what is seen: the rest may hold anything, even what is no number.
     """
 
-    def __init__(self, spec: DecoderSpec, window: int, position_offset: int = 0, *, aligned: bool) -> None:
-        self.window, self.position_offset = window, position_offset
+    def __init__(
+        self, spec: DecoderSpec, window: int, position_offset: int = 0, *, aligned: bool, whole: bool = False
+    ) -> None:
+        self.window, self.position_offset, self.whole = window, position_offset, whole
         self.slots = aligned_slots if aligned else sliding_slots
         # Here and not in the call: values computed in float32 must not be part of what is traced.
         self.frequencies = {
@@ -190,9 +199,14 @@ class PositionTables:
 
     def __call__(self, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: input_pos [T] int32, mask [1,1,T,S] -> per layer type `cos_…`, `sin_…` [1,T,1,D]; `slots` [N]
-        int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]"""
-        slots = self.slots(input_pos, self.window, mask.shape[3])
-        out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
+        int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]; with `whole` no slots, and
+        `mask_…` [1,1,T,S] bool of both layer types"""
+        if self.whole:
+            near = mask + _beyond(self.window, torch.arange(mask.shape[3], dtype=torch.int32), input_pos)
+            out = {f"mask_{SLIDING}": near > _SEEN, f"mask_{FULL}": mask > _SEEN}
+        else:
+            slots = self.slots(input_pos, self.window, mask.shape[3])
+            out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
         for layer_type, frequencies in self.frequencies.items():
             cos, sin = rope_tables((input_pos + self.position_offset)[None], frequencies)
             out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = cos, sin

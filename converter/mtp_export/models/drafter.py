@@ -18,10 +18,11 @@ class DrafterPrologue(nn.Module):
     transformers (the position of the pending token), 0 that of vLLM. The position is constant within a round.
     """
 
-    def __init__(self, spec: DrafterSpec, position_offset: int) -> None:
+    def __init__(self, spec: DrafterSpec, position_offset: int, *, whole_caches: bool = False) -> None:
         super().__init__()
         # One slot more than the target sees: transformers' bidirectional mask is inclusive.
-        self.tables = PositionTables(spec, spec.sliding_window + 1, position_offset, aligned=False)
+        window = spec.sliding_window + 1
+        self.tables = PositionTables(spec, window, position_offset, aligned=False, whole=whole_caches)
         self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
 
     def forward(self, activations: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:

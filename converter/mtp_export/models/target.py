@@ -39,9 +39,9 @@ class PerLayerInputs(nn.Module):
 class TargetPrologue(PerLayerInputs):
     """Position tables and the per-layer inputs."""
 
-    def __init__(self, spec: TargetSpec, num_layers: int) -> None:
+    def __init__(self, spec: TargetSpec, num_layers: int, *, whole_caches: bool = False) -> None:
         super().__init__(spec, num_layers)
-        self.tables = PositionTables(spec, spec.sliding_window, aligned=True)
+        self.tables = PositionTables(spec, spec.sliding_window, aligned=True, whole=whole_caches)
 
     def forward(
         self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
