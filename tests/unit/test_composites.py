@@ -18,7 +18,6 @@ from mtp_export.lower.tflite import LoweredGraph
 from mtp_runtime.contract import PARAM_TENSOR, param_tensor
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
-from tools.gpu_check.passes import write_alone
 
 CACHES = ("STABLEHLO_COMPOSITE odml.cache_update", "STABLEHLO_COMPOSITE odml.runtime_bmm")
 KEPT = ("FULLY_CONNECTED", "SOFTMAX", "GELU", *CACHES)
@@ -60,7 +59,7 @@ def test_a_gpu_takes_them_and_a_cpu_bundle_has_none(targets: tuple[Path, Path]) 
 
 
 @pytest.mark.parametrize("signature", ["decode", "verify"])
-def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], signature: str, tmp_path: Path) -> None:
+def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], signature: str) -> None:
     plain, composed = (counts(open_graph(path), signature) for path in targets)
     assert composed["STABLEHLO_COMPOSITE odml.rms_norm"] == plain["RSQRT"] > 70
     assert not {"RSQRT", "MEAN"} & set(composed)
@@ -68,13 +67,9 @@ def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], 
     assert [plain[name] for name in KEPT] == [composed[name] for name in KEPT]
     assert composed.total() < 0.6 * plain.total()
 
-    apart = tmp_path / "apart.tflite"
-    write_alone(open_graph(targets[1]), targets[1], signature, apart)
-    assert {"RSQRT", "DYNAMIC_UPDATE_SLICE", "BATCH_MATMUL"} <= set(counts(open_graph(apart), signature))
-    expected, *others = (run(path, signature) for path in (*targets, apart))
+    expected, found = (run(path, signature) for path in targets)
     assert float(np.std(expected["logits"])) > 0.1
-    for other in others:
-        assert all(np.array_equal(expected[name], other[name]) for name in expected)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
 Step = tuple[str, list[str], str]
