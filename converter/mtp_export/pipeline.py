@@ -249,7 +249,7 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
         num_draft_tokens=drafts if config.num_draft_tokens is None else config.num_draft_tokens,
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
         prefix_lengths=pair.model.prefix_lengths,
-        filled=config.delegate == "gpu",
+        single_buffer=config.delegate == "gpu",
     )
 
 
@@ -304,7 +304,6 @@ def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[T
             shape,
             position_offset=config.drafter_position_offset,
             row_scales=drafter_recipe(config) != "f32",
-            delegated=config.delegate == "gpu",
         ),
     ]
 
@@ -340,10 +339,10 @@ def for_delegate(config: ExportConfig, graph: LoweredGraph) -> LoweredGraph:
     """A converted graph with the operators of the backend that it is for."""
     from mtp_export.composites import with_composites
     from mtp_export.delegation import DELEGATED_ROLES
-    from mtp_export.filled_caches import with_filled_caches
+    from mtp_export.single_buffer import with_single_buffer
 
     if config.delegate == "gpu" and graph.role in DELEGATED_ROLES:
-        graph = with_filled_caches(graph)
+        graph = with_single_buffer(graph)
         if config.composites:
             graph = with_composites(graph)
     return graph

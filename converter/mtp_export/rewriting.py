@@ -38,7 +38,7 @@ def rewrite(lowered: LoweredGraph, rewriting: type[Rewriting]) -> LoweredGraph:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What is in a model once: the subgraphs of composites' parts, by all that they compute, and constants."""
+    """What is in a model once: the parts of composites, by all that differs between those of a name, and constants."""
 
     parts: dict[object, int] = dataclasses.field(default_factory=dict)
     buffers: dict[tuple[str, bytes], int] = dataclasses.field(default_factory=dict)

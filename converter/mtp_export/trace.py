@@ -27,20 +27,22 @@ from mtp_runtime.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignatur
 class GraphShape:
     """The static sizes of a pair's graphs.
 
-    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens. filled: a
-    runtime writes and reads caches in place and as far as they are filled (`filled_caches.py`): no prefixes then.
+    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
+    single_buffer: for a GPU, which writes caches in place and reads them as far as they are filled
+    (`single_buffer.py`): no prefixes then, and in a signature the values' caches are [1,G,D,S], while the segments are
+    traced with [1,G,S,D].
     """
 
     cache_length: int
     num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
     prefix_lengths: tuple[int, ...]
-    filled: bool = False
+    single_buffer: bool = False
 
     @property
     def attention_lengths(self) -> tuple[int, ...]:
         """The whole cache first, then the shorter prefixes."""
-        shorter = () if self.filled else (n for n in self.prefix_lengths if n < self.cache_length)
+        shorter = () if self.single_buffer else (n for n in self.prefix_lengths if n < self.cache_length)
         return (self.cache_length, *shorter)
 
 
@@ -111,8 +113,8 @@ def run_signature(
 class GraphBuilder:
     """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
 
-    def __init__(self, role: str, *, filled: bool = False) -> None:
-        self.role, self.filled = role, filled
+    def __init__(self, role: str, *, single_buffer: bool = False) -> None:
+        self.role, self.single_buffer = role, single_buffer
         self.segments: dict[str, Segment] = {}
         self.weights: dict[str, tuple[int, ...]] = {}
         self.signatures: list[TracedSignature] = []
@@ -121,7 +123,7 @@ class GraphBuilder:
 
     def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Begin a signature from its inputs' shapes and dtypes."""
-        if self.filled:
+        if self.single_buffer:
             inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}
         self._values = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in inputs.items()}
         self._inputs, self._calls = tuple(inputs), []
@@ -171,8 +173,8 @@ class GraphBuilder:
         tensor = self._values[value]
         dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
         shape = tuple(tensor.shape)
-        if self.filled and name.startswith("kv_cache_v_"):
-            shape = (*shape[:2], shape[3], shape[2])  # as filled_caches.py makes them
+        if self.single_buffer and name.startswith("kv_cache_v_"):
+            shape = (*shape[:2], shape[3], shape[2])  # as single_buffer.py makes them
         return TensorSpec(name=name, shape=shape, dtype=dtype)
 
     def shape_of(self, value: str) -> tuple[int, ...]:
@@ -192,7 +194,7 @@ def _read(
     builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
 ) -> dict[str, str]:
     """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
-    if builder.filled:
+    if builder.single_buffer:
         return {"keys": keys, "values": values, "mask": f"mask_{layer_type}"}
     read = {"keys": f"{keys}_read", "values": f"{values}_read"}
     if layer_type == SLIDING:
@@ -208,7 +210,7 @@ def _read(
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
     """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
-    builder = GraphBuilder("target", filled=shape.filled)
+    builder = GraphBuilder("target", single_buffer=shape.single_buffer)
     passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
         passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
@@ -239,7 +241,8 @@ def _target_pass(
     num_layers = spec.num_caches if prefill else spec.num_layers
     given = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
     key = f"prologue_{num_layers}_{num_tokens}"
-    builder.call(key, lambda: TargetPrologue(spec, num_layers, whole_caches=builder.filled), {n: n for n in given})
+    prologue = functools.partial(TargetPrologue, spec, num_layers, single_buffer=builder.single_buffer)
+    builder.call(key, prologue, {n: n for n in given})
     x = "embeddings"
     reads: dict[int, dict[str, str]] = {}
     for i in range(num_layers):
@@ -309,13 +312,12 @@ def trace_drafter(
     *,
     position_offset: int,
     row_scales: bool,
-    delegated: bool = False,
 ) -> TracedGraph:
-    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. `delegated` keeps to
-    operations that a GPU takes."""
-    builder = GraphBuilder("drafter", filled=shape.filled)
+    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. For a GPU it keeps to
+    operations that one takes."""
+    builder = GraphBuilder("drafter", single_buffer=shape.single_buffer)
     for length in shape.attention_lengths:
-        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales, delegated)
+        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
     return builder.graph()
 
 
@@ -327,7 +329,6 @@ def _draft_pass(
     length: int,
     position_offset: int,
     row_scales: bool,
-    delegated: bool,
 ) -> None:
     owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
     caches = {f"kv_cache_{p}_{i}": target.cache_shape(i, cache_length) for i in owners.values() for p in "kv"}
@@ -340,7 +341,7 @@ def _draft_pass(
         }
     )
     inputs = {n: n for n in ("activations", "input_pos", "mask")}
-    prologue = functools.partial(DrafterPrologue, spec, position_offset, whole_caches=builder.filled)
+    prologue = functools.partial(DrafterPrologue, spec, position_offset, single_buffer=builder.single_buffer)
     builder.call("prologue", prologue, inputs)
     reads = {
         kind: _read(builder, kind, f"kv_cache_k_{owner}", f"kv_cache_v_{owner}", kind, length)
@@ -355,7 +356,7 @@ def _draft_pass(
         x = f"x_{i}"
     builder.call(
         "head",
-        lambda: DrafterHead(spec, row_scales=row_scales, delegated=delegated),
+        lambda: DrafterHead(spec, row_scales=row_scales, delegated=builder.single_buffer),
         {"x": x},
         prefix={"norm": "model."},
     )

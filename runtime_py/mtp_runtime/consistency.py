@@ -143,9 +143,9 @@ def _caches(manifest: Manifest) -> Tensors:
             axis = slot_axis(decode, tensor.name)
             fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[axis] == manifest.cache_length
             if not fits or tensor.dtype != "float32" or not _CACHE_NAME.fullmatch(tensor.name):
-                expected = ["1", "G", "D", "D"]
-                expected[axis] = str(manifest.cache_length)
-                raise _error(f"{tensor.name} is {tensor.shape}, expected ({', '.join(expected)})")
+                length = manifest.cache_length
+                expected = f"(1, G, {length}, D)" if axis == 2 else f"(1, G, D, {length})"
+                raise _error(f"{tensor.name} is {tensor.shape}, expected {expected}")
             caches[tensor.name] = (tensor.dtype, tensor.shape)
     if not caches:
         raise _error("the target's decode has no KV caches")
@@ -154,8 +154,8 @@ def _caches(manifest: Manifest) -> Tensors:
 
 def _params(manifest: Manifest) -> Tensors:
     """What every signature of target and drafter takes where one of them does."""
-    filled = manifest.signature("target", "decode").filled
-    return {PARAM_TENSOR: ("int32", (1, 1, 1, PARAM_COUNT))} if filled else {}
+    takes_params = manifest.signature("target", "decode").single_buffer
+    return {PARAM_TENSOR: ("int32", (1, 1, 1, PARAM_COUNT))} if takes_params else {}
 
 
 def _per_layer_shape(manifest: Manifest) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ K draft tokens of a round, H hidden size, L layers, P per-layer embedding size, 
   projected_activations[1,1,H].
 - `embed`: token_ids[1,1] → embeddings[1,1,H], or [1,1,L,P] of the per-layer embedder.
 
-Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, both [1,G,S,D] float32, n counting the layers that own a cache.
+Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, [1,G,S,D] float32, n counting the layers that own a cache.
 
 A bundle for a GPU (`--delegate gpu`) has one more input in every signature of target and drafter, `param_tensor`
 [1,1,1,7] int32: the first slot that a pass writes, the slot behind the last one, that again, and zeros. Its caches of
@@ -90,7 +90,7 @@ class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     outputs: tuple[TensorSpec, ...]
 
     @property
-    def filled(self) -> bool:
+    def single_buffer(self) -> bool:
         """Whether it is told which slots it writes and how many are filled then; caches of values are [1,G,D,S] in
         that case."""
         return any(tensor.name == PARAM_TENSOR for tensor in self.inputs)
@@ -237,7 +237,7 @@ def param_tensor(start: int, stop: int) -> NDArray[np.int32]:
 
 def slot_axis(signature: GraphSignature, cache: str) -> int:
     """The axis of a cache of `signature` that counts slots."""
-    return 3 if signature.filled and cache.startswith("kv_cache_v_") else 2
+    return 3 if signature.single_buffer and cache.startswith("kv_cache_v_") else 2
 
 
 def of_sequence(name: str, sequence: int) -> str:

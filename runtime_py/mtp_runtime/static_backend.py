@@ -174,7 +174,7 @@ class TargetPasses:
         bound.write("per_layer_embeddings", rows.per_layer_embeddings[:, :count])
         bound.write("input_pos", self._positions[position : position + count])
         bound.write("mask", self._mask.visible(position + 1, count))
-        if bound.spec.filled:
+        if bound.spec.single_buffer:
             bound.write(PARAM_TENSOR, param_tensor(position, position + used))
         bound.run()
         return bound
@@ -201,7 +201,7 @@ class DraftPasses:
             self._position[0] = position - 1
             bound.write("input_pos", self._position)
             bound.write("mask", self._mask.visible(position))
-            if bound.spec.filled:
+            if bound.spec.single_buffer:
                 bound.write(PARAM_TENSOR, param_tensor(position - 1, position))
             self._prepared = position
         size = activations.shape[-1]

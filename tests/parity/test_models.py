@@ -20,6 +20,9 @@ VARIANTS = [
     for wide in (False, True)
     for window in (5, 64)
 ]
+VARIANTS += [
+    Tiny(num_kv_heads=kv, sliding_window=window, single_buffer=True) for kv in (1, 2) for window in (5, 64)
+]  # as for a GPU
 CACHE_LENGTH = 48
 
 
@@ -34,7 +37,7 @@ def test_target_logits_hidden_and_caches(tiny: Tiny, chunks: tuple[int, ...]) ->
     """However a sequence is cut into passes, each equals one pass of transformers over the whole."""
     model, ids = hf_target(tiny), ids_of(sum(chunks))
     reference = model(ids[None], use_cache=False, output_hidden_states=True)
-    ours = StaticTarget(tiny.target_spec, model, CACHE_LENGTH, set(chunks))
+    ours = StaticTarget(tiny, model, CACHE_LENGTH, set(chunks))
     position = 0
     for size in chunks:
         values = ours(ids[position : position + size], position)
@@ -62,7 +65,7 @@ def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tenso
 @torch.no_grad()
 def test_prefill_writes_the_same_caches(tiny: Tiny) -> None:
     model, ids = hf_target(tiny), ids_of(24)
-    ours = StaticTarget(tiny.target_spec, model, CACHE_LENGTH, {8})
+    ours = StaticTarget(tiny, model, CACHE_LENGTH, {8})
     for start in range(0, 24, 8):
         ours(ids[start : start + 8], start, "prefill_8")
     assert_caches(ours, model, ids)
@@ -76,9 +79,15 @@ def test_drafter_chained_steps(tiny: Tiny, processed: int) -> None:
     target, assistant, ids = hf_target(tiny), hf_drafter(tiny), ids_of(processed + 1)
     spec = tiny.drafter_spec
     out = target(ids[None, :-1], use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
-    static = StaticTarget(tiny.target_spec, target, CACHE_LENGTH, {processed})
+    static = StaticTarget(tiny, target, CACHE_LENGTH, {processed})
     static(ids[:-1], 0)
-    shape = GraphShape(cache_length=CACHE_LENGTH, num_draft_tokens=4, prefill_lengths=(), prefix_lengths=())
+    shape = GraphShape(
+        cache_length=CACHE_LENGTH,
+        num_draft_tokens=4,
+        prefill_lengths=(),
+        prefix_lengths=(),
+        single_buffer=tiny.single_buffer,
+    )
     graph = trace_drafter(spec, tiny.target_spec, shape, position_offset=1, row_scales=False)
     draft, weights = graph.signatures[0], drafter_weights(spec, assistant)
     caches = {t.name: static.caches[t.name] for t in draft.signature.inputs if t.is_cache}

@@ -30,6 +30,7 @@ class Tiny:
     num_kv_heads: int = 1
     double_wide: bool = True
     sliding_window: int = 8
+    single_buffer: bool = False
 
     @property
     def target_spec(self) -> TargetSpec:
@@ -157,6 +158,7 @@ def drafter_weights(spec: DrafterSpec, model: Gemma4AssistantForCausalLM) -> dic
     order = state["masked_embedding.token_ordering"]
     clusters = spec.head.num_centroids
     state["masked_embedding.token_ordering"] = order.to(torch.int32).reshape(clusters, -1)
+    state["masked_embedding.token_places"] = torch.argsort(order).to(torch.int32)
     state["masked_embedding.table"] = state["model.embed_tokens.weight"][order].reshape(clusters, -1)
     return state
 
@@ -170,14 +172,21 @@ def causal_mask(cache_length: int, position: int, num_tokens: int) -> torch.Tens
 class StaticTarget:
     """The traced target with caches of a fixed length, driven like a runtime does."""
 
-    def __init__(self, spec: TargetSpec, model: Gemma4ForCausalLM, cache_length: int, pass_lengths: set[int]) -> None:
-        self.spec, self.cache_length, self.weights = spec, cache_length, target_weights(model)
+    def __init__(self, tiny: Tiny, model: Gemma4ForCausalLM, cache_length: int, pass_lengths: set[int]) -> None:
+        self.spec, self.cache_length, self.weights = tiny.target_spec, cache_length, target_weights(model)
+        spec = self.spec
         self.embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
         # One graph per length of a pass; a verify pass of one token is a decode.
         self.graphs = {
             n: trace_target(
                 spec,
-                GraphShape(cache_length=cache_length, num_draft_tokens=n - 1, prefill_lengths=(n,), prefix_lengths=()),
+                GraphShape(
+                    cache_length=cache_length,
+                    num_draft_tokens=n - 1,
+                    prefill_lengths=(n,),
+                    prefix_lengths=(),
+                    single_buffer=tiny.single_buffer,
+                ),
             )
             for n in pass_lengths
         }

@@ -111,7 +111,11 @@ def probe(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
         write_probes({form: what for form, what in found.items() if what[1].name != COMPOSITE}, Path(place))
         rows = run_probes(Path(place))
-    tried = {form: row for folder in composed for form, row in try_composites(folder).items()}
+    tried: dict[str, dict[str, Any]] = {}
+    for folder in composed:
+        for form, row in try_composites(folder).items():
+            if tried.get(form, row)["delegated"]:  # what was refused once is refused
+                tried[form] = row
     rows += [tried[form] for form in sorted(tried)]
     write(TABLE, {**described(options.commit), "forms": rows})
     print(f"{len(rows)} forms, {sum(not row['delegated'] for row in rows)} refused")

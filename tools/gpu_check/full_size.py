@@ -200,7 +200,11 @@ def trace_passes(pair: PairSpec) -> TracedGraph:
     """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
         GraphShape(
-            cache_length=pair.cache_length, num_draft_tokens=n - 1, prefill_lengths=(), prefix_lengths=(), filled=True
+            cache_length=pair.cache_length,
+            num_draft_tokens=n - 1,
+            prefill_lengths=(),
+            prefix_lengths=(),
+            single_buffer=True,
         )
         for n in VERIFIED
     )

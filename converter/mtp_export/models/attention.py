@@ -5,6 +5,8 @@ Every module with a `forward` is a segment, shared by target and drafter where b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +14,9 @@ from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, LayerType
 from mtp_export.models import ops
 from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, rotate
 
-# Taken off the score of a key once per position that it lies beyond the window; large against any score, and within
-# float16: there 1e9 is infinite, and 0 times that no number.
-_BEYOND_WINDOW = 1e4
+# Large against any score, and within float16: there 1e9 is infinite, and 0 times that no number. Taken off the score of
+# a key once per position that it lies beyond the window, or put in the place of the score.
+_HIDDEN = 1e4
 _SEEN = -1.0  # between what masks add to a key that is seen, 0, and to one that is not
 
 
@@ -52,13 +54,20 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
     visible: Tensor = ops.gather(mask, slots, 3)
-    return visible if slots.shape[0] <= window else visible + _beyond(window, slots, input_pos)
-
-
-def _beyond(window: int, slots: Tensor, input_pos: Tensor) -> Tensor:
-    """What hides the slots beyond each query's window. Shapes: slots [N] and input_pos [T] int32 -> [1,1,T,N]"""
+    if slots.shape[0] <= window:
+        return visible
     distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
-    return torch.clamp(window - 1 - distance, max=0.0) * _BEYOND_WINDOW
+    return visible + torch.clamp(window - 1 - distance, max=0.0) * _HIDDEN
+
+
+def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
+    """What each layer type sees of a whole cache. Positions are compared as integers: float16 has not all above 2048.
+
+    Shapes: mask [1,1,T,S] additive, input_pos [T] int32 -> `mask_…` [1,1,T,S] bool
+    """
+    slots = torch.arange(mask.shape[3], dtype=torch.int32)
+    near = slots > (input_pos - window).reshape(1, 1, -1, 1)
+    return {f"mask_{FULL}": mask > _SEEN, f"mask_{SLIDING}": torch.where(near, mask, -_HIDDEN) > _SEEN}
 
 
 class QueryProjection(nn.Module):
@@ -172,7 +181,7 @@ class Attend(nn.Module):
         # The query heads of a KV head are folded into its rows: one product per KV head, nothing is repeated.
         query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
         scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
-        scores = torch.where(mask, scores, -_BEYOND_WINDOW) if mask.dtype == torch.bool else scores + mask
+        scores = torch.where(mask, scores, -_HIDDEN) if mask.dtype == torch.bool else scores + mask
         weights = torch.softmax(scores, -1).reshape(1, groups, rows, length)
         out = ops.matmul(weights, values).reshape(1, num_heads, num_tokens, head_dim)
         out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
@@ -182,15 +191,20 @@ class Attend(nn.Module):
 class PositionTables:
     """All that depends on positions alone, computed once per pass and read by every layer.
 
-    With `aligned`, a token has the same bits in every pass (docs/decisions/0011). With `whole`, every layer reads all
-    of a cache, and masks say what is seen: the rest may hold anything, even what is no number.
+    `slots` says which slots sliding layers read: with `aligned_slots` a token has the same bits in every pass
+    (docs/decisions/0011). Without it, every layer reads all of a cache, and masks say what is seen: a score may be
+    anything where nothing is.
     """
 
     def __init__(
-        self, spec: DecoderSpec, window: int, position_offset: int = 0, *, aligned: bool, whole: bool = False
+        self,
+        spec: DecoderSpec,
+        window: int,
+        position_offset: int = 0,
+        *,
+        slots: Callable[[Tensor, int, int], Tensor] | None,
     ) -> None:
-        self.window, self.position_offset, self.whole = window, position_offset, whole
-        self.slots = aligned_slots if aligned else sliding_slots
+        self.window, self.position_offset, self.slots = window, position_offset, slots
         # Here and not in the call: values computed in float32 must not be part of what is traced.
         self.frequencies = {
             layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
@@ -199,11 +213,10 @@ class PositionTables:
 
     def __call__(self, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: input_pos [T] int32, mask [1,1,T,S] -> per layer type `cos_…`, `sin_…` [1,T,1,D]; `slots` [N]
-        int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]; with `whole` no slots, and
+        int32, the cache slots of sliding layers, and `mask_sliding_attention` [1,1,T,N]; or, without slots,
         `mask_…` [1,1,T,S] bool of both layer types"""
-        if self.whole:
-            near = mask + _beyond(self.window, torch.arange(mask.shape[3], dtype=torch.int32), input_pos)
-            out = {f"mask_{SLIDING}": near > _SEEN, f"mask_{FULL}": mask > _SEEN}
+        if self.slots is None:
+            out = seen_slots(mask, input_pos, self.window)
         else:
             slots = self.slots(input_pos, self.window, mask.shape[3])
             out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mtp_export.arch.spec import DrafterSpec
-from mtp_export.models.attention import PositionTables
+from mtp_export.models.attention import PositionTables, sliding_slots
 from mtp_export.models.clustered_head import ClusteredHead
 from mtp_export.models.delegated_head import DelegatedClusteredHead
 from mtp_export.models.layers import RMSNorm
@@ -18,11 +18,11 @@ class DrafterPrologue(nn.Module):
     transformers (the position of the pending token), 0 that of vLLM. The position is constant within a round.
     """
 
-    def __init__(self, spec: DrafterSpec, position_offset: int, *, whole_caches: bool = False) -> None:
+    def __init__(self, spec: DrafterSpec, position_offset: int, *, single_buffer: bool = False) -> None:
         super().__init__()
         # One slot more than the target sees: transformers' bidirectional mask is inclusive.
         window = spec.sliding_window + 1
-        self.tables = PositionTables(spec, window, position_offset, aligned=False, whole=whole_caches)
+        self.tables = PositionTables(spec, window, position_offset, slots=None if single_buffer else sliding_slots)
         self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
 
     def forward(self, activations: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:

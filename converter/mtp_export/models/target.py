@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_export.arch.spec import TargetSpec
-from mtp_export.models.attention import PositionTables
+from mtp_export.models.attention import PositionTables, aligned_slots
 from mtp_export.models.layers import FeedForward, RMSNorm
 
 
@@ -39,9 +39,9 @@ class PerLayerInputs(nn.Module):
 class TargetPrologue(PerLayerInputs):
     """Position tables and the per-layer inputs."""
 
-    def __init__(self, spec: TargetSpec, num_layers: int, *, whole_caches: bool = False) -> None:
+    def __init__(self, spec: TargetSpec, num_layers: int, *, single_buffer: bool = False) -> None:
         super().__init__(spec, num_layers)
-        self.tables = PositionTables(spec, spec.sliding_window, aligned=True, whole=whole_caches)
+        self.tables = PositionTables(spec, spec.sliding_window, slots=None if single_buffer else aligned_slots)
 
     def forward(
         self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor

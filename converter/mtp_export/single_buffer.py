@@ -24,8 +24,8 @@ RUNTIME_BMM = "odml.runtime_bmm"
 _SWAPPED = (0, 1, 3, 2)
 
 
-def with_filled_caches(lowered: LoweredGraph) -> LoweredGraph:
-    """Rewrite a graph, in place, that was traced with `GraphShape.filled`."""
+def with_single_buffer(lowered: LoweredGraph) -> LoweredGraph:
+    """Rewrite a graph, in place, that was traced with `GraphShape.single_buffer`."""
     return rewrite(lowered, _Caches)
 
 
@@ -40,7 +40,7 @@ class _Caches(Rewriting):
             values = inputs[name.replace("_k_", "_v_")]
             writes = [self._using(cache, CODES.DYNAMIC_UPDATE_SLICE) for cache in (keys, values)]
             read = (keys, values)
-            if all(writes):
+            if any(writes):
                 ((write_keys,), (write_values,)) = writes
                 starts = starts or self._starts(write_keys)
                 read = self._write(write_keys, write_values, params, starts)
@@ -62,7 +62,8 @@ class _Caches(Rewriting):
         return found
 
     def _starts(self, write_keys: Any) -> tuple[int, int]:
-        """Where the pass's first slot is in keys and in values, made once."""
+        """Where the pass's first slot is in keys and in values, made once: before the first cache is written, and so
+        before all are."""
         made = self.maker(write_keys.inputs[2], CODES.CONCATENATION)
         first = int(made.inputs[1])
         start, values_start = (self.tensor(int(made.outputs[0])) for _ in range(2))
@@ -105,6 +106,8 @@ class _Caches(Rewriting):
         """Put a composite in place of a product with a cache: the filled slots of keys are what it gives, those of
         values what it sums over."""
         x, output = int(product.inputs[0]), int(product.outputs[0])
+        if int(product.inputs[1]) != cache or product.builtinOptions.adjY == of_values:
+            raise AssertionError("a product takes a cache in another way")
         transposed = self.like(product, [x, cache], [output])
         transposed.builtinOptions = copy.copy(product.builtinOptions)
         transposed.builtinOptions.adjY = True
