@@ -2,7 +2,8 @@
 
 What makes it in place (measured with ai-edge-litert 2.3.0): a buffer from `create_input_buffer_by_name` may be bound
 as input and as output of the same run, and in other signatures and models of the same environment; the graph's
-DYNAMIC_UPDATE_SLICE then writes its rows straight into it. A separate output buffer costs a copy of the cache.
+DYNAMIC_UPDATE_SLICE then writes its rows straight into it. A separate output buffer costs a copy of the cache. In a
+bundle for a GPU it is a part of a composite, whose inputs and outputs are copied.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ _OPTIONS = (
         "--delegate",
         default="cpu",
         show_default=True,
-        help="TFLite: gpu for a drafter that a GPU takes too; slower on the CPU.",
+        help="TFLite: gpu for a bundle that a GPU takes too; slower on the CPU.",
     ),
     click.option(
         "--composites",
