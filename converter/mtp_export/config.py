@@ -27,10 +27,10 @@ class ExportConfig:
     convention, 0 for vLLM's; it changes acceptance only. portable: ONNX in standard operations alone. batch_size: ONNX
     graphs for so many sequences in one pass, beside those for one. delegate: gpu keeps to operations that a GPU takes,
     and to one buffer of each cache there. composites: norms as operators of LiteRT-LM's GPU backend. gate: keep the
-    bundle only if it is measured to be the same model still. rounding: of the target's matrices, to the nearest value or by GPTQ on `prompts` (None:
-    those of the package). max_size_bytes: of what ships, fewer bits than the recipe's where they cost least on
-    `prompts`. centroid_top_k: clusters that the head scores. measured: which of drafter_position_offset and
-    centroid_top_k are what is best on `prompts`.
+    bundle only if it is measured to be the same model still. rounding: of the target's matrices, to the nearest value
+    or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships, fewer bits than the recipe's
+    where they cost least on `prompts`. centroid_top_k: clusters that the head scores. measured: which of
+    drafter_position_offset and centroid_top_k are what is best on `prompts`.
     """
 
     model: str
