@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ _TOKENS, _REPEATS = 64, 3
 
 def check_speed(
     model: str, folder: Path, kinds: Sequence[str], on_run: Callable[[str], None], *, composites: bool = False
-) -> dict[str, Any]:
-    """Write a pair's graphs unless they are there, and run them with each kind of activations."""
+) -> Iterator[dict[str, Any]]:
+    """Write a pair's graphs unless they are there, and run them with each kind of activations; what was found so far
+    after each."""
     written = write_full_size(model, folder, composites=composites)
     figures: dict[str, Any] = {"model": model, "recipe": "int4"}
     figures |= {"file_bytes": {path.stem: path.stat().st_size for path in sorted(written.bundle.glob("*.tflite"))}}
@@ -51,7 +52,7 @@ def check_speed(
             passes |= {f"draft, {name}" if key == "draft" else key: times for key, times in found.items()}
         figures["load_ms"][activations], figures["passes"][activations] = loaded, passes
         figures["runs"] += _runs(written, activations, on_run)
-    return figures
+        yield figures
 
 
 def _runs(written: FullSize, activations: str, on_run: Callable[[str], None]) -> list[dict[str, Any]]:

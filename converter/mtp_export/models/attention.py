@@ -61,13 +61,19 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
 
 
 def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
-    """What each layer type sees of a whole cache. Positions are compared as integers: float16 has not all above 2048.
+    """What each layer type sees of a whole cache.
+
+    Float16 has all integers up to 2048, so positions count from the middle of caches of up to twice that. Integers
+    themselves a GPU compares wrongly (docs/gpu.md).
 
     Shapes: mask [1,1,T,S] additive, input_pos [T] int32 -> `mask_…` [1,1,T,S] bool
     """
-    slots = torch.arange(mask.shape[3], dtype=torch.int32)
-    near = slots > (input_pos - window).reshape(1, 1, -1, 1)
-    return {f"mask_{FULL}": mask > _SEEN, f"mask_{SLIDING}": torch.where(near, mask, -_HIDDEN) > _SEEN}
+    length = mask.shape[3]
+    middle = min(length // 2, 2048)
+    slots = torch.arange(length, dtype=torch.int32) - middle
+    distance = (input_pos - middle).to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
+    near = torch.where(window - distance > 0.0, mask, -_HIDDEN)
+    return {f"mask_{FULL}": mask > _SEEN, f"mask_{SLIDING}": near > _SEEN}
 
 
 class QueryProjection(nn.Module):
