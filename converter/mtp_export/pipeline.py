@@ -34,7 +34,6 @@ from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifes
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
-_GPU_DRAFT_TOKENS = 4  # its `verify` costs little more for each token; a CPU's kernels take four rows at a time
 
 
 class Progress(Protocol):
@@ -243,10 +242,9 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     cache_length = min(pair.model.cache_length, longest) if config.cache_length is None else config.cache_length
     shortest = max(MIN_CACHE_LENGTH, min(pair.model.prefill_lengths) + 1)  # a bundle needs a prefill
     in_range("--cache-length", cache_length, shortest, longest)
-    drafts = _GPU_DRAFT_TOKENS if config.delegate == "gpu" else pair.model.num_draft_tokens
     return GraphShape(
         cache_length=cache_length,
-        num_draft_tokens=drafts if config.num_draft_tokens is None else config.num_draft_tokens,
+        num_draft_tokens=config.num_draft_tokens or pair.model.num_draft_tokens,
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
         prefix_lengths=pair.model.prefix_lengths,
         single_buffer=config.delegate == "gpu",
@@ -336,12 +334,15 @@ def _write_tflite(
 
 
 def for_delegate(config: ExportConfig, graph: LoweredGraph) -> LoweredGraph:
-    """A converted graph with the operators of the backend that it is for."""
+    """A converted graph with the operators that its backend wants."""
     from mtp_export.composites import with_composites
     from mtp_export.delegation import DELEGATED_ROLES
     from mtp_export.single_buffer import with_single_buffer
+    from mtp_export.squares import with_squares_reshaped_first
 
-    if config.delegate == "gpu" and graph.role in DELEGATED_ROLES:
+    if config.delegate == "cpu":
+        return with_squares_reshaped_first(graph)
+    if graph.role in DELEGATED_ROLES:
         graph = with_single_buffer(graph)
         if config.composites:
             graph = with_composites(graph)

@@ -265,7 +265,7 @@ def test_another_model_than_the_one_named() -> None:
 
 @pytest.mark.parametrize(
     ("model", "delegate", "given", "drafts"),
-    [("nano", "cpu", None, 4), ("e2b", "cpu", None, 3), ("e4b", "gpu", None, 4), ("e2b", "gpu", 7, 7)],
+    [("nano", "cpu", None, 4), ("e2b", "cpu", None, 3), ("e4b", "gpu", None, 3), ("e2b", "gpu", 7, 7)],
 )
 def test_drafts_of_a_round_by_model_and_processor(model: str, delegate: str, given: int | None, drafts: int) -> None:
     spec = gemma4.PAIRS[model]

@@ -63,7 +63,7 @@ _OPTIONS = (
     click.option(
         "--num-draft-tokens",
         type=int,
-        help="Most tokens drafted in a round, K.  [e2b and e4b 3, nano and --delegate gpu 4]",
+        help="Most tokens drafted in a round, K.  [e2b and e4b 3, nano 4]",
     ),
     click.option(
         "--drafter-position-offset",
