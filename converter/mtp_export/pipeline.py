@@ -244,7 +244,7 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     in_range("--cache-length", cache_length, shortest, longest)
     return GraphShape(
         cache_length=cache_length,
-        num_draft_tokens=config.num_draft_tokens or pair.model.num_draft_tokens,
+        num_draft_tokens=pair.model.num_draft_tokens if config.num_draft_tokens is None else config.num_draft_tokens,
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
         prefix_lengths=pair.model.prefix_lengths,
         single_buffer=config.delegate == "gpu",

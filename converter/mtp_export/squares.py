@@ -7,6 +7,8 @@ token's norms had other bits alone than beside others (docs/decisions/0011).
 
 from __future__ import annotations
 
+import numpy as np
+
 from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.rewriting import CODES, Rewriting, rewrite
 
@@ -23,7 +25,8 @@ class _Squares(Rewriting):
                 continue
             reshape = self.maker(mean.inputs[0], CODES.RESHAPE)
             square = reshape and self.maker(reshape.inputs[0], CODES.MUL)
-            if square is None or square.inputs[0] != square.inputs[1] or len(self.users_of(square.outputs[0])) != 1:
+            alone = square and len(self.users_of(square.outputs[0])) == len(self.users_of(reshape.outputs[0])) == 1
+            if not alone or square.inputs[0] != square.inputs[1] or self.values(reshape.inputs[1], np.int32) is None:
                 continue
             squares = int(reshape.outputs[0])
             x = self.tensor(squares)

@@ -31,7 +31,8 @@ def check_speed(
     """Write a pair's graphs unless they are there, and run them with each kind of activations; what was found so far
     after each."""
     written = write_full_size(model, folder, composites=composites)
-    figures: dict[str, Any] = {"model": model, "recipe": "int4"}
+    drafts = read_manifest(written.bundle).num_draft_tokens
+    figures: dict[str, Any] = {"model": model, "recipe": "int4", "num_draft_tokens": drafts}
     figures |= {"file_bytes": {path.stem: path.stat().st_size for path in sorted(written.bundle.glob("*.tflite"))}}
     figures["roofline"] = roofline(figures["file_bytes"]["target"])
     target, drafter = (written.bundle / f"{role}.tflite" for role in ("target", "drafter"))

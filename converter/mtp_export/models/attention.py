@@ -42,7 +42,7 @@ def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
     """
     seen = window - 1 + input_pos.shape[0]
     length = min(cache_length, -(-(seen + _LANES - 1) // _LANES) * _LANES)
-    # A table, because a delegate may look up and not divide integers.
+    # A table, because integers are looked up faster than divided, and a GPU would not divide them.
     starts = [[min(max(at - window + 1, 0) // _LANES * _LANES, cache_length - length)] for at in range(cache_length)]
     start: Tensor = ops.gather(torch.tensor(starts, dtype=torch.int32), input_pos[:1], 0)
     return start.reshape(1) + torch.arange(length, dtype=torch.int32)
@@ -63,8 +63,8 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
 def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
     """What each layer type sees of a whole cache.
 
-    Float16 has all integers up to 2048, so positions count from the middle of caches of up to twice that. Integers
-    themselves a GPU compares wrongly (docs/gpu.md).
+    Float16 has all integers up to 2048, so positions count from the middle of caches of up to twice that; in longer
+    ones a window's edge may be a slot or more off there. Integers themselves a GPU compares wrongly (docs/gpu.md).
 
     Shapes: mask [1,1,T,S] additive, input_pos [T] int32 -> `mask_…` [1,1,T,S] bool
     """
