@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--composites", action="store_true", help="equality and speed of bundles with composites")
     parser.add_argument("--models", default="e2b,e4b", help="for speed")
-    parser.add_argument("--activations", default="fp16,fp32", help="for speed")
+    parser.add_argument("--activations", default="fp16,fp32", help="for equality and speed")
     parser.add_argument("--commit", help="the commit that this code is of, where it has no history with it")
     options = parser.parse_args()
     code = 0
@@ -127,6 +127,7 @@ def equality(options: argparse.Namespace) -> int:
             prompts,
             max_new_tokens=options.max_new_tokens,
             drafters=options.drafters.split(","),
+            kinds=options.activations.split(","),
             on_run=_say,
         )
         counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}

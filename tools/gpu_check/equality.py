@@ -24,9 +24,10 @@ def check_equality(
     *,
     max_new_tokens: int,
     drafters: Sequence[str] = DRAFTERS,
+    kinds: Sequence[str] = tuple(TOLERANCES),
     on_run: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run a bundle on the GPU, plainly and with each drafter, in fp32 and fp16; a row of figures for each run.
+    """Run a bundle on the GPU, plainly and with each drafter, with each kind of activations; a row of figures for each.
 
     Texts are held against plain decoding on the GPU in the same precision, and against our runtime on the CPU. A
     difference is told with the CPU's margin at its place.
@@ -50,7 +51,7 @@ def check_equality(
 
         # Side by side: a small model leaves most of a GPU idle, and nothing is timed here.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            wanted = [(activations, drafter) for activations in TOLERANCES for drafter in ("", *drafters)]
+            wanted = [(activations, drafter) for activations in kinds for drafter in ("", *drafters)]
             running = {key: pool.submit(run, *key) for key in wanted}
             on_run(f"{bundle.name}: CPU")
             cpu = [_on_cpu(session, prompt, max_new_tokens) for prompt in prompts]
