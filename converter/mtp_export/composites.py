@@ -6,7 +6,7 @@ so gives the bits that it gave before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ class _Norms(Rewriting):
         same = self.shape(weight) == self.shape(scaled.outputs[0])[-1:]
         return weight if same and weight not in self.makers else None
 
-    def _compose(self, attributes: dict[str, float | int | bool], inputs: tuple[int, int], output: int) -> None:
+    def _compose(self, attributes: Mapping[str, float], inputs: tuple[int, int], output: int) -> None:
         """Put a composite in place of what leads from `inputs` to `output`. It gives the shape of the first of them;
         what follows is given `output` in its own."""
         chosen = leading_to(self.subgraph, [output], inputs)

@@ -6,9 +6,10 @@ other backend runs.
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Shared:
     buffers: dict[tuple[str, bytes], int] = dataclasses.field(default_factory=dict)
 
 
-class Rewriting:
+class Rewriting(abc.ABC):
     """One signature's subgraph while it is rewritten. `makers` and `users` are those from before."""
 
     def __init__(self, model: Any, entry: Any, shared: Shared) -> None:
@@ -56,9 +57,9 @@ class Rewriting:
             for i in operator.inputs:
                 self.users.setdefault(int(i), []).append(operator)
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Rewrite the subgraph."""
-        raise NotImplementedError
 
     def code(self, operator: Any) -> int:
         """TFLite's number of an operator's kind."""
@@ -120,7 +121,7 @@ class Rewriting:
     def composite(
         self,
         name: str,
-        attributes: dict[str, float | int | bool],
+        attributes: Mapping[str, float],
         inputs: Sequence[int],
         outputs: Sequence[int],
         operators: Sequence[Any],

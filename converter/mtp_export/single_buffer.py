@@ -89,7 +89,7 @@ class _Caches(Rewriting):
             self.like(write_values, [values, swapped, starts[1]], [written[1]]),
         ]
         _, groups, length, size = self.shape(keys)
-        attributes: dict[str, float | int | bool] = {
+        attributes = {
             "kv_cache_batch_size": groups,
             "cache_size": length,
             "head_size": size,
@@ -111,7 +111,7 @@ class _Caches(Rewriting):
         transposed = self.like(product, [x, cache], [output])
         transposed.builtinOptions = copy.copy(product.builtinOptions)
         transposed.builtinOptions.adjY = True
-        attributes: dict[str, float | int | bool] = {
+        attributes = {
             "is_global": True,  # masks say what is seen, in sliding layers too
             "is_src": of_values,
             "rhs_cache_update": True,

@@ -18,6 +18,7 @@ from mtp_export.lower.tflite import LoweredGraph
 from mtp_runtime.contract import PARAM_TENSOR, param_tensor
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
+from tests.unit.operators import operator_counts
 
 CACHES = ("STABLEHLO_COMPOSITE odml.cache_update", "STABLEHLO_COMPOSITE odml.runtime_bmm")
 KEPT = ("FULLY_CONNECTED", "SOFTMAX", "GELU", *CACHES)
@@ -28,11 +29,6 @@ def targets(export_nano: Export) -> tuple[Path, Path]:
     """The target without composites and with them."""
     composed = export_nano("int8", export_format="tflite-composites")
     return export_nano("int8", export_format="tflite-gpu") / "target.tflite", composed / "target.tflite"
-
-
-def counts(graph: Graph, signature: str) -> Counter[str]:
-    number = graph.signature_names().index(signature)
-    return Counter(operator.form.partition("(")[0] for operator in graph.operators() if operator.subgraph == number)
 
 
 def run(path: Path, signature: str) -> dict[str, np.ndarray]:
@@ -60,7 +56,7 @@ def test_a_gpu_takes_them_and_a_cpu_bundle_has_none(targets: tuple[Path, Path]) 
 
 @pytest.mark.parametrize("signature", ["decode", "verify"])
 def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], signature: str) -> None:
-    plain, composed = (counts(open_graph(path), signature) for path in targets)
+    plain, composed = (operator_counts(open_graph(path), signature) for path in targets)
     assert composed["STABLEHLO_COMPOSITE odml.rms_norm"] == plain["RSQRT"] > 70
     assert not {"RSQRT", "MEAN"} & set(composed)
     assert plain["CONCATENATION"] - composed["CONCATENATION"] == composed["GATHER"] - plain["GATHER"] > 10

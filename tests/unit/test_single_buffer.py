@@ -6,7 +6,6 @@ What such an operator is told is read by GPUs alone: no output on a CPU depends 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +14,16 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from mtp_export.delegation import Graph, open_graph
+from mtp_export.delegation import open_graph
 from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.single_buffer import with_single_buffer
 from mtp_runtime import BundleError, Manifest, Session, read_manifest
 from mtp_runtime.consistency import check_consistency
 from mtp_runtime.litert import LiteRTSignature
 from tests.conftest import Export
+from tests.unit.operators import operator_counts
 
 Document = dict[str, Any]
-
-
-def counts(graph: Graph, signature: str) -> Counter[str]:
-    number = graph.signature_names().index(signature)
-    return Counter(operator.form.partition("(")[0] for operator in graph.operators() if operator.subgraph == number)
 
 
 def test_nothing_else_touches_a_cache(export_nano: Export) -> None:
@@ -40,7 +35,7 @@ def test_nothing_else_touches_a_cache(export_nano: Export) -> None:
         ("target", "verify", 5, 20, 0),
         ("drafter", "draft", 0, 8, 1),  # one of the clustered head
     ):
-        found = counts(open_graph(folder / f"{role}.tflite"), signature)
+        found = operator_counts(open_graph(folder / f"{role}.tflite"), signature)
         assert found["STABLEHLO_COMPOSITE odml.cache_update"] == written, signature
         assert found["STABLEHLO_COMPOSITE odml.runtime_bmm"] == products, signature
         assert (found["DYNAMIC_UPDATE_SLICE"], found["BATCH_MATMUL"]) == (0, others), signature

@@ -7,9 +7,10 @@ interface.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from ctypes import byref, c_bool, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,10 @@ class StockSignature:
         self._buffers: dict[str, c_void_p] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
-        self.inputs, self.outputs = ([*self._bind(kind)] for kind in ("Input", "Output"))
+        self.inputs, self.outputs = self._bind("Input"), self._bind("Output")
         self._bound = [(c_void_p * len(n))(*[self._buffers[i] for i in n]) for n in (self.inputs, self.outputs)]
 
-    def _bind(self, kind: str) -> Sequence[str]:
+    def _bind(self, kind: str) -> list[str]:
         graph, signature = self._graph, self._graph._signatures[self._index.value]
         count = c_size_t()
         graph._call(f"LiteRtGetNumSignature{kind}s", signature, byref(count))
@@ -147,7 +148,8 @@ class StockSignature:
             whole = np.ascontiguousarray(array, self._dtypes[name])
             if whole.size != math.prod(self.shapes[name]):
                 raise ValueError(f"{name} takes {self.shapes[name]}, got {whole.shape}")
-            self._locked(name, _WRITE, lambda at, whole=whole: ctypes.memmove(at, whole.ctypes.data, whole.nbytes))
+            with self._locked(name, _WRITE) as address:
+                ctypes.memmove(address, whole.ctypes.data, whole.nbytes)
 
     def run(self) -> None:
         """Start the graph on what was written; reading an output waits for it."""
@@ -158,11 +160,13 @@ class StockSignature:
     def read(self, name: str) -> NDArray[np.float32]:
         """A copy of an output."""
         values = np.empty(self.shapes[name], np.float32)
-        self._locked(name, _READ, lambda at: ctypes.memmove(values.ctypes.data, at, values.nbytes))
+        with self._locked(name, _READ) as address:
+            ctypes.memmove(values.ctypes.data, address, values.nbytes)
         return values
 
-    def _locked(self, name: str, mode: int, use: Any) -> None:
+    @contextlib.contextmanager
+    def _locked(self, name: str, mode: int) -> Iterator[c_void_p]:
         buffer, address = self._buffers[name], c_void_p()
         self._graph._call("LiteRtLockTensorBuffer", buffer, byref(address), c_int(mode))
-        use(address)
+        yield address
         self._graph._call("LiteRtUnlockTensorBuffer", buffer)
