@@ -161,3 +161,5 @@ def test_nothing_unused_is_left_behind(role: str, export_nano: Export) -> None:
     for subgraph in graph.model.subgraphs:
         used = {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
         assert used - {-1} == set(range(len(subgraph.tensors)))
+        wanted = {int(i) for i in subgraph.outputs} | {int(i) for o in subgraph.operators for i in o.inputs}
+        assert all(wanted & {int(i) for i in operator.outputs} for operator in subgraph.operators)
