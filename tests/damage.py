@@ -13,7 +13,7 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from mtp_export.bundle import write_manifest
-from mtp_export.checkpoint import hash_file
+from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import Manifest, read_manifest
 
 Damage = Callable[[Path], None]

@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mtp_export.adapters import read_adapter
-from mtp_export.checkpoint import Checkpoint
 from mtp_export.pipeline import Pair
+from mtp_export.source.adapters import read_adapter
+from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime.errors import UserError
 
 DEPTH = 4  # chained steps of a round

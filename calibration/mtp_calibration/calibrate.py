@@ -10,9 +10,9 @@ import msgspec
 from mtp_calibration.corpus import Prompt
 from mtp_calibration.gate import Bars, Verdict, bars_for, judge
 from mtp_calibration.quality import Quality, measure
-from mtp_export.checkpoint import hash_file
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import Pair, input_files
+from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import Manifest, Session
 
 CALIBRATION_NAME = "calibration.json"

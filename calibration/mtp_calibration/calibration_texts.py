@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_calibration.corpus import Prompt, calibration_prompts, for_tuning, heldout_prompts, read_prompts
-from mtp_export import texts
 from mtp_export.arch.spec import TargetSpec
-from mtp_export.checkpoint import Checkpoint
+from mtp_export.source import texts
+from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import UserError
 from mtp_runtime.tokenizer import Tokenizer

@@ -11,9 +11,10 @@ from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
 from mtp_calibration.corpus import in_turn
 from mtp_calibration.gptq import round_target
 from mtp_calibration.recipes import FLOAT32, WeightFormat
-from mtp_export import sizes, texts
+from mtp_export import sizes
 from mtp_export.config import ExportConfig
 from mtp_export.pipeline import FORMATS, Pair, Progress, with_top_k
+from mtp_export.source import texts
 from mtp_export.trace import TracedGraph
 from mtp_export.weights import Parameter
 from mtp_runtime.errors import UserError

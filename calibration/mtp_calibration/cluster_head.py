@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_calibration.adapt import Answer, answered, rounds
 from mtp_calibration.clusters import balanced_clusters, cluster_means
-from mtp_export.checkpoint import Checkpoint
+from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime.errors import UserError
 
 _BATCH = 512

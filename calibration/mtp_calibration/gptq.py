@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mtp_calibration.float_pair import FloatTarget, OnProduct, restored
 from mtp_calibration.recipes import WeightFormat
-from mtp_export.compressed import Rows
 from mtp_export.pipeline import Pair
+from mtp_export.source.stored_integers import Rows
 from mtp_export.trace import Call
 from mtp_export.weights import Parameter
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from mtp_export.checkpoint import hash_file
+from mtp_export.source.checkpoint import hash_file
 from mtp_runtime.contract import FileEntry
 
 _NAME = "journal.json"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, INT8, Recipe, WeightFormat
 from mtp_export.arch.spec import DrafterSpec
-from mtp_export.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
+from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
 from mtp_export.trace import TracedGraph
 from mtp_export.weights import Parameter, quantise
 

@@ -15,13 +15,10 @@ from typing import Protocol
 import msgspec
 
 from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
-from mtp_export import bundle, parameters, sizes, texts
-from mtp_export.adapters import AdaptedCheckpoint, adapter_files
+from mtp_export import bundle, parameters, sizes
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
-from mtp_export.checkpoint import Checkpoint, hash_file, locate
 from mtp_export.composites import with_composites
-from mtp_export.compressed import check_runs
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.delegation import DELEGATED_ROLES
 from mtp_export.embedded import EMBEDDED
@@ -29,6 +26,10 @@ from mtp_export.errors import CheckpointError, GateError, OutputError
 from mtp_export.journal import Journal, identity
 from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.single_buffer import with_single_buffer
+from mtp_export.source import texts
+from mtp_export.source.adapters import AdaptedCheckpoint, adapter_files
+from mtp_export.source.checkpoint import Checkpoint, hash_file, locate
+from mtp_export.source.stored_integers import check_runs
 from mtp_export.squares import with_squares_reshaped_first
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target

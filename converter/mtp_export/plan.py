@@ -20,11 +20,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtp_export import pipeline, sizes, texts
+from mtp_export import pipeline, sizes
 from mtp_export.arch.spec import TargetSpec
 from mtp_export.config import ExportConfig
-from mtp_export.headers import Headers
 from mtp_export.pipeline import Pair
+from mtp_export.source import texts
+from mtp_export.source.headers import Headers
 from mtp_export.trace import GraphShape, TracedGraph
 from mtp_export.weights import Parameter
 from mtp_runtime.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry

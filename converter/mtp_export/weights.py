@@ -23,10 +23,10 @@ from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from mtp_calibration.recipes import WeightFormat
-from mtp_export import compressed
 from mtp_export.errors import CheckpointError
 from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.scales import SMALLEST_SCALE, choose_scales, with_positive_scales
+from mtp_export.source import stored_integers
 
 _ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
 _BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
@@ -58,13 +58,13 @@ class Parameter:
 
 
 def as_integers(
-    rows: NDArray[np.float32] | compressed.Rows, format: WeightFormat
+    rows: NDArray[np.float32] | stored_integers.Rows, format: WeightFormat
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise float rows; of rows that are integers already, repeat the scales for the smaller blocks of `format`.
 
     Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
     """
-    if not isinstance(rows, compressed.Rows):
+    if not isinstance(rows, stored_integers.Rows):
         return quantise(rows, format)
     groups = rows.values.shape[1] // format.block_size if format.block_size else 1
     return rows.values, np.repeat(rows.scales, groups // rows.scales.shape[1], axis=1)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mtp_export.adapters import AdaptedCheckpoint
-from mtp_export.checkpoint import Checkpoint, text_prefix
 from mtp_export.commands.export import command, config_of
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import input_files, open_pair
+from mtp_export.source.adapters import AdaptedCheckpoint
+from mtp_export.source.checkpoint import Checkpoint, text_prefix
 from tests.unit.tiny_files import MODELS, pair_arguments, rewrite_json, rewrite_tensors, tiny_model
 
 ADAPTED = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")

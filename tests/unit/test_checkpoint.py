@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtp_calibration.recipes import RECIPES
-from mtp_export.checkpoint import Checkpoint, locate, read_token_ordering, text_prefix
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
 from mtp_export.parameters import target_parameters
 from mtp_export.pipeline import export
+from mtp_export.source.checkpoint import Checkpoint, locate, read_token_ordering, text_prefix
 from mtp_export.trace import trace_embedder
 from mtp_runtime.errors import UserError
 from tests.parity.tiny import Tiny

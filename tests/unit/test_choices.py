@@ -17,7 +17,7 @@ from mtp_export.config import ExportConfig
 from mtp_export.pipeline import FORMATS, graph_shape, open_pair, pair_parameters
 from mtp_export.reference import greedy
 from mtp_export.sizes import graph_files, litertlm_bytes
-from mtp_export.texts import text_sizes
+from mtp_export.source.texts import text_sizes
 from mtp_export.weights import Parameter
 from mtp_runtime.errors import UserError
 from tests.unit.tiny_files import MODELS, pair_arguments, tiny_model

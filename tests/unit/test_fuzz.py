@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mtp_export import cli
 from mtp_export.arch import gemma4
-from mtp_export.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
+from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
 from mtp_runtime import Bundle
 from mtp_runtime.errors import UserError
 from tests.unit import toy_pair

@@ -9,7 +9,7 @@ from torch import Tensor
 from mtp_calibration.float_pair import restored
 from mtp_calibration.gptq import gptq
 from mtp_calibration.recipes import INT4, INT4_BLOCKS, INT8, WeightFormat
-from mtp_export.compressed import Rows
+from mtp_export.source.stored_integers import Rows
 from mtp_export.weights import quantise
 
 

@@ -31,11 +31,11 @@ from transformers import (
 
 from mtp_calibration.recipes import RECIPES
 from mtp_export import parameters
-from mtp_export import texts as converter_texts
 from mtp_export.arch import gemma4
 from mtp_export.arch.spec import FULL, SLIDING
-from mtp_export.checkpoint import Checkpoint, read_token_ordering
 from mtp_export.errors import OutputError
+from mtp_export.source import texts as converter_texts
+from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
 from mtp_export.trace import GraphShape, trace_drafter, trace_embedder, trace_target
 from tests.unit.gemma4_configs import drafter_config, target_config
 from tools.synthesize import layout, texts

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, INT4, INT8, WeightFormat
 from mtp_export.arch.gemma4 import NANO
-from mtp_export.compressed import Rows
 from mtp_export.errors import CheckpointError
 from mtp_export.lower import onnx as lower_onnx
 from mtp_export.lower import tflite
 from mtp_export.onnx_weights import write_onnx
+from mtp_export.source.stored_integers import Rows
 from mtp_export.trace import TracedGraph, trace_embedder
 from mtp_export.weights import _QUANTISED_TYPES, Parameter, pack, quantise, write_graph
 from tests.unit.small_graphs import feed_forward_graph, random_parameters

@@ -78,8 +78,8 @@ def _embedded(bundle: Path) -> Path | None:
 
     if not bundle.is_dir():
         return None
-    from mtp_export.checkpoint import hash_file
     from mtp_export.embedded import EMBEDDED
+    from mtp_export.source.checkpoint import hash_file
 
     weights = EMBEDDED / "target" / "model.safetensors"
     made_from = {entry.sha256 for entry in read_manifest(bundle).inputs}

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mtp_export import compressed
 from mtp_export.errors import CheckpointError
+from mtp_export.source import stored_integers
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import FileEntry
 
@@ -73,7 +73,7 @@ class Checkpoint:
             raise CheckpointError(f"no {part} checkpoint at {folder}: give a folder with config.json and *.safetensors")
         self.folder, self.part = folder, part
         self.config = self.read_json("config.json")
-        self.formats = compressed.read_quantization(self.config, str(folder / "config.json"))
+        self.formats = stored_integers.read_quantization(self.config, str(folder / "config.json"))
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[Path, Any] = {}
         for path in self._shards():
@@ -172,15 +172,15 @@ class Checkpoint:
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
         return values
 
-    def quantised(self, name: str, shape: tuple[int, ...]) -> compressed.StoredMatrix | None:
+    def quantised(self, name: str, shape: tuple[int, ...]) -> stored_integers.StoredMatrix | None:
         """The matrix `name` if it is stored as integers, None where it is not.
 
         Raises:
             CheckpointError: it is, in a way that contradicts the shape or the config.
         """
-        return compressed.find(self.tensors, name, shape, self.formats, str(self.folder))
+        return stored_integers.find(self.tensors, name, shape, self.formats, str(self.folder))
 
-    def quantised_rows(self, matrix: compressed.StoredMatrix, start: int, stop: int) -> compressed.Rows:
+    def quantised_rows(self, matrix: stored_integers.StoredMatrix, start: int, stop: int) -> stored_integers.Rows:
         """Rows of a matrix that is stored as integers.
 
         Raises:
@@ -252,7 +252,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
         if info.dtype not in allowed:
             raise CheckpointError(
                 f"{info.file}: tensor {stored} has dtype {info.dtype}, expected {' or '.join(allowed)}, "
-                f"or integers that a {compressed.KEY} in config.json describes"
+                f"or integers that a {stored_integers.KEY} in config.json describes"
             )
     for stored, info in checkpoint.tensors.items():
         known = stored.startswith(prefix) and stored.removeprefix(prefix) in expected

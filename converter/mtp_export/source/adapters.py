@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtp_export.checkpoint import TEXT_PREFIXES, Checkpoint, text_prefix
 from mtp_export.errors import CheckpointError
+from mtp_export.source.checkpoint import TEXT_PREFIXES, Checkpoint, text_prefix
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

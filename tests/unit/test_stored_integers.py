@@ -18,14 +18,14 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
 from mtp_calibration.recipes import WeightFormat
-from mtp_export import compressed
-from mtp_export.adapters import read_adapter
 from mtp_export.arch.gemma4 import NANO
-from mtp_export.checkpoint import Checkpoint, TensorInfo
 from mtp_export.commands.export import command, config_of
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import FORMATS, export, graph_shape, open_pair, pair_parameters
+from mtp_export.source import stored_integers
+from mtp_export.source.adapters import read_adapter
+from mtp_export.source.checkpoint import Checkpoint, TensorInfo
 from tests.unit.test_adapters import save_adapter
 from tests.unit.test_checkpoint import NothingSlow
 from tests.unit.tiny_files import copy_pair, rewrite_json, rewrite_tensors
@@ -48,14 +48,14 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_words_are_packed_as_the_library_packs_them(bits: int) -> None:
     values = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (7, 96)).astype(np.int8)
     words = pack_to_int32(torch.from_numpy(values), bits).numpy()
-    np.testing.assert_array_equal(compressed.unpack(words, bits), values)
+    np.testing.assert_array_equal(stored_integers.unpack(words, bits), values)
     np.testing.assert_array_equal(pack_words(values, bits), words)
 
 
 def test_the_library_reads_every_matrix_as_we_do(target: Checkpoint) -> None:
     """Its own reading of the config, and of each packed module."""
     tensors = load_file(target.folder / "model.safetensors")
-    config = QuantizationConfig.model_validate(target.config[compressed.KEY])
+    config = QuantizationConfig.model_validate(target.config[stored_integers.KEY])
     schemes = {
         (group.weights.num_bits, group.weights.group_size or 0): group
         for group in config.config_groups.values()
@@ -88,7 +88,7 @@ def test_the_library_reads_every_matrix_as_we_do(target: Checkpoint) -> None:
 
 def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
     config = copy.deepcopy(config)
-    place = config[compressed.KEY]
+    place = config[stored_integers.KEY]
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
@@ -115,10 +115,10 @@ def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_another_way_to_quantise_is_refused(path: tuple[str, ...], value: Any, said: str) -> None:
-    config = {compressed.KEY: quantised.quantization_config(quantised.W4A16, 32)}
-    assert compressed.read_quantization(config, "config.json") == {GROUPS4}
+    config = {stored_integers.KEY: quantised.quantization_config(quantised.W4A16, 32)}
+    assert stored_integers.read_quantization(config, "config.json") == {GROUPS4}
     with pytest.raises(CheckpointError) as caught:
-        compressed.read_quantization(changed(config, *path, value=value), "config.json")
+        stored_integers.read_quantization(changed(config, *path, value=value), "config.json")
     assert said in str(caught.value)
     assert str(caught.value).startswith("config.json")
 
@@ -147,12 +147,12 @@ STORED["m.weight_shape"] = header("I64", 2)
 )
 def test_tensors_that_contradict_are_refused(change: Callable[[dict[str, TensorInfo]], Any], said: str) -> None:
     formats, tensors = frozenset({ROWS4}), dict(STORED)
-    found = compressed.find(tensors, "m.weight", (6, 64), formats, "folder")
+    found = stored_integers.find(tensors, "m.weight", (6, 64), formats, "folder")
     assert found is not None
     assert (found.format, found.packed) == (ROWS4, True)
     change(tensors)
     with pytest.raises(CheckpointError, match="folder") as caught:
-        compressed.find(tensors, "m.weight", (6, 64), formats, "folder")
+        stored_integers.find(tensors, "m.weight", (6, 64), formats, "folder")
     assert said in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def test_a_stated_shape_that_is_another_is_refused(target: Checkpoint, tmp_path:
 
 
 def test_a_block_whose_scale_is_zero_is_one_of_zeros() -> None:
-    matrix = compressed.StoredMatrix(name="m.weight", shape=(1, 64), format=GROUPS4, packed=False)
+    matrix = stored_integers.StoredMatrix(name="m.weight", shape=(1, 64), format=GROUPS4, packed=False)
     values, scales = matrix.rows(np.full((1, 64), 3, np.int8), np.array([[0.0, 0.5]], np.float32))
     assert (values[0, :32] == 0).all()
     assert (values[0, 32:] == 3).all()
@@ -187,9 +187,9 @@ def test_a_block_whose_scale_is_zero_is_one_of_zeros() -> None:
 )
 def test_what_has_no_kernel_is_refused(format: WeightFormat, export_format: str, looked_up: bool) -> None:
     rows = WeightFormat(bits=format.bits, block_size=0)
-    compressed.check_runs("m", rows, export_format, looked_up=looked_up)
+    stored_integers.check_runs("m", rows, export_format, looked_up=looked_up)
     with pytest.raises(CheckpointError, match=f"m is stored at {format.bits} bits in groups of {format.block_size}"):
-        compressed.check_runs("m", format, export_format, looked_up=looked_up)
+        stored_integers.check_runs("m", format, export_format, looked_up=looked_up)
 
 
 def test_an_adapter_is_not_merged_into_integers(target: Checkpoint, tiny: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path
         if len(parameter.shape) == 2
     }
     kinds = {module: (bits, block) for module, bits, block in found}
-    if compressed.read_quantization(target.config, "config.json") == {GROUPS4}:
+    if stored_integers.read_quantization(target.config, "config.json") == {GROUPS4}:
         assert (kinds["embed_tokens"], kinds["embed_tokens_per_layer"]) == ((32, 0), (32, 0))
         assert (kinds["up_proj"], kinds["per_layer_model_projection"]) == ((4, 32), (4, 32))
     else:
@@ -235,6 +235,6 @@ def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_p
 
 def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) -> None:
     drafter = copy_pair(target.folder.parent / "drafter", tmp_path / "drafter")
-    rewrite_json(drafter / "config.json", {compressed.KEY: target.config[compressed.KEY]})
+    rewrite_json(drafter / "config.json", {stored_integers.KEY: target.config[stored_integers.KEY]})
     with pytest.raises(CheckpointError, match="the drafter is stored as integers, expected floats"):
         open_pair(config_for(target, tmp_path / "out", drafter))

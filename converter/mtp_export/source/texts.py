@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mtp_export.arch.gemma4 import token_ids
 from mtp_export.arch.spec import TargetSpec
-from mtp_export.checkpoint import Checkpoint
 from mtp_export.errors import CheckpointError
+from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime.errors import BundleError
 from mtp_runtime.tokenizer import Tokenizer
 
