@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, INT8, Recipe, WeightFormat
 from mtp_export.arch.spec import DrafterSpec
-from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
+from mtp_export.source.checkpoint import EMBEDDINGS, Checkpoint, check_tensors, read_token_ordering
 from mtp_export.trace import TracedGraph
 from mtp_export.weights import Parameter, quantise
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING = EMBEDDINGS["drafter"]
 _ORDERING = "masked_embedding.token_ordering"
 _PLACES = "masked_embedding.token_places"
 _TABLE = "masked_embedding.table"
@@ -32,26 +32,24 @@ def target_parameters(
         CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
     """
     graphs = list(graphs)
-    prefix = text_prefix(checkpoint)
-    check_tensors(checkpoint, {name: shape for g in graphs for name, shape in g.weights.items()}, prefix)
+    check_tensors(checkpoint, {name: shape for g in graphs for name, shape in g.weights.items()})
     return {
         graph.role: {
-            name: _of_target(checkpoint, prefix, name, shape, graph.role, recipe)
-            for name, shape in graph.weights.items()
+            name: _of_target(checkpoint, name, shape, graph.role, recipe) for name, shape in graph.weights.items()
         }
         for graph in graphs
     }
 
 
-def _of_target(
-    checkpoint: Checkpoint, prefix: str, name: str, shape: tuple[int, ...], role: str, recipe: Recipe
-) -> Parameter:
+def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: str, recipe: Recipe) -> Parameter:
     """A matrix that the checkpoint stores as integers stays as it is, whatever the recipe says."""
     looked_up = role != "target"
-    matrix = checkpoint.quantised(prefix + name, shape)
+    format, place = target_format(role, name, shape, recipe), name
+    if name == EMBEDDINGS["target"]:
+        place = checkpoint.embedding if looked_up else checkpoint.head
+    matrix = checkpoint.quantised(place, shape)
     if matrix is None:
-        format = target_format(role, name, shape, recipe)
-        return _stored(checkpoint, prefix + name, shape, format, looked_up=looked_up)
+        return _stored(checkpoint, place, shape, format, looked_up=looked_up)
     return Parameter(
         shape=shape,
         format=matrix.format,
@@ -88,7 +86,7 @@ def drafter_parameters(
     derived = {_TABLE, _ROW_SCALES, _ORDERING, _PLACES}
     stored = {name: shape for name, shape in graph.weights.items() if name not in derived}
     embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
-    check_tensors(checkpoint, stored | embedding, "")
+    check_tensors(checkpoint, stored | embedding)
     parameters = {
         name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe)) for name, shape in stored.items()
     }
@@ -126,7 +124,7 @@ def _clustered_table(
     ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
 
     def tokens(start: int, stop: int) -> NDArray[np.float32]:
-        return checkpoint.rows_at(_EMBEDDING, ordering()[start:stop].reshape(-1))
+        return checkpoint.rows_at(checkpoint.head, ordering()[start:stop].reshape(-1))
 
     def laid_out(rows: NDArray[Any]) -> NDArray[Any]:
         if len(shape) == 2:

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.checkpoint import TEXT_PREFIXES, Checkpoint, text_prefix
+from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.names import canonical_module
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -148,8 +149,7 @@ def _delta(
     """The tensor that a module's matrices are for, and what they add to it."""
     if sides.keys() != {"A", "B"}:
         raise CheckpointError(f"{path}: {module} has only lora_{''.join(sides)}: the adapter is incomplete")
-    prefix = next((prefix for prefix in TEXT_PREFIXES if module.startswith(prefix)), "")
-    name = f"{text_prefix(checkpoint)}{module.removeprefix(prefix)}.weight"
+    name = f"{canonical_module(module)}.weight"
     info = checkpoint.tensors.get(name)
     if checkpoint.formats and (info is None or info.dtype == "I8"):
         raise CheckpointError(

@@ -1,10 +1,11 @@
-"""Opening checkpoints: a local folder, a Hugging Face id, or the embedded nano. The only place that knows the
-published tensor names. Only safetensors are read: nothing in a checkpoint is ever executed."""
+"""Opening checkpoints: a local folder, a Hugging Face id, or the embedded nano. Only safetensors are read: nothing in a
+checkpoint is ever executed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mtp_export.errors import CheckpointError
 from mtp_export.source import stored_integers
+from mtp_export.source.names import canonical_names
 from mtp_runtime.bundle import sha256_of
 from mtp_runtime.contract import FileEntry
 
@@ -33,35 +35,37 @@ _TEXT_FILES = (
     "chat_template.jinja",
 )
 HUB_FILES = ["*.safetensors", _INDEX, *_TEXT_FILES]  # what is fetched of a published checkpoint
-_FLOATS = ("BF16", "F16", "F32")
+ADAPTER_CONFIG = "adapter_config.json"
+_NAMED_FILE = "transformers_weights"  # a key of config.json
+_SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_ORDERING = "token_ordering"
+_TIES = "tie_word_embeddings"
+EMBEDDINGS = {"target": "embed_tokens.weight", "drafter": "model.embed_tokens.weight"}  # by part
+HEAD = "lm_head.weight"
+_ROWS_AT_ONCE = 8192
 _MAX_TEXT_BYTES = 64 << 20
 
 # An id is an owner and a name; what begins with a dot is a path.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
-# Where the text model's tensors lie: in a multimodal file, in a text-only one, and bare.
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-# Parts of a multimodal file that are not exported, tensors that KV-shared layers carry without using them, scales of a
-# quantised KV cache, and the tied head, which may be stored twice.
-_IGNORED = re.compile(
-    r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
-    r"|.*\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.(weight(_packed|_scale|_shape)?|(in|out)put_scale)$"
-    r"|.*\.layers\.\d+\.self_attn\.[kv]_(cache_)?scale$"
-    r"|lm_head\.(weight(_packed|_scale|_shape)?|(in|out)put_scale)$"
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a stored tensor lies, and what its header says."""
+    """Where a stored tensor lies, its name there, and what its header says."""
 
     file: Path
+    stored: str
     shape: tuple[int, ...]
     dtype: str
 
 
 class Checkpoint:
-    """An opened checkpoint folder: parsed config, tensor headers, and rows on demand."""
+    """An opened checkpoint folder: parsed config, tensor headers, and rows on demand.
+
+    `tensors` go by canonical name (names.py): the text model with its head, or all of a drafter. `others` are the
+    stored names of what else the files hold.
+    """
 
     def __init__(self, folder: Path, part: str) -> None:
         """Open `folder`; `part` ("target" or "drafter") names it in errors.
@@ -72,12 +76,29 @@ class Checkpoint:
         if not os.path.isdir(folder):
             raise CheckpointError(f"no {part} checkpoint at {folder}: give a folder with config.json and *.safetensors")
         self.folder, self.part = folder, part
+        self._refuse_adapter()
         self.config = self.read_json("config.json")
-        self.formats = stored_integers.read_quantization(self.config, str(folder / "config.json"))
-        self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[Path, Any] = {}
+        self._index: list[str] = []  # the index that was read, if one was
+        stored: dict[str, TensorInfo] = {}
         for path in self._shards():
-            self._add_headers(path)
+            self._add_headers(path, stored)
+        model_type = self.config.get("model_type") if isinstance(self.config, dict) else None
+        names, self.others = canonical_names(stored, part, model_type, str(folder))
+        self.tensors = {name: stored[original] for name, original in names.items()}
+        integers = any(info.dtype not in _FLOATS for name, info in self.tensors.items() if not name.endswith(_ORDERING))
+        self.formats = (
+            stored_integers.read_quantization(self.config, str(folder / "config.json")) if integers else frozenset()
+        )
+
+    def _refuse_adapter(self) -> None:
+        """transformers loads a folder with an adapter's config as that adapter's base with the adapter on it."""
+        if self.has(ADAPTER_CONFIG):
+            raise CheckpointError(
+                f"{self.folder} holds an adapter ({ADAPTER_CONFIG}), and transformers loads such a folder as the adapter's "
+                "base with the adapter on it: give the base with --checkpoint and this folder with --adapter, or remove "
+                "the adapter_* files if the weights beside them are merged"
+            )
 
     def read_text(self, name: str) -> str:
         """Return a text file of the folder.
@@ -114,40 +135,139 @@ class Checkpoint:
         return os.path.isfile(self.folder / name)  # False for a name that the file system does not take
 
     def _shards(self) -> list[Path]:
-        if not self.has(_INDEX):
-            if self.has(_SINGLE):
-                return [self.folder / _SINGLE]
+        """The files that hold the weights: the one that the config names, the whole one, or those of the index, as
+        transformers takes them; without an index, a full set by its own numbering."""
+        named = self.config.get(_NAMED_FILE) if isinstance(self.config, dict) else None
+        if named is not None:
+            name = self._safe_name(named, f"config.json: {_NAMED_FILE}")
+            return self._indexed(name) if name.endswith(".index.json") else [self._existing(name)]
+        if self.has(_SINGLE):
+            return [self.folder / _SINGLE]
+        if self.has(_INDEX):
+            return self._indexed(_INDEX)
+        return self._numbered()
+
+    def _indexed(self, index_name: str) -> list[Path]:
+        index, self._index = self.read_json(index_name), [index_name]
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+            raise CheckpointError(f"{self.folder / index_name} has no valid weight_map: download it again")
+        return [self._existing(self._safe_name(name, index_name)) for name in sorted(set(names.values()))]
+
+    def _safe_name(self, name: Any, where: str) -> str:
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
+            raise CheckpointError(f"{self.folder / where} names the unsafe file {name!r}")
+        return name
+
+    def _existing(self, name: str) -> Path:
+        if not self.has(name):
+            raise CheckpointError(f"{self.folder / name} is missing: the {self.part} checkpoint is incomplete")
+        return self.folder / name
+
+    def _numbered(self) -> list[Path]:
+        """Shards without their index: all of `model-00001-of-00003.safetensors` and so on."""
+        shards = {path.name: match for path in self.folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+        if not shards:
             if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
                 raise CheckpointError(
                     f"{self.folder} has only pickled weights, which can run code when loaded: save it as safetensors"
                 )
             raise CheckpointError(f"{self.folder / _SINGLE} is missing: the {self.part} checkpoint is incomplete")
-        index = self.read_json(_INDEX)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
-            raise CheckpointError(f"{self.folder / _INDEX} has no valid weight_map: download it again")
-        shards = sorted(set(names.values()))
-        for shard in shards:
-            if "/" in shard or "\\" in shard or shard in ("", ".", "..") or "\0" in shard:
-                raise CheckpointError(f"{self.folder / _INDEX} names the unsafe file {shard!r}")
-            if not self.has(shard):
-                raise CheckpointError(f"{self.folder / shard} is missing: the {self.part} checkpoint is incomplete")
-        return [self.folder / shard for shard in shards]
+        totals = {int(match["total"]) for match in shards.values()}
+        if len(totals) > 1:
+            raise CheckpointError(
+                f"{self.folder} holds shards of several checkpoints, and no {_INDEX}: download it again"
+            )
+        total, there = totals.pop(), {int(match["number"]) for match in shards.values()}
+        missing = next((number for number in range(1, total + 1) if number not in there), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{self.folder}: shard {missing} of {total} is missing: the {self.part} checkpoint is incomplete"
+            )
+        return [self.folder / name for name in sorted(shards)]
 
-    def _add_headers(self, path: Path) -> None:
+    def _add_headers(self, path: Path, stored: dict[str, TensorInfo]) -> None:
         with self._reading(path) as file:
             for name in sorted(file.keys()):
                 view = file.get_slice(name)
-                if name in self.tensors:
+                if name in stored:
                     raise CheckpointError(
-                        f"tensor {name} lies in {self.tensors[name].file.name} and in {path}: "
+                        f"tensor {name} lies in {stored[name].file.name} and in {path}: "
                         "the checkpoint contradicts itself, download it again"
                     )
-                self.tensors[name] = TensorInfo(file=path, shape=tuple(view.get_shape()), dtype=view.get_dtype())
+                shape = tuple(view.get_shape())
+                stored[name] = TensorInfo(file=path, stored=name, shape=shape, dtype=view.get_dtype())
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The stored ones of token embedding and head, the embedding first: both, or the one that stands for both.
+
+        Raises:
+            CheckpointError: neither is stored, or the config does not tie them and one is missing.
+        """
+        names = (EMBEDDINGS[self.part], HEAD)
+        there = tuple(name for name in names if not self._stored_as(name).isdisjoint(self.tensors))
+        if there == names or (there and self._ties):
+            return there
+        missing = next(name for name in names if name not in there)
+        if self._ties:
+            raise CheckpointError(f"{self.folder}: tensor {missing} is missing: the checkpoint is incomplete")
+        raise CheckpointError(
+            f"{self.folder}: config.json says {_TIES} = false, and tensor {missing} is missing: the checkpoint is "
+            f"incomplete, or set {_TIES} to true if its head is its embedding"
+        )
+
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether the head is the token embedding. As in transformers, the config ties them, unless both are stored and
+        differ; only where both are stored, and the config ties them, are weights read.
+
+        Raises:
+            CheckpointError: as of `tables`, or a file is damaged.
+        """
+        return self._ties and (len(self.tables) == 1 or self._same(*self.tables))
+
+    @property
+    def embedding(self) -> str:
+        """Name of the tensor that tokens are looked up in."""
+        return self.tables[0]
+
+    @property
+    def head(self) -> str:
+        """Name of the tensor that scores tokens; reads weights as `tied` does."""
+        return self.tables[0] if self.tied else HEAD
+
+    @property
+    def _ties(self) -> bool:
+        """What the config says, in the place where transformers looks; it says so by default."""
+        return not isinstance(self.config, dict) or self.config.get(_TIES) is not False
+
+    def _stored_as(self, name: str) -> set[str]:
+        return {name, f"{name}_packed"}
+
+    def _same(self, name: str, other: str) -> bool:
+        """Whether two matrices have the same values, and the same scales where they are stored as integers."""
+        for suffix in ("", "_packed", "_scale"):
+            pair = [self.tensors.get(n + suffix) for n in (name, other)]
+            if pair == [None, None]:
+                continue
+            first, second = pair
+            if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
+                return False
+            for start in range(0, first.shape[0], _ROWS_AT_ONCE):
+                rows = [self._raw(info, start, start + _ROWS_AT_ONCE) for info in (first, second)]
+                if not torch.equal(*rows):
+                    return False
+        return True
+
+    def _raw(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        with self._reading(info.file) as file:
+            rows: torch.Tensor = file.get_slice(info.stored)[start:stop]
+        return rows
 
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
-        present = [self.folder / name for name in (*_TEXT_FILES, _INDEX) if self.has(name)]
+        present = [self.folder / name for name in (*_TEXT_FILES, *self._index) if self.has(name)]
         return present + sorted({info.file for info in self.tensors.values()})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -158,18 +278,18 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is damaged, or a weight is not finite.
         """
-        return self._float32(name, lambda file: file.get_slice(name)[start:stop])
+        return self._float32(name, lambda file, stored: file.get_slice(stored)[start:stop])
 
     def rows_at(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a stored matrix in any order, as float32. Shapes: indices [N] -> [N, …]"""
-        return self._float32(name, lambda file: file.get_tensor(name)[torch.from_numpy(indices)])
+        return self._float32(name, lambda file, stored: file.get_tensor(stored)[torch.from_numpy(indices)])
 
-    def _float32(self, name: str, read: Callable[[Any], torch.Tensor]) -> NDArray[np.float32]:
-        path = self.tensors[name].file
-        with self._reading(path) as file:
-            values: NDArray[np.float32] = read(file).to(torch.float32).numpy()
+    def _float32(self, name: str, read: Callable[[Any, str], torch.Tensor]) -> NDArray[np.float32]:
+        info = self.tensors[name]
+        with self._reading(info.file) as file:
+            values: NDArray[np.float32] = read(file, info.stored).to(torch.float32).numpy()
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity: the weights are damaged")
+            raise CheckpointError(f"{info.file}: tensor {info.stored} holds NaN or infinity: the weights are damaged")
         return values
 
     def quantised(self, name: str, shape: tuple[int, ...]) -> stored_integers.StoredMatrix | None:
@@ -192,13 +312,13 @@ class Checkpoint:
                 f"config.json asks for {list(matrix.shape)}"
             )
         with self._reading(self.tensors[matrix.values].file) as file:
-            values = file.get_slice(matrix.values)[start:stop].numpy()
+            values = file.get_slice(self.tensors[matrix.values].stored)[start:stop].numpy()
         return matrix.rows(values, self.rows(matrix.scales, start, stop))
 
     def integers(self, name: str) -> NDArray[np.int64]:
         """A whole stored integer vector."""
         with self._reading(self.tensors[name].file) as file:
-            values: NDArray[np.int64] = file.get_tensor(name).to(torch.int64).numpy()
+            values: NDArray[np.int64] = file.get_tensor(self.tensors[name].stored).to(torch.int64).numpy()
         return values
 
     @contextlib.contextmanager
@@ -216,49 +336,31 @@ class Checkpoint:
             raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
 
 
-def text_prefix(checkpoint: Checkpoint) -> str:
-    """What the target's parameters are prefixed with in this file.
+def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check parameters, canonical name → shape, against the headers.
 
     Raises:
-        CheckpointError: there is no text model in it.
+        CheckpointError: a tensor is missing, or of another shape or dtype.
     """
-    for prefix in TEXT_PREFIXES:
-        if any(f"{prefix}embed_tokens.{stored}" in checkpoint.tensors for stored in ("weight", "weight_packed")):
-            return prefix
-    raise CheckpointError(f"{checkpoint.folder}: no tensor …embed_tokens.weight: this is not a Gemma 4 checkpoint")
-
-
-def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
-    """Check parameters, name below `prefix` → shape, against the headers.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
-    """
-    of_quantised: set[str] = set()
-    for name, shape in expected.items():
-        stored = prefix + name
-        quantised = checkpoint.quantised(stored, shape)
-        if quantised is not None:
-            of_quantised |= quantised.tensors
+    table = EMBEDDINGS[checkpoint.part]
+    shapes = dict(expected)
+    if table in shapes:
+        shapes |= dict.fromkeys(checkpoint.tables, shapes.pop(table))
+    for name, shape in shapes.items():
+        if checkpoint.quantised(name, shape) is not None:
             continue
-        info = checkpoint.tensors.get(stored)
+        info = checkpoint.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{checkpoint.folder}: tensor {stored} is missing: the checkpoint is incomplete")
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing: the checkpoint is incomplete")
         if info.shape != shape:
             raise CheckpointError(
-                f"{info.file}: tensor {stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+                f"{info.file}: tensor {info.stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"
             )
-        allowed = ("I64", "I32") if name.endswith("token_ordering") else _FLOATS
+        allowed = ("I64", "I32") if name.endswith(_ORDERING) else _FLOATS
         if info.dtype not in allowed:
             raise CheckpointError(
-                f"{info.file}: tensor {stored} has dtype {info.dtype}, expected {' or '.join(allowed)}, "
+                f"{info.file}: tensor {info.stored} has dtype {info.dtype}, expected {' or '.join(allowed)}, "
                 f"or integers that a {stored_integers.KEY} in config.json describes"
-            )
-    for stored, info in checkpoint.tensors.items():
-        known = stored.startswith(prefix) and stored.removeprefix(prefix) in expected
-        if not known and stored not in of_quantised and not _IGNORED.match(stored):
-            raise CheckpointError(
-                f"{info.file}: unknown tensor {stored}: merge adapters before exporting, or give them with --adapter"
             )
 
 
