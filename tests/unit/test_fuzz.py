@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mtp_export import cli
 from mtp_export.arch import gemma4
-from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering, text_prefix
+from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering
 from mtp_runtime import Bundle
 from mtp_runtime.errors import UserError
 from tests.unit import toy_pair
@@ -141,10 +141,9 @@ def read_checkpoint(folder: Path, part: str, expected: dict[str, dict[str, tuple
     checkpoint = Checkpoint(folder / part, part)
     if part == "target":
         gemma4.read_target_spec(checkpoint.config, "config.json")
-        text_prefix(checkpoint)
     else:
         gemma4.read_drafter_spec(checkpoint.config, "config.json")
-    check_tensors(checkpoint, expected[part], "")
+    check_tensors(checkpoint, expected[part])
     if part == "drafter":
         read_token_ordering(checkpoint, "masked_embedding.token_ordering", 128)
     for name, shape in expected[part].items():

@@ -33,8 +33,13 @@ _TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "processor_config.json",
 )
-HUB_FILES = ["*.safetensors", _INDEX, *_TEXT_FILES]  # what is fetched of a published checkpoint
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+HUB_FILES = ["*.safetensors", _INDEX, *_TEXT_FILES, _MORE_TEMPLATES]  # what is fetched of a published checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMED_FILE = "transformers_weights"  # a key of config.json
 _SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
@@ -63,8 +68,7 @@ class TensorInfo:
 class Checkpoint:
     """An opened checkpoint folder: parsed config, tensor headers, and rows on demand.
 
-    `tensors` go by canonical name (names.py): the text model with its head, or all of a drafter. `others` are the
-    stored names of what else the files hold.
+    `tensors` go by canonical name (names.py): the text model with its head, or all of a drafter.
     """
 
     def __init__(self, folder: Path, part: str) -> None:
@@ -84,8 +88,8 @@ class Checkpoint:
         for path in self._shards():
             self._add_headers(path, stored)
         model_type = self.config.get("model_type") if isinstance(self.config, dict) else None
-        names, self.others = canonical_names(stored, part, model_type, str(folder))
-        self.tensors = {name: stored[original] for name, original in names.items()}
+        self.names = canonical_names(stored, part, model_type, str(folder))
+        self.tensors = {name: stored[original] for name, original in self.names.stored.items()}
         integers = any(info.dtype not in _FLOATS for name, info in self.tensors.items() if not name.endswith(_ORDERING))
         self.formats = (
             stored_integers.read_quantization(self.config, str(folder / "config.json")) if integers else frozenset()
@@ -95,9 +99,9 @@ class Checkpoint:
         """transformers loads a folder with an adapter's config as that adapter's base with the adapter on it."""
         if self.has(ADAPTER_CONFIG):
             raise CheckpointError(
-                f"{self.folder} holds an adapter ({ADAPTER_CONFIG}), and transformers loads such a folder as the adapter's "
-                "base with the adapter on it: give the base with --checkpoint and this folder with --adapter, or remove "
-                "the adapter_* files if the weights beside them are merged"
+                f"{self.folder} holds an adapter ({ADAPTER_CONFIG}), and transformers loads such a folder as its base "
+                "with the adapter on it: give the base with --checkpoint and this folder with --adapter, or remove the "
+                "adapter_* files if the weights beside them are merged"
             )
 
     def read_text(self, name: str) -> str:
@@ -211,7 +215,9 @@ class Checkpoint:
             return there
         missing = next(name for name in names if name not in there)
         if self._ties:
-            raise CheckpointError(f"{self.folder}: tensor {missing} is missing: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{self.folder}: tensor {self.names.prefix}{missing} is missing: the checkpoint is incomplete"
+            )
         raise CheckpointError(
             f"{self.folder}: config.json says {_TIES} = false, and tensor {missing} is missing: the checkpoint is "
             f"incomplete, or set {_TIES} to true if its head is its embedding"
@@ -268,6 +274,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
         present = [self.folder / name for name in (*_TEXT_FILES, *self._index) if self.has(name)]
+        present += sorted(self.folder.glob(_MORE_TEMPLATES))
         return present + sorted({info.file for info in self.tensors.values()})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -351,7 +358,9 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
             continue
         info = checkpoint.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {checkpoint.names.prefix}{name} is missing: the checkpoint is incomplete"
+            )
         if info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: tensor {info.stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"

@@ -6,6 +6,7 @@ Canonical are those of the text model as transformers' Gemma4TextModel has them 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -35,11 +36,18 @@ _INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_m
 _UNMERGED = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|modules_to_save|token_adapter)\.")
 
 
-def canonical_names(
-    stored: Collection[str], part: str, model_type: object, where: str
-) -> tuple[dict[str, str], list[str]]:
-    """Return the stored names of the text model's tensors and of its head by their canonical ones, and those of all
-    other tensors. All of a drafter's are its own.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+    """The names of a file: the stored ones of the model's tensors by canonical name, those of all other tensors, and
+    what the file puts before the canonical ones."""
+
+    stored: Mapping[str, str]
+    others: Sequence[str]
+    prefix: str
+
+
+def canonical_names(stored: Collection[str], part: str, model_type: object, where: str) -> Names:
+    """Find the text model's tensors and its head among the stored names. All of a drafter's are its own.
 
     Args:
         part: "target" or "drafter".
@@ -51,7 +59,7 @@ def canonical_names(
     """
     bare = _unwrapped(stored, where)
     if part == "drafter":
-        return bare, []
+        return Names(stored=bare, others=(), prefix="")
     prefix = _text_prefix(bare, str(model_type), where)
     names: dict[str, str] = {}
     for name, original in bare.items():
@@ -62,7 +70,7 @@ def canonical_names(
             )
         if ours is not None:
             names[ours] = original
-    return names, sorted(set(bare.values()) - set(names.values()))
+    return Names(stored=names, others=sorted(set(bare.values()) - set(names.values())), prefix=prefix)
 
 
 def canonical_module(name: str) -> str:
