@@ -20,6 +20,7 @@ _ORDERING = "masked_embedding.token_ordering"
 _PLACES = "masked_embedding.token_places"
 _TABLE = "masked_embedding.table"
 _ROW_SCALES = "masked_embedding.row_scales"
+_DERIVED = frozenset({_TABLE, _ROW_SCALES, _ORDERING, _PLACES})  # made of the embedding and its ordering
 _CENTROIDS = "masked_embedding.centroids.weight"
 
 
@@ -32,13 +33,24 @@ def target_parameters(
         CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
     """
     graphs = list(graphs)
-    check_tensors(checkpoint, {name: shape for g in graphs for name, shape in g.weights.items()})
+    check_tensors(checkpoint, target_tensors(graphs))
     return {
         graph.role: {
             name: _of_target(checkpoint, name, shape, graph.role, recipe) for name, shape in graph.weights.items()
         }
         for graph in graphs
     }
+
+
+def target_tensors(graphs: Iterable[TracedGraph]) -> dict[str, tuple[int, ...]]:
+    """The tensors that a target's graphs are made of, by canonical name, and their shapes."""
+    return {name: shape for graph in graphs for name, shape in graph.weights.items()}
+
+
+def drafter_tensors(graph: TracedGraph, spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors that a drafter's graph is made of: its embedding becomes the clustered table."""
+    stored = {name: shape for name, shape in graph.weights.items() if name not in _DERIVED}
+    return stored | {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
 
 
 def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: str, recipe: Recipe) -> Parameter:
@@ -83,12 +95,11 @@ def drafter_parameters(
     Raises:
         CheckpointError: as for the target.
     """
-    derived = {_TABLE, _ROW_SCALES, _ORDERING, _PLACES}
-    stored = {name: shape for name, shape in graph.weights.items() if name not in derived}
-    embedding = {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
-    check_tensors(checkpoint, stored | embedding)
+    check_tensors(checkpoint, drafter_tensors(graph, spec))
     parameters = {
-        name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe)) for name, shape in stored.items()
+        name: _stored(checkpoint, name, shape, _drafter_format(name, shape, recipe))
+        for name, shape in graph.weights.items()
+        if name not in _DERIVED
     }
     table = _clustered_table(checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights)
     return {name: value for name, value in (parameters | table).items() if name in graph.weights}

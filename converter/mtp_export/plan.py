@@ -67,7 +67,7 @@ class Device:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What an export would do. files_bytes goes by name, signatures by role, seconds by stage; memory_bytes is the
-    highest anonymous memory of all processes."""
+    highest anonymous memory of all processes; left_aside is what changes nothing of what is exported."""
 
     output: str
     model: str
@@ -86,6 +86,7 @@ class Plan:
     seconds: Mapping[str, float]
     disks: Sequence[Disk]
     device: Device
+    left_aside: Sequence[str]
 
     @property
     def remedy(self) -> str:
@@ -119,6 +120,7 @@ def plan(config: ExportConfig) -> Plan:
         values = pipeline.pair_parameters(config, pair, graphs)
         inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in pipeline.input_files(pair)}
         files = _files(config, pair, shape, graphs, values, inputs)
+        unused = pipeline.pair_left_aside(pair, graphs)
     return Plan(
         output=str(config.output),
         model=config.model,
@@ -137,6 +139,7 @@ def plan(config: ExportConfig) -> Plan:
         seconds=_seconds(config, graphs, values, sum(inputs.values()), files),
         disks=_disks(config.output, sum(files.values()), headers.download_bytes),
         device=_device(config, pair.target_spec, shape, values),
+        left_aside=unused,
     )
 
 

@@ -246,6 +246,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "num_draft_tokens": manifest.num_draft_tokens,
         "input_bytes": result.input_bytes,
         "files_bytes": _sizes(result),
+        "left_aside": list(result.left_aside),
         "seconds": result.seconds,
     }
 
@@ -259,6 +260,8 @@ def _print(result: Any) -> None:
         f"  from {result.input_bytes / 1e6:.2f} MB in {sum(seconds.values()):.1f} s "
         f"({', '.join(f'{name} {s:.1f}' for name, s in seconds.items())})"
     )
+    if result.left_aside:
+        click.echo(f"  left aside: {', '.join(result.left_aside)}")
     for bits in sorted(set(manifest.bits.values())):
         click.echo(f"  {bits} bits: {', '.join(name for name, count in manifest.bits.items() if count == bits)}")
     click.echo(f"  context {manifest.context_length} tokens, up to {manifest.num_draft_tokens} drafts a round")

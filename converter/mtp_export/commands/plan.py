@@ -48,6 +48,8 @@ def _print(plan: Any) -> None:
     for name, size in plan.files_bytes.items():
         click.echo(f"  {name:28} {_size(size):>10}  {_use(plan, name)}".rstrip())
     click.echo(f"  {'together':28} {_size(sum(plan.files_bytes.values())):>10}")
+    if plan.left_aside:
+        click.echo(f"left aside: {', '.join(plan.left_aside)}")
     download = f", of which {_size(plan.download_bytes)} are to be downloaded" if plan.download_bytes else ""
     click.echo(f"to export: reads {_size(plan.input_bytes)}{download}")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in plan.seconds.items())

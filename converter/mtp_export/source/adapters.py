@@ -70,6 +70,7 @@ class AdaptedCheckpoint(Checkpoint):
             CheckpointError: one of them is damaged, of another kind than LoRA, or of another model.
         """
         super().__init__(folder, part)
+        self.left_aside: tuple[str, ...] = ()
         self._deltas: dict[str, list[Delta]] = {}
         for adapter in adapters:
             for name, delta in read_adapter(adapter, self).items():
