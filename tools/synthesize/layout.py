@@ -1,7 +1,6 @@
 """Which tensors a published pair stores: names, shapes, and how large their values are.
 
-The text model alone: the exported parts are all here, and the layout of the vision and audio towers is in no fact that
-we have; the converter ignores them.
+The text model; towers.py has the vision and audio towers.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class StoredTensor:
 
     @property
     def row_length(self) -> int:
-        """Values in a row of a matrix; 1 of what is none."""
+        """Values in the last dimension; 1 of what is no matrix."""
         if len(self.shape) < 2:
             return 1
-        return self.shape[1] * 32 // self.bits if self.dtype == "I32" else self.shape[1]
+        return self.shape[-1] * 32 // self.bits if self.dtype == "I32" else self.shape[-1]
 
     @property
     def size_bytes(self) -> int:
@@ -80,20 +79,20 @@ def target_tensors(spec: TargetSpec, *, unused_caches: bool) -> list[StoredTenso
     # Every norm of a branch's result is this large: then 3 branches a layer add up to _MIXING.
     branch = _MIXING / (3 * spec.num_layers) ** 0.5
     tensors = [
-        _matrix("embed_tokens", spec.vocab_size, hidden),
-        _matrix("embed_tokens_per_layer", spec.vocab_size_per_layer_input, width, spread=per_layer**-0.5),
-        _matrix("per_layer_model_projection", width, hidden),
-        _vector("per_layer_projection_norm", per_layer),
-        _vector("norm", hidden, _LOGIT_SPREAD),
+        matrix("embed_tokens", spec.vocab_size, hidden),
+        matrix("embed_tokens_per_layer", spec.vocab_size_per_layer_input, width, spread=per_layer**-0.5),
+        matrix("per_layer_model_projection", width, hidden),
+        vector("per_layer_projection_norm", per_layer),
+        vector("norm", hidden, _LOGIT_SPREAD),
     ]
     for layer in range(spec.num_layers):
         tensors += _layer(spec, layer, branch)
         if layer < spec.num_caches or unused_caches:
             tensors += _keys_and_values(spec, layer)
         tensors += [
-            _matrix(f"layers.{layer}.per_layer_input_gate", per_layer, hidden),
-            _matrix(f"layers.{layer}.per_layer_projection", hidden, per_layer),
-            _vector(f"layers.{layer}.post_per_layer_input_norm", hidden, branch),
+            matrix(f"layers.{layer}.per_layer_input_gate", per_layer, hidden),
+            matrix(f"layers.{layer}.per_layer_projection", hidden, per_layer),
+            vector(f"layers.{layer}.post_per_layer_input_norm", hidden, branch),
         ]
     return [dataclasses.replace(tensor, name=TARGET_PREFIX + tensor.name) for tensor in tensors]
 
@@ -102,11 +101,11 @@ def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
     """The drafter's tensors: query-only layers, and the clustered head beside the tied embedding."""
     hidden, backbone = spec.hidden_size, spec.backbone_hidden_size
     tensors = [
-        _matrix("model.embed_tokens", spec.vocab_size, hidden),
-        _vector("model.norm", hidden, _LOGIT_SPREAD),
-        _matrix("pre_projection", hidden, 2 * backbone),
-        _matrix("post_projection", backbone, hidden),
-        _matrix("masked_embedding.centroids", spec.head.num_centroids, hidden),
+        matrix("model.embed_tokens", spec.vocab_size, hidden),
+        vector("model.norm", hidden, _LOGIT_SPREAD),
+        matrix("pre_projection", hidden, 2 * backbone),
+        matrix("post_projection", backbone, hidden),
+        matrix("masked_embedding.centroids", spec.head.num_centroids, hidden),
         StoredTensor(name=TOKEN_ORDERING, shape=(spec.vocab_size,), spread=0.0, dtype="I64", content="permutation"),
     ]
     for layer in range(spec.num_layers):
@@ -120,16 +119,16 @@ def _layer(spec: DecoderSpec, layer: int, branch: float) -> list[StoredTensor]:
     head_dim = spec.head_dim_of(spec.layer_types[layer])
     queries = spec.num_heads * head_dim
     return [
-        _vector(f"{name}.input_layernorm", hidden),
-        _matrix(f"{name}.self_attn.q_proj", queries, hidden),
-        _vector(f"{name}.self_attn.q_norm", head_dim),
-        _matrix(f"{name}.self_attn.o_proj", hidden, queries),
-        _vector(f"{name}.post_attention_layernorm", hidden, branch),
-        _vector(f"{name}.pre_feedforward_layernorm", hidden),
-        _matrix(f"{name}.mlp.gate_proj", inner, hidden),
-        _matrix(f"{name}.mlp.up_proj", inner, hidden),
-        _matrix(f"{name}.mlp.down_proj", hidden, inner),
-        _vector(f"{name}.post_feedforward_layernorm", hidden, branch),
+        vector(f"{name}.input_layernorm", hidden),
+        matrix(f"{name}.self_attn.q_proj", queries, hidden),
+        vector(f"{name}.self_attn.q_norm", head_dim),
+        matrix(f"{name}.self_attn.o_proj", hidden, queries),
+        vector(f"{name}.post_attention_layernorm", hidden, branch),
+        vector(f"{name}.pre_feedforward_layernorm", hidden),
+        matrix(f"{name}.mlp.gate_proj", inner, hidden),
+        matrix(f"{name}.mlp.up_proj", inner, hidden),
+        matrix(f"{name}.mlp.down_proj", hidden, inner),
+        vector(f"{name}.post_feedforward_layernorm", hidden, branch),
         StoredTensor(name=f"{name}.layer_scalar", shape=(1,), spread=1.0),
     ]
 
@@ -138,17 +137,17 @@ def _keys_and_values(spec: DecoderSpec, layer: int) -> list[StoredTensor]:
     layer_type: LayerType = spec.layer_types[layer]
     head_dim, name = spec.head_dim_of(layer_type), f"layers.{layer}.self_attn"
     return [
-        _matrix(f"{name}.k_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
-        _matrix(f"{name}.v_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
+        matrix(f"{name}.k_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
+        matrix(f"{name}.v_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
         # The scores are not scaled by D^-0.5, so the norms do it; without that, random attention is chaotic.
-        _vector(f"{name}.k_norm", head_dim, head_dim**-0.5),
+        vector(f"{name}.k_norm", head_dim, head_dim**-0.5),
     ]
 
 
-def _matrix(name: str, rows: int, columns: int, spread: float | None = None) -> StoredTensor:
+def matrix(name: str, rows: int, columns: int, spread: float | None = None) -> StoredTensor:
     """Scaled by its fan-in unless `spread` says otherwise."""
     return StoredTensor(name=f"{name}.weight", shape=(rows, columns), spread=spread or columns**-0.5)
 
 
-def _vector(name: str, length: int, middle: float = 1.0) -> StoredTensor:
+def vector(name: str, length: int, middle: float = 1.0) -> StoredTensor:
     return StoredTensor(name=f"{name}.weight", shape=(length,), spread=middle)

@@ -3,52 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, TargetSpec
 from mtp_export.embedded import EMBEDDED
-from tools.synthesize import quantised
+from tools.synthesize import media, quantised
+from tools.synthesize.towers import Towers
 
 _STOP_BESIDE_EOS = 50  # generation_config.json of the published targets stops here too
+# As published. Without towers a pair is greedy: it is there to be measured.
+_SAMPLER: Mapping[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+_GREEDY: Mapping[str, Any] = {"do_sample": False}
 
 
-def write_target_texts(folder: Path, spec: TargetSpec, variant: str = "plain") -> None:
-    """Write everything but the weights of a target."""
-    config = target_config(spec)
+def write_target_texts(
+    folder: Path, spec: TargetSpec, variant: str, towers: Towers | None, leftovers: Mapping[str, Any]
+) -> None:
+    """Write everything but the weights of a target.
+
+    Args:
+        leftovers: further outer keys of config.json.
+    """
+    config = {**target_config(spec, towers), **leftovers}
     if variant in quantised.VARIANTS:
         config["quantization_config"] = quantised.quantization_config(variant, spec.per_layer_size)
-    _write_json(folder / "config.json", config)
-    _write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": spec.bos_token_id,
-            "do_sample": False,
-            "eos_token_id": [*spec.eos_token_ids, _STOP_BESIDE_EOS],
-            "pad_token_id": spec.pad_token_id,
-        },
-    )
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((EMBEDDED / "target" / name).read_bytes())
-    (folder / "tokenizer.json").write_text(tokenizer_json(spec.vocab_size), encoding="utf-8")
+    generation: dict[str, Any] = {
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": [*spec.eos_token_ids, _STOP_BESIDE_EOS],
+        "pad_token_id": spec.pad_token_id,
+    }
+    tokenizer, settings = tokenizer_json(spec.vocab_size), _embedded("tokenizer_config.json")
+    if towers is not None:
+        tokenizer = media.with_media_tokens(tokenizer, spec.vocab_size)
+        settings |= media.tokenizer_settings()
+        write_json(folder / "processor_config.json", media.processor_config())
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {**generation, **(_GREEDY if towers is None else _SAMPLER)})
+    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    template = "chat_template.jinja"
+    (folder / template).write_bytes((EMBEDDED / "target" / template).read_bytes())
 
 
-def write_drafter_texts(folder: Path, spec: DrafterSpec, max_position_embeddings: int) -> None:
-    """Write everything but the weights of a drafter."""
-    _write_json(folder / "config.json", drafter_config(spec, max_position_embeddings))
-
-
-def tokenizer_json(vocab_size: int) -> str:
-    """nano's tokenizer, whose special tokens have the published ids; the ids above its own get a name, so that
+def tokenizer_json(vocab_size: int) -> dict[str, Any]:
+    """nano's tokenizer.json, whose special tokens have the published ids; the ids above its own get a name, so that
     whatever a model says can be shown."""
-    document = json.loads((EMBEDDED / "target" / "tokenizer.json").read_text(encoding="utf-8"))
+    document = _embedded("tokenizer.json")
     vocabulary = document["model"]["vocab"]
     vocabulary |= {f"<unused{i}>": i for i in range(len(vocabulary), vocab_size)}
-    return json.dumps(document, ensure_ascii=False)
+    return document
 
 
-def target_config(spec: TargetSpec) -> dict[str, Any]:
-    """config.json of a multimodal target without its towers."""
+def _embedded(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((EMBEDDED / "target" / name).read_text(encoding="utf-8"))
+    return document
+
+
+def target_config(spec: TargetSpec, towers: Towers | None = None) -> dict[str, Any]:
+    """config.json of a multimodal target; without towers, only what their absence leaves."""
     narrow, wide = spec.intermediate_sizes[0], spec.intermediate_sizes[-1]
     of_target = {
         "final_logit_softcapping": spec.final_logit_softcapping,
@@ -58,7 +72,7 @@ def target_config(spec: TargetSpec) -> dict[str, Any]:
         "use_double_wide_mlp": wide == 2 * narrow,
         "vocab_size_per_layer_input": spec.vocab_size_per_layer_input,
     }
-    return {
+    config: dict[str, Any] = {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "audio_config": None,
         "dtype": "bfloat16",
@@ -68,6 +82,10 @@ def target_config(spec: TargetSpec) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "vision_config": None,
     }
+    if towers is not None:
+        config |= media.target_settings(towers, spec.vocab_size)
+        config["text_config"] |= dict.fromkeys(("expert_intermediate_size", "moe_intermediate_size"))
+    return config
 
 
 def drafter_config(spec: DrafterSpec, max_position_embeddings: int) -> dict[str, Any]:
@@ -91,6 +109,16 @@ def drafter_config(spec: DrafterSpec, max_position_embeddings: int) -> dict[str,
         "tie_word_embeddings": True,
         "use_ordered_embeddings": True,
     }
+
+
+def published_drafter_config(spec: DrafterSpec, max_position_embeddings: int, *, qat: bool) -> dict[str, Any]:
+    """config.json of a drafter with all that the published ones say beside what it needs: the ids of media tokens and
+    the library's bookkeeping; with `qat`, the stop ids too."""
+    config = drafter_config(spec, max_position_embeddings) | media.drafter_settings(spec.vocab_size)
+    config["text_config"] |= {**media.BOOKKEEPING, "moe_intermediate_size": None}
+    if qat:
+        config["eos_token_id"] = [1, 106]
+    return config
 
 
 def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, Any]:
@@ -135,5 +163,5 @@ def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, A
     }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

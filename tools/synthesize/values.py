@@ -9,6 +9,7 @@ copy.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,19 +49,23 @@ class Values:
             yield np.random.default_rng(key).permutation(tensor.shape[0]).astype("<i8")
         elif tensor.content == "constant":
             yield np.array(tensor.values, "<i8" if tensor.dtype == "I64" else "<f4")
-        elif len(tensor.shape) == 1:
+        elif len(tensor.shape) < 2:
             values = np.random.default_rng(key).uniform(0.75, 1.25, tensor.shape) * tensor.spread
-            yield bfloat16_bits(values.astype(np.float32))
+            yield bfloat16_bits(np.asarray(values, np.float32))
         else:
-            rows = max(1, _WRITE_BYTES // (tensor.item_bytes * tensor.shape[1]))
-            for start in range(0, tensor.shape[0], rows):
-                yield self._rows(tensor, key, start, min(start + rows, tensor.shape[0]))
+            count = math.prod(tensor.shape[:-1])
+            rows = max(1, _WRITE_BYTES // (tensor.item_bytes * tensor.shape[-1]))
+            for start in range(0, count, rows):
+                yield self._rows(tensor, key, start, min(start + rows, count))
 
     def _key(self, name: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{name}".encode()).digest()[:8], "little")
 
     def _rows(self, tensor: StoredTensor, key: int, start: int, stop: int) -> NDArray[np.generic]:
-        """Shapes: -> [stop - start, columns]"""
+        """Rows of a matrix; of a tensor with more dimensions, in the order of the file.
+
+        Shapes: -> [stop - start, columns]
+        """
         name = f"{tensor.content} {tensor.dtype} {tensor.bits} {tensor.spread}"
         if name not in self._stretches:
             self._stretches[name] = self._stretched(tensor)
@@ -68,33 +73,36 @@ class Values:
         # Blocks of a lattice, and the words of packed integers, must not be cut; a scale stands for itself.
         step = BLOCK if self._lattice or tensor.content == "integers" else 1
         count = _STRETCHES * _STARTS // step  # a power of two: an odd stride visits every window once
-        if tensor.shape[0] > count:
-            raise ValueError(f"{tensor.name} has {tensor.shape[0]} rows, and there are {count} windows for them")
+        needed = math.prod(tensor.shape[:-1])
+        if needed > count:
+            raise ValueError(f"{tensor.name} has {needed} rows, and there are {count} windows for them")
         stride, first = key >> 32 | 1, key & 0xFFFFFFFF
         window = (np.arange(start, stop, dtype=np.uint64) * np.uint64(stride) + np.uint64(first)) % np.uint64(count)
         if tensor.dtype == "I32":
             step = tensor.bits  # words of so many values
         begin = window % _STRETCHES * stretches.shape[1] + window // _STRETCHES * step
-        rows: NDArray[np.generic] = sliding_window_view(stretches.reshape(-1), tensor.shape[1])[begin.astype(np.int64)]
+        rows: NDArray[np.generic] = sliding_window_view(stretches.reshape(-1), tensor.shape[-1])[begin.astype(np.int64)]
         return rows
 
     def _stretched(self, tensor: StoredTensor) -> NDArray[np.generic]:
         """All stretches for tensors of this kind. Shapes: -> [stretches, starts + longest row], or in words"""
         if tensor.content == "normal":
-            return self._scaled(tensor.spread)
+            return self._scaled(tensor.spread, tensor.dtype)
         if tensor.content == "scales":
             uniform = np.random.default_rng(self._seed).uniform(0.75, 1.25, self._normals.shape) * tensor.spread
             return bfloat16_bits(uniform) if tensor.dtype == "BF16" else uniform.astype("<f4")
         levels = normal_levels(self._normals, tensor.bits)
         return levels if tensor.dtype == "I8" else pack_words(levels, tensor.bits)
 
-    def _scaled(self, spread: float) -> NDArray[np.uint16]:
+    def _scaled(self, spread: float, dtype: str) -> NDArray[np.generic]:
         """All stretches for matrices of this spread. Shapes: -> [stretches, starts + longest row]"""
-        bits = np.empty(self._normals.shape, np.uint16)
+        stored = np.empty(self._normals.shape, np.float32 if dtype == "F32" else np.uint16)
         for i, normals in enumerate(self._normals):
             values = normals * np.float32(spread * 2.0 ** ((i - (_STRETCHES - 1) / 2) / _STRETCHES))
-            bits[i] = bfloat16_bits(on_q4_0_lattice(values) if self._lattice else values)
-        return bits
+            if self._lattice:
+                values = on_q4_0_lattice(values)
+            stored[i] = values if dtype == "F32" else bfloat16_bits(values)
+        return stored
 
 
 def on_q4_0_lattice(values: NDArray[np.float32]) -> NDArray[np.float32]:
