@@ -32,7 +32,8 @@ def calibration_texts(target: Checkpoint, spec: TargetSpec, prompts: Sequence[Pr
         UserError: a prompt has messages and the checkpoint no chat template.
     """
     contents = texts.read_texts(target, spec)
-    tokenizer = Tokenizer.open(target.folder / texts.file_name("tokenizer"), spec.bos_token_id)
+    tokenizer = Tokenizer.parse(contents["tokenizer"], spec.bos_token_id, str(target.folder))
+    special_tokens = texts.special_tokens(target)
 
     def text_of(prompt: Prompt) -> str:
         if not prompt.messages:
@@ -40,7 +41,7 @@ def calibration_texts(target: Checkpoint, spec: TargetSpec, prompts: Sequence[Pr
         if "chat_template" not in contents:
             raise UserError(f"prompt {prompt.id} has messages and the checkpoint no chat template: give texts")
         template, tools = contents["chat_template"], list(prompt.tools) or None
-        return render_chat(template, prompt.messages, bos_token=tokenizer.bos_token, tools=tools)
+        return render_chat(template, prompt.messages, special_tokens=special_tokens, tools=tools)
 
     found = []
     for prompt in prompts:

@@ -14,7 +14,7 @@ from litert_lm_builder import litertlm_builder
 from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metadata, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
-from mtp_runtime.contract import MANIFEST_NAME, Manifest
+from mtp_runtime.contract import MANIFEST_NAME, Manifest, SamplerDefaults
 
 _MODEL_TYPES = {
     "target": TfLiteModelType.PREFILL_DECODE,
@@ -54,6 +54,9 @@ def _llm_metadata(folder: Path, manifest: Manifest) -> Any:
     metadata.start_token.token_ids.ids.append(manifest.bos_token_id)
     for token_id in manifest.stop_token_ids:
         metadata.stop_tokens.add().token_ids.ids.append(token_id)
+    metadata.suppress_tokens.ids.extend(manifest.suppress_tokens)
+    if manifest.sampler is not None and manifest.sampler.do_sample:
+        _set_sampler(metadata.sampler_params, manifest.sampler, manifest.vocab_size)
     # Past this, a verify pass would write beyond the cache and LiteRT-LM's output would change.
     metadata.max_num_tokens = manifest.context_length
     metadata.llm_model_type.gemma4.SetInParent()
@@ -61,6 +64,14 @@ def _llm_metadata(folder: Path, manifest: Manifest) -> Any:
         template = folder / manifest.files["chat_template"].path
         metadata.jinja_prompt_template = template.read_text(encoding="utf-8")
     return metadata
+
+
+def _set_sampler(parameters: Any, sampler: SamplerDefaults, vocab_size: int) -> None:
+    """Write the checkpoint's sampler. There is no field for its repetition penalty."""
+    parameters.type = parameters.TOP_P
+    parameters.k = min(sampler.top_k or vocab_size, vocab_size)
+    parameters.p = sampler.top_p
+    parameters.temperature = sampler.temperature
 
 
 @contextlib.contextmanager

@@ -464,6 +464,7 @@ def manifest_of(
     files: Mapping[str, FileEntry],
 ) -> Manifest:
     """The manifest of a bundle of these files, made from these inputs."""
+    generation = texts.generation(pair.target, pair.target_spec)
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("mtp-export"),
@@ -482,6 +483,9 @@ def manifest_of(
         hidden_size=pair.target_spec.hidden_size,
         bos_token_id=pair.target_spec.bos_token_id,
         stop_token_ids=pair.stop_token_ids,
+        suppress_tokens=generation.suppress_tokens,
+        sampler=generation.sampler,
+        special_tokens=texts.special_tokens(pair.target),
         target=dataclasses.asdict(pair.target_spec),
         drafter=dataclasses.asdict(pair.drafter_spec),
         inputs=tuple(inputs),

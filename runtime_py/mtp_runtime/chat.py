@@ -18,34 +18,39 @@ from mtp_runtime.errors import BundleError, UserError
 # `role` and `content`, and whatever else the template reads: tool_calls, tool_responses, a list of content parts.
 Message = Mapping[str, Any]
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
 
 def render_chat(
     template: str,
     messages: Sequence[Message],
     *,
-    bos_token: str,
+    special_tokens: Mapping[str, str] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
     """Return the prompt that asks the model for its next turn after `messages`.
 
-    `tools` are JSON schemas of functions; `variables` are further names that the template reads, such as
-    enable_thinking. The template is data from anywhere: it runs in jinja2's sandbox, with the names, filters and
-    options that transformers gives it.
+    `special_tokens` are texts by name, such as bos_token; `tools` are JSON schemas of functions; `variables` are
+    further names that the template reads, such as enable_thinking, or another bos_token. The template is data from
+    anywhere: it runs in jinja2's sandbox, with the names, filters and options that transformers gives it.
 
     Raises:
         BundleError: the template does not work.
         UserError: the template refuses the conversation.
     """
+    names: dict[str, Any] = {
+        **(special_tokens or {}),
+        **variables,
+        "messages": [_with_reasoning(message) for message in messages],
+        "tools": None if tools is None else [dict(tool) for tool in tools],
+        "documents": None if documents is None else [dict(document) for document in documents],
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        return _compiled(template).render(
-            **variables,
-            messages=[dict(message) for message in messages],
-            tools=None if tools is None else [dict(tool) for tool in tools],
-            bos_token=bos_token,
-            add_generation_prompt=add_generation_prompt,
-        )
+        return _compiled(template).render(names)
     except (
         TemplateError,
         AttributeError,
@@ -58,6 +63,14 @@ def render_chat(
     ) as error:
         # Jinja passes on what the template's own expressions raise.
         raise BundleError(f"the bundle's chat template does not work ({error}): run with a plain prompt") from error
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """A message's reasoning goes under the name that templates read, whatever it is called, and under `thinking`."""
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 @functools.lru_cache(maxsize=4)

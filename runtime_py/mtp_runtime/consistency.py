@@ -71,7 +71,8 @@ def check_consistency(manifest: Manifest) -> None:
 
 
 def _check_special_tokens(manifest: Manifest) -> None:
-    if any(not 0 <= token < manifest.vocab_size for token in (manifest.bos_token_id, *manifest.stop_token_ids)):
+    tokens = (manifest.bos_token_id, *manifest.stop_token_ids, *manifest.suppress_tokens)
+    if any(not 0 <= token < manifest.vocab_size for token in tokens):
         raise _error(f"a special token is outside the vocabulary of {manifest.vocab_size}")
 
 

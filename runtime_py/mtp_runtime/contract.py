@@ -104,6 +104,19 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     size_bytes: int
 
 
+class SamplerDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the checkpoint says that tokens are drawn; the defaults are transformers'.
+
+    `top_k` 0 keeps every token. Without `do_sample` only `repetition_penalty` has an effect.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle holds and how to run it (`manifest.json`).
 
@@ -134,6 +147,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     hidden_size: int
     bos_token_id: int
     stop_token_ids: tuple[int, ...]
+    suppress_tokens: tuple[int, ...] = ()  # never said
+    sampler: SamplerDefaults | None = None  # None in bundles that older versions wrote
+    special_tokens: Mapping[str, str] | None = None  # by name, as a chat template sees them; None: the bos alone
     target: Mapping[str, Any]
     drafter: Mapping[str, Any]
     inputs: tuple[FileEntry, ...]

@@ -96,7 +96,13 @@ class GenerationLoop:
         limit, limit_reason = self._check(request)
         self._runs += 1
         this_run = self._runs
-        self._chooser = Chooser(request.sampling, request.constraint, request.prompt_ids, request.stop_token_ids)
+        self._chooser = Chooser(
+            request.sampling,
+            request.constraint,
+            request.prompt_ids,
+            request.stop_token_ids,
+            suppressed=self._manifest.suppress_tokens,
+        )
         self.finish_reason = "abandoned"
         committed = 0
         try:

@@ -1,7 +1,7 @@
 """Sampling without loss: what is committed has the target's distribution, whatever the drafter proposes.
 
 A row of the target's logits becomes probabilities p by the usual processors, in the order of transformers: repetition
-penalty, allowed tokens, temperature, top-k, top-p. Two rules decide about a draft:
+penalty, suppressed tokens, allowed tokens, temperature, top-k, top-p. Two rules decide about a draft:
 
 - match: the drafter says its first choice, the target samples from p; the draft is accepted if it is that sample.
 - speculative: the draft is sampled from the drafter's probabilities q, accepted with probability min(1, p/q), and
@@ -140,13 +140,19 @@ class Chooser:
         constraint: Constraint | None,
         prompt_ids: Sequence[int],
         stop_token_ids: frozenset[int] = frozenset(),
+        *,
+        suppressed: Sequence[int] = (),
     ) -> None:
-        """Start with no output; without `sampling` the choice is greedy. After a stop token nothing is constrained."""
+        """Start with no output; without `sampling` the choice is greedy. After a stop token nothing is constrained.
+
+        The tokens `suppressed` are never chosen.
+        """
         self._sampling = Sampling(temperature=0.0) if sampling is None else sampling
         self._constraint = constraint
         self._tokens = list(prompt_ids)
         self._prompt_length = len(prompt_ids)
         self._stop_token_ids = stop_token_ids
+        self._suppressed = np.array(suppressed, np.intp)
         self._random = np.random.default_rng(self._sampling.seed)
         self._samples = self._sampling.temperature > 0.0
         self._samples_drafts = self._samples and self._sampling.method == "speculative"
@@ -211,10 +217,13 @@ class Chooser:
         return draw(residual(p, ids, q), self._random)
 
     def _processed(self, logits: FloatArray) -> FloatArray:
-        """Apply the penalty and the mask that follow from the tokens so far. Shapes: logits [V]."""
+        """Apply the penalty and the masks that follow from the tokens so far. Shapes: logits [V]."""
         scores = logits
         if self._sampling.repetition_penalty != 1.0:
             scores = penalised(scores, self._tokens, self._sampling.repetition_penalty)
+        if len(self._suppressed):
+            scores = scores.copy()
+            scores[self._suppressed] = -np.inf
         if self._constraint is None:
             return scores
         output = tuple(self._tokens[self._prompt_length :])
@@ -228,7 +237,7 @@ class Chooser:
             raise UserError(
                 f"the constraint returned {allowed.dtype} {allowed.shape}: return booleans of shape {scores.shape}"
             )
-        if not allowed.any():
+        if not (allowed & (scores > -np.inf)).any():
             raise UserError(
                 f"the constraint allows no token after {len(output)}: allow a stop token where the text may end"
             )

@@ -13,7 +13,7 @@ from mtp_runtime.bundle import Bundle
 from mtp_runtime.contract import Manifest
 from mtp_runtime.errors import BundleError, MtpError, UserError
 from mtp_runtime.loop import GenerationLoop, Request
-from mtp_runtime.sampling import Constraint, Sampling
+from mtp_runtime.sampling import Constraint, Method, Sampling
 from mtp_runtime.saved_session import SavedSession, read_session, write_session
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.stop_strings import StoppingText, check_stop_strings
@@ -184,7 +184,8 @@ class Session:
     def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt that the bundle's chat template makes of a user's text or of a whole conversation.
 
-        `options` are `tools`, `add_generation_prompt` and whatever else the template reads, such as enable_thinking.
+        `options` are `tools`, `add_generation_prompt` and whatever else the template reads, such as enable_thinking;
+        special tokens are the checkpoint's unless they are among them.
 
         Raises:
             BundleError: the bundle has no chat template, or it does not work.
@@ -200,7 +201,10 @@ class Session:
             raise BundleError(f"cannot read the chat template {path}: {error}") from error
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return render_chat(template, messages, bos_token=self.tokenizer.bos_token, **options)
+        special_tokens = self.manifest.special_tokens
+        if special_tokens is None:
+            special_tokens = {"bos_token": self.tokenizer.bos_token}
+        return render_chat(template, messages, special_tokens=special_tokens, **options)
 
     def text_pieces(self, ids: Iterable[int]) -> list[str]:
         """Return what each token adds to the text, one piece per token; joined they are the text of all."""
@@ -224,10 +228,13 @@ class Session:
         stop_token_ids: Collection[int] | None = None,
         keep_length: int = 0,
         with_margins: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Literal["checkpoint"] | None = None,
         constraint: Constraint | None = None,
     ) -> Generation:
         """Return the continuation of `prompt` as an iterator of committed tokens, greedy without `sampling`.
+
+        "checkpoint" draws them as the checkpoint's generation_config.json says. What that file suppresses is never
+        said, however tokens are chosen.
 
         `num_draft_tokens` is 0 for plain decoding, "auto" for as many in each round as have paid so far, and the
         graph's own number by default; `stop_token_ids` are the manifest's by default. Without `max_new_tokens` it
@@ -253,7 +260,7 @@ class Session:
             stop_token_ids=frozenset(manifest.stop_token_ids if stop_token_ids is None else stop_token_ids),
             keep_length=keep_length,
             with_margins=with_margins,
-            sampling=sampling,
+            sampling=self.checkpoint_sampling() if sampling == "checkpoint" else sampling,
             constraint=constraint,
         )
         stops = check_stop_strings(stop)
@@ -263,6 +270,27 @@ class Session:
             request,
             lambda: StoppingText(self.tokenizer.stream(), stops),
             stops=bool(stops),
+        )
+
+    def checkpoint_sampling(self, *, seed: int = 0, method: Method = "match") -> Sampling:
+        """Return the sampling that the checkpoint's generation_config.json asks for; without do_sample it is greedy.
+
+        Raises:
+            UserError: the bundle does not say.
+        """
+        sampler = self.manifest.sampler
+        if sampler is None:
+            raise UserError(
+                "an older version exported this bundle, without the checkpoint's sampling: export it again, or give "
+                "a Sampling"
+            )
+        return Sampling(
+            temperature=sampler.temperature if sampler.do_sample else 0.0,
+            top_k=sampler.top_k or None,
+            top_p=sampler.top_p,
+            repetition_penalty=sampler.repetition_penalty,
+            seed=seed,
+            method=method,
         )
 
     @property

@@ -31,13 +31,22 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"cannot read the tokenizer {path}: {error}") from error
+        return cls.parse(text, bos_token_id, str(path))
+
+    @classmethod
+    def parse(cls, text: str, bos_token_id: int, where: str) -> Tokenizer:
+        """Read the text of a `tokenizer.json`; `where` names it in errors.
+
+        Raises:
+            BundleError: it is no such file's.
+        """
         try:
             return cls(HFTokenizer.from_str(text), bos_token_id)
         except Exception as error:
             # The library raises bare Exception for whatever its parser dislikes; anything else is not ours to hide.
             if type(error) is not Exception:
                 raise
-            raise BundleError(f"{path} is not a tokenizer ({error}): export the bundle again") from error
+            raise BundleError(f"{where} is not a tokenizer ({error}): export the bundle again") from error
 
     @property
     def bos_token(self) -> str:

@@ -257,9 +257,15 @@ class TestJson:
         ("value", "message"),
         [
             ([], "expected an object, got list"),
-            ({"eos_token_id": [1, 128]}, "eos_token_id is [1, 128], expected a token id below vocab_size = 128"),
+            ({"eos_token_id": [1, True]}, "eos_token_id is [1, True], expected a token id"),
             ({"eos_token_id": "1"}, "eos_token_id is '1', expected a token id"),
-            ({"eos_token_id": []}, "eos_token_id is [], expected a token id"),
+            ({"suppress_tokens": 5.0}, "suppress_tokens is 5.0, expected a token id"),
+            ({"do_sample": 1}, "do_sample is 1, expected true or false"),
+            ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot', expected a number"),
+            ({"do_sample": True, "temperature": -1}, "temperature is -1.0, expected 0 or more"),
+            ({"do_sample": True, "top_k": -1}, "top_k is -1, expected a positive integer, or 0 for all"),
+            ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5, expected 0 to 1"),
+            ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected more than 0"),
         ],
     )
     def test_a_generation_config_that_cannot_be(self, tiny: Path, value: Any, message: str) -> None:

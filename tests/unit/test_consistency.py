@@ -77,7 +77,7 @@ def test_a_variant_may_not_read_beyond_the_cache() -> None:
 
 
 def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield where every number and string of a JSON document is."""
+    """Yield where every number, string and null of a JSON document is."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, (*at, key))
@@ -86,13 +86,17 @@ def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(document: Document, at: tuple[Any, ...], chance: random.Random) -> Document:
-    """Return a copy of `document` with the number or string `at` replaced by another."""
+    """Return a copy of `document` with the value `at` replaced by another."""
     copy: Document = json.loads(json.dumps(document))
     inner: Any = copy
     for key in at[:-1]:
         inner = inner[key]
     old = inner[at[-1]]
-    new = (old + 1, old - 1, 0, -1, 2 * old, 1 << 40) if isinstance(old, int) else ("", old + "x", old[::-1], "decode")
+    new: tuple[Any, ...] = (0, "", {}, [])
+    if isinstance(old, int | float):
+        new = (old + 1, old - 1, 0, -1, 2 * old, 1 << 40)
+    elif isinstance(old, str):
+        new = ("", old + "x", old[::-1], "decode")
     inner[at[-1]] = chance.choice([value for value in new if value != old])
     return copy
 
@@ -103,6 +107,7 @@ def test_no_change_of_a_manifest_ends_in_a_traceback(toy_folder: Path, tmp_path:
         if path.name != "manifest.json":
             os.link(path, tmp_path / path.name)
     document = json.loads((toy_folder / "manifest.json").read_text(encoding="utf-8"))
+    document |= {"suppress_tokens": [5], "special_tokens": {"bos_token": "<bos>"}}
     places = list(leaves(document))
     chance = random.Random(5)
     # One in four outside the signatures, where most numbers are.

@@ -1,39 +1,44 @@
-"""What a bundle takes from the target checkpoint as text: the tokenizer, the chat template, where to stop."""
+"""What a bundle takes from the target checkpoint as text: the tokenizer, the chat template, and their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mtp_export.arch.gemma4 import token_ids
 from mtp_export.arch.spec import TargetSpec
-from mtp_export.errors import CheckpointError
+from mtp_export.source import tokenizer_file, tokenizer_settings
 from mtp_export.source.checkpoint import Checkpoint
-from mtp_runtime.errors import BundleError
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_export.source.generation import GenerationDefaults, read_generation
+from mtp_export.source.templates import read_template
+from mtp_export.source.tokenizer_file import special_tokens
 
-# Role in the bundle and file name, here as there.
+__all__ = [
+    "file_name",
+    "generation",
+    "notes",
+    "read_texts",
+    "special_tokens",
+    "stop_token_ids",
+    "text_sizes",
+    "write_texts",
+]
+
+# Role in the bundle and file name there.
 _FILES = {
-    "tokenizer": "tokenizer.json",
-    "tokenizer_config": "tokenizer_config.json",
+    "tokenizer": tokenizer_file.NAME,
+    "tokenizer_config": tokenizer_settings.CONFIG,
     "chat_template": "chat_template.jinja",
 }
-_GENERATION_CONFIG = "generation_config.json"
+_END_OF_TURN = "<turn|>"
 
 
 def read_texts(target: Checkpoint, spec: TargetSpec) -> dict[str, str]:
     """Read tokenizer, its config and the chat template, by role; all but the tokenizer may be absent.
 
     Raises:
-        CheckpointError: there is no tokenizer, or something is not what it should be.
+        CheckpointError: there is no tokenizer, it does not fit the model, or something is not what it should be.
     """
-    texts = {"tokenizer": target.read_text(_FILES["tokenizer"])}
-    try:
-        Tokenizer.open(target.folder / _FILES["tokenizer"], spec.bos_token_id)
-    except BundleError as error:
-        path = target.folder / _FILES["tokenizer"]
-        raise CheckpointError(f"{path} is not a tokenizer ({error.__cause__}): download it again") from error
-    return texts | _optional(target)
+    return {"tokenizer": tokenizer_file.read_tokenizer(target, spec.vocab_size)} | _optional(target)
 
 
 def text_sizes(target: Checkpoint) -> dict[str, int]:
@@ -42,10 +47,9 @@ def text_sizes(target: Checkpoint) -> dict[str, int]:
     Raises:
         CheckpointError: there is no tokenizer, or another text is not what it should be.
     """
-    path = target.folder / _FILES["tokenizer"]
-    if not target.has(path.name):
-        raise CheckpointError(f"{path} is missing: the target checkpoint is incomplete")
-    return {"tokenizer": path.stat().st_size} | {role: len(t.encode()) for role, t in _optional(target).items()}
+    tokenizer_file.check_is_there(target)
+    size = (target.folder / tokenizer_file.NAME).stat().st_size
+    return {"tokenizer": size} | {role: len(text.encode()) for role, text in _optional(target).items()}
 
 
 def file_name(role: str) -> str:
@@ -53,48 +57,62 @@ def file_name(role: str) -> str:
     return _FILES[role]
 
 
+def generation(target: Checkpoint, spec: TargetSpec) -> GenerationDefaults:
+    """Where generation stops, what is suppressed, and how tokens are drawn, as the checkpoint says.
+
+    Raises:
+        CheckpointError: it says what the library does not take.
+    """
+    return read_generation(target, spec.vocab_size)
+
+
+def stop_token_ids(target: Checkpoint, spec: TargetSpec) -> tuple[int, ...]:
+    """Where generation stops, as the checkpoint says.
+
+    Raises:
+        CheckpointError: it says what the library does not take.
+    """
+    return generation(target, spec).stop_token_ids
+
+
+def notes(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
+    """Short phrases: what the files say of text and generation and a bundle does without.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    return tuple(_notes(target, spec))
+
+
+def _notes(target: Checkpoint, spec: TargetSpec) -> Iterator[str]:
+    text = target.read_text(tokenizer_file.NAME)
+    is_there = not text.startswith("\0")  # a plan has a hole in the place of a tokenizer that is not downloaded yet
+    cleared = sorted(tokenizer_file.call_settings(text), reverse=True) if is_there else []
+    if cleared:
+        yield f"{' and '.join(cleared)} of {tokenizer_file.NAME}"
+    defaults, template = generation(target, spec), read_template(target)
+    yield from template.left_aside
+    yield from defaults.left_aside
+    if not defaults.stop_token_ids:
+        yield "no stop token: generation ends where the caller or the context ends it"
+    elif is_there and _END_OF_TURN in (template.text or ""):
+        end_of_turn = tokenizer_file.token_id(text, _END_OF_TURN)
+        if end_of_turn is not None and end_of_turn not in defaults.stop_token_ids:
+            yield f"{_END_OF_TURN} ({end_of_turn}), with which the chat template ends a turn, is no stop token"
+
+
 def _optional(target: Checkpoint) -> dict[str, str]:
     """All texts but the tokenizer, as far as there are any."""
-    names = {role: name for role, name in _FILES.items() if role != "tokenizer" and target.has(name)}
-    texts = {role: target.read_text(name) for role, name in names.items()}
-    if "chat_template" not in texts and "tokenizer_config" in texts:
-        texts |= _template_of_old(target)
-    return texts
-
-
-def _template_of_old(target: Checkpoint) -> dict[str, str]:
-    """Before chat_template.jinja existed, the template was a key of the tokenizer's config."""
-    config = target.read_json(_FILES["tokenizer_config"])
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    if not isinstance(template, str):
-        return {}
-    try:
-        template.encode()
-    except UnicodeEncodeError as error:
-        path = target.folder / _FILES["tokenizer_config"]
-        raise CheckpointError(f"{path}: chat_template is not Unicode ({error.reason}): download it again") from error
-    return {"chat_template": template}
+    texts = {}
+    if target.has(tokenizer_settings.CONFIG):
+        texts["tokenizer_config"] = target.read_text(tokenizer_settings.CONFIG)
+    template = read_template(target).text
+    return texts if template is None else texts | {"chat_template": template}
 
 
 def write_texts(texts: Mapping[str, str], folder: Path) -> dict[str, Path]:
-    """Write the texts under their names, byte for byte as they were read; returns them by role."""
+    """Write the texts under their names; returns them by role."""
     paths = {role: folder / _FILES[role] for role in texts}
     for role, path in paths.items():
         path.write_bytes(texts[role].encode())
     return paths
-
-
-def stop_token_ids(target: Checkpoint, spec: TargetSpec) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json knows better than config.json.
-
-    Raises:
-        CheckpointError: it says what is no token id.
-    """
-    if not target.has(_GENERATION_CONFIG):
-        return spec.eos_token_ids
-    path, generation = target.folder / _GENERATION_CONFIG, target.read_json(_GENERATION_CONFIG)
-    if not isinstance(generation, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(generation).__name__}: download it again")
-    if generation.get("eos_token_id") is None:
-        return spec.eos_token_ids
-    return token_ids(generation["eos_token_id"], spec.vocab_size, f"{path}: eos_token_id")

@@ -1,0 +1,100 @@
+"""The chat template of a checkpoint, found wherever transformers finds it.
+
+In the order of transformers 5.22.2: chat_template.jinja and additional_chat_templates/*.jinja; without any of them the
+key of tokenizer_config.json, a text or a list of named templates. Where the tokenizer has none, that of the processor:
+a key of processor_config.json, or chat_template.json. Of several templates `tool_use` is the one for conversations
+with tools, and `default` the one for all others; both become one text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mtp_export.errors import CheckpointError
+from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.tokenizer_settings import CONFIG, read_object
+
+NAME = "chat_template.jinja"
+FOLDER = "additional_chat_templates"
+_OF_PROCESSOR = ("processor_config.json", "chat_template.json")
+_KEY = "chat_template"
+_DEFAULT, _TOOLS = "default", "tool_use"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """One text for all conversations, None where there is none; `left_aside` says which templates are not in it."""
+
+    text: str | None
+    left_aside: tuple[str, ...]
+
+
+def read_template(target: Checkpoint) -> ChatTemplate:
+    """Find the chat template of a checkpoint.
+
+    Raises:
+        CheckpointError: a file that holds it is not what it should be.
+    """
+    named = _of_files(target) or _of_key(target, CONFIG)
+    of_processor = {name: _of_key(target, name) for name in _OF_PROCESSOR}
+    left_aside = []
+    for name, templates in of_processor.items():
+        if not named:
+            named = templates
+        elif templates and templates.get(_DEFAULT) != named.get(_DEFAULT):
+            left_aside.append(f"the chat template of {name}")
+    left_aside += [f"the chat template named {name!r}" for name in named if name not in (_DEFAULT, _TOOLS)]
+    return ChatTemplate(text=_joined(named), left_aside=tuple(left_aside))
+
+
+def _of_files(target: Checkpoint) -> dict[str, str]:
+    found = {_DEFAULT: target.read_text(NAME)} if target.has(NAME) else {}
+    for path in sorted((target.folder / FOLDER).glob("*.jinja")):
+        found[path.name.removesuffix(".jinja")] = target.read_text(f"{FOLDER}/{path.name}")
+    return found
+
+
+def _of_key(target: Checkpoint, name: str) -> dict[str, str]:
+    """Templates by name, of a JSON file that may have a key for them."""
+    value = read_object(target, name).get(_KEY)
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {_DEFAULT: value}
+    named = _by_name(value)
+    if named is None or not all(isinstance(text, str) for text in named.values()):
+        raise CheckpointError(
+            f"{target.folder / name}: {_KEY} is a {type(value).__name__}, expected a text, or a list of "
+            '{"name": …, "template": …}: take the base model\'s file'
+        )
+    return named
+
+
+def _by_name(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, list) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in value):
+        return {template["name"]: template.get("template") for template in value}
+    return None
+
+
+def _joined(named: Mapping[str, str]) -> str | None:
+    default, tools = named.get(_DEFAULT), named.get(_TOOLS)
+    if tools is None:
+        return default
+    if default is None:
+        default = "{{ raise_exception('the template is for conversations with tools') }}"
+    # The newline after a block is dropped, as jinja2 does with `trim_blocks`, and what follows begins a line, as it
+    # does in a file of its own. Behind the empty text the last line is as it was.
+    condition = "tools is defined and tools is not none"
+    return f"{{% if {condition} %}}\n{_inner(tools)}{{% else %}}\n{_inner(default)}{{% endif %}}"
+
+
+def _inner(template: str) -> str:
+    """A template as part of another: a file's last newline is no part of what it renders."""
+    for newline in ("\r\n", "\n", "\r"):
+        if template.endswith(newline):
+            return template.removesuffix(newline) + "{{ '' }}"
+    return template + "{{ '' }}"

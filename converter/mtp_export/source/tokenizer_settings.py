@@ -1,0 +1,219 @@
+"""What a checkpoint's files say of its tokenizer besides tokenizer.json: its class and its special tokens.
+
+They are read in transformers' order (5.22.2, tokenization_utils_base.py, `_from_pretrained` and `__init__`): keys of
+tokenizer_config.json; where it has no added_tokens_decoder, special_tokens_map.json over them, and added_tokens.json;
+then what the class takes where nothing is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken
+
+from mtp_export.errors import CheckpointError
+from mtp_export.source.checkpoint import Checkpoint
+
+CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+
+_STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OF_GEMMA = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_GEMMA_CLASS = "GemmaTokenizer"
+# Classes that take tokenizer.json as it is. transformers gives the first one where none is named.
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")
+
+Token = str | AddedToken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """`named` are the special tokens by name, `extra` those without one, `added` tokens by the id that a file gives
+    them; `defaults` are the names that only the class gives. `of_gemma`: the class builds its own normalizer."""
+
+    of_gemma: bool
+    named: Mapping[str, Token]
+    defaults: frozenset[str]
+    extra: tuple[Token, ...]
+    added: Mapping[int, AddedToken]
+    lists_added: bool
+    states_pad: bool
+
+
+def read_settings(target: Checkpoint) -> TokenizerSettings:
+    """Read what the target's files say of its tokenizer; each of them may be absent.
+
+    Raises:
+        CheckpointError: a file is not what it should be, or names a class that is not supported.
+    """
+    keys = read_object(target, CONFIG)
+    of_gemma = _class_name(target, keys) == _GEMMA_CLASS
+    _name_model_specific(keys)
+    lists_added = "added_tokens_decoder" in keys
+    if lists_added:
+        added = _listed(target, keys["added_tokens_decoder"])
+    else:
+        _take_special_tokens_map(target, keys)
+        added = _legacy_added(target, keys)
+    keys = {key: _converted(target, key, value) for key, value in keys.items() if key != "added_tokens_decoder"}
+    named = {key: keys[key] for key in _STANDARD if keys.get(key) is not None}
+    defaults = {key: token for key, token in _OF_GEMMA.items() if of_gemma and key not in keys}
+    specific = {
+        key: value
+        for key, value in keys.items()
+        if key not in _STANDARD and key.endswith("_token") and isinstance(value, Token)
+    }
+    specific |= keys.get("model_specific_special_tokens") or {}
+    for name, value in (named | specific).items():
+        if not isinstance(value, Token):
+            raise CheckpointError(
+                f"{target.folder / CONFIG}: {name} is {value!r}, expected a token as text: take the base model's file"
+            )
+    return TokenizerSettings(
+        of_gemma=of_gemma,
+        named=defaults | named | specific,
+        defaults=frozenset(defaults) - named.keys() - specific.keys(),
+        extra=_extra(target, keys),
+        added=added,
+        lists_added=lists_added,
+        states_pad=of_gemma or "pad_token" in keys,
+    )
+
+
+def read_object(target: Checkpoint, name: str) -> dict[str, Any]:
+    """Return a JSON file of the folder that must be an object; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: it is none, or some text in it is not Unicode.
+    """
+    if not target.has(name):
+        return {}
+    value = target.read_json(name)
+    if not isinstance(value, dict):
+        path = target.folder / name
+        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}: download it again")
+    _check_unicode(target, name, value)
+    return value
+
+
+def _check_unicode(target: Checkpoint, name: str, value: Any, key: str = "") -> None:
+    """JSON can spell half a surrogate pair, which no other text can."""
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            _check_unicode(target, name, inner_key, key or inner_key)
+            _check_unicode(target, name, inner, key or inner_key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_unicode(target, name, inner, key)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{target.folder / name}: {ascii(key)[1:-1]} is not Unicode ({error.reason}): download it again"
+            ) from error
+
+
+def _class_name(target: Checkpoint, keys: Mapping[str, Any]) -> str:
+    stated = keys.get("tokenizer_class") or target.config.get("tokenizer_class") or _PLAIN_CLASSES[0]
+    name = stated.removesuffix("Fast") if isinstance(stated, str) else ""
+    if name not in (_GEMMA_CLASS, *_PLAIN_CLASSES):
+        raise CheckpointError(
+            f"{target.folder / CONFIG}: tokenizer_class is {stated!r}, expected {_GEMMA_CLASS} or {_PLAIN_CLASSES[0]}: "
+            f"if tokenizer.json says all of the tokenizer, write {_PLAIN_CLASSES[0]} there"
+        )
+    return name
+
+
+def _name_model_specific(keys: dict[str, Any]) -> None:
+    """Gather tokens with names of the model's own, as image_token, under one key."""
+    if "additional_special_tokens" in keys and not keys.get("extra_special_tokens"):
+        keys["extra_special_tokens"] = keys.pop("additional_special_tokens")
+    names = [k for k, v in keys.items() if k not in _STANDARD and k.endswith("_token") and isinstance(v, str)]
+    specific = {name: keys.pop(name) for name in names}
+    if isinstance(keys.get("extra_special_tokens"), dict):
+        specific |= keys.pop("extra_special_tokens")
+    if specific:
+        keys["model_specific_special_tokens"] = specific
+
+
+def _take_special_tokens_map(target: Checkpoint, keys: dict[str, Any]) -> None:
+    """Write what special_tokens_map.json says over `keys`."""
+    for key, value in read_object(target, SPECIAL_TOKENS_MAP).items():
+        if key == "extra_special_tokens" and isinstance(value, list):
+            tokens = [_special(target, token) if isinstance(token, dict) else token for token in value]
+            known = list(keys.get("extra_special_tokens") or [])
+            keys[key] = known + [token for token in tokens if token not in known]
+        elif key != "extra_special_tokens" and isinstance(value, dict):
+            keys[key] = _special(target, value)
+        else:
+            keys[key] = value
+    if isinstance(keys.get("extra_special_tokens"), dict):
+        keys["model_specific_special_tokens"] = {
+            **keys.get("model_specific_special_tokens", {}),
+            **keys.pop("extra_special_tokens"),
+        }
+
+
+def _special(target: Checkpoint, value: Mapping[str, Any]) -> AddedToken:
+    return _added_token(target, SPECIAL_TOKENS_MAP, {**value, "special": True})
+
+
+def _listed(target: Checkpoint, value: Any) -> dict[int, AddedToken]:
+    """The added_tokens_decoder of tokenizer_config.json."""
+    if not isinstance(value, dict) or not all(key.isdecimal() and isinstance(t, dict) for key, t in value.items()):
+        raise CheckpointError(
+            f"{target.folder / CONFIG}: added_tokens_decoder is no map from ids to tokens: take the base model's file"
+        )
+    return {int(key): _added_token(target, CONFIG, token) for key, token in value.items()}
+
+
+def _legacy_added(target: Checkpoint, keys: Mapping[str, Any]) -> dict[int, AddedToken]:
+    stated = read_object(target, ADDED_TOKENS)
+    if not all(type(value) is int for value in stated.values()):
+        raise CheckpointError(
+            f"{target.folder / ADDED_TOKENS} is not a map from tokens to ids: take the base model's file"
+        )
+    special = {str(keys[name]) for name in _STANDARD if keys.get(name)}
+    special |= {str(token) for token in keys.get("extra_special_tokens") or ()}
+    return {
+        value: AddedToken(text, normalized=text not in special, special=text in special)
+        for text, value in stated.items()
+    }
+
+
+def _converted(target: Checkpoint, key: str, value: Any) -> Any:
+    """Turn what was saved as an AddedToken into one, however deep it lies."""
+    if isinstance(value, dict) and value.get("__type") == "AddedToken":
+        return _added_token(target, CONFIG, {k: v for k, v in value.items() if k != "__type"})
+    if isinstance(value, dict):
+        return {inner: _converted(target, key, v) for inner, v in value.items()}
+    return [_converted(target, key, v) for v in value] if isinstance(value, list) else value
+
+
+def _added_token(target: Checkpoint, name: str, fields: Mapping[str, Any]) -> AddedToken:
+    try:
+        return AddedToken(**fields)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{target.folder / name}: {dict(fields)!r} is not a token ({error}): take the base model's file"
+        ) from error
+
+
+def _extra(target: Checkpoint, keys: Mapping[str, Any]) -> tuple[Token, ...]:
+    stated = keys.get("extra_special_tokens", keys.get("additional_special_tokens")) or []
+    if not isinstance(stated, list) or not all(isinstance(token, Token) for token in stated):
+        raise CheckpointError(
+            f"{target.folder / CONFIG}: extra_special_tokens is {stated!r}, expected a list of tokens as text: "
+            "take the base model's file"
+        )
+    return tuple(stated)
