@@ -11,6 +11,7 @@ Shapes: B texts, T tokens, S rounds of a text, H the target's hidden size, D the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -26,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mtp_export.pipeline import Pair
-from mtp_export.source.adapters import read_adapter
 from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.names import canonical_module
 from mtp_runtime.errors import UserError
 
 DEPTH = 4  # chained steps of a round
@@ -36,6 +37,7 @@ _HARD = 0.6  # of the loss: cross-entropy with the target's choice; the rest wit
 _NOT_REACHED = 0.3  # weight of a step that a round would not have reached
 _TEMPERATURE = 0.8
 _WARM_UP = 20
+_ROWS_AT_ONCE = 8192
 _TEXTS, _STATE = "texts.json", "state.pt"
 
 
@@ -132,13 +134,19 @@ def load(folder: Path, device: torch.device, *, trained: bool = False) -> Any:
     return model.to(device).train(False).requires_grad_(False)
 
 
-def merge_adapters(pair: Pair, target: nn.Module) -> None:
-    """Add LoRA adapters to the target's matrices."""
-    weights = dict(target.named_parameters())
-    for adapter in pair.adapters:
-        for name, delta in read_adapter(adapter, pair.target).items():
-            added = delta.scale * (delta.b @ delta.a)
-            weights[name].data += added.to(weights[name])
+def merge_adapters(pair: Pair, target: Any) -> None:
+    """Give the target, a model of transformers, the values that adapters make of its own."""
+    checkpoint = pair.target
+    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    if head.weight is embedding.weight and not checkpoint.tied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for stored, tensor in itertools.chain(target.named_parameters(), target.named_buffers()):
+        name = canonical_module(stored)
+        name = checkpoint.embedding if tensor is embedding.weight else name
+        if name in checkpoint.adapted:
+            for start in range(0, len(tensor), _ROWS_AT_ONCE):
+                rows = torch.from_numpy(checkpoint.rows(name, start, start + _ROWS_AT_ONCE))
+                tensor.data[start : start + len(rows)] = rows.to(tensor)
 
 
 def _kept_answers(

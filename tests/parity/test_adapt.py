@@ -52,10 +52,12 @@ def test_adapters_are_merged_as_an_export_merges_them(tmp_path: Path) -> None:
     merge_adapters(pair, model)
     weights = dict(model.named_parameters())
     for module in ADAPTED:
-        name = f"model.language_model.{module}.weight"
-        merged = torch.from_numpy(pair.target.rows(name, 0, weights[name].shape[0]))
-        assert not torch.equal(merged, torch.from_numpy(Checkpoint.rows(pair.target, name, 0, len(merged))))
-        torch.testing.assert_close(weights[name].detach(), merged)
+        name = f"{module}.weight"
+        weight = weights[f"model.language_model.{name}"].detach()
+        merged = torch.from_numpy(pair.target.rows(name, 0, len(weight)))
+        plain = Checkpoint(EMBEDDED / "target", "target").rows(name, 0, len(weight))
+        assert not torch.equal(merged, torch.from_numpy(plain))
+        torch.testing.assert_close(weight, merged)
 
 
 class KilledError(Exception):

@@ -24,7 +24,7 @@ from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import FORMATS, export, graph_shape, open_pair, pair_parameters
 from mtp_export.source import stored_integers
-from mtp_export.source.adapters import read_adapter
+from mtp_export.source.adapters import AdaptedCheckpoint
 from mtp_export.source.checkpoint import Checkpoint, TensorInfo
 from tests.unit.test_adapters import save_adapter
 from tests.unit.test_checkpoint import NothingSlow
@@ -124,7 +124,7 @@ def test_another_way_to_quantise_is_refused(path: tuple[str, ...], value: Any, s
 
 
 def header(dtype: str, *shape: int) -> TensorInfo:
-    return TensorInfo(file=Path("model.safetensors"), shape=shape, dtype=dtype)
+    return TensorInfo(file=Path("model.safetensors"), stored="", shape=shape, dtype=dtype)
 
 
 STORED = {"m.weight_packed": header("I32", 6, 8), "m.weight_scale": header("F32", 6, 1)}
@@ -195,7 +195,7 @@ def test_what_has_no_kernel_is_refused(format: WeightFormat, export_format: str,
 def test_an_adapter_is_not_merged_into_integers(target: Checkpoint, tiny: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", tiny / "target")
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj as integers") as caught:
-        read_adapter(adapter, target)
+        AdaptedCheckpoint(target.folder, "target", [adapter])
     assert "quantise it anew" in str(caught.value)
 
 
