@@ -94,3 +94,16 @@ def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> E
         return output
 
     return export
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many transformations of checkpoints were exported to the same model, and how many were refused."""
+    kinds = [
+        value
+        for report in terminalreporter.stats.get("passed", ())
+        for name, value in report.user_properties
+        if name == "transformation"
+    ]
+    if kinds:
+        equal, refused = kinds.count("equal"), kinds.count("refused")
+        terminalreporter.write_line(f"transformations of checkpoints: {equal} equal to transformers, {refused} refused")

@@ -29,6 +29,7 @@ from mtp_export.single_buffer import with_single_buffer
 from mtp_export.source import texts
 from mtp_export.source.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.source.checkpoint import Checkpoint, hash_file, locate
+from mtp_export.source.left_aside import left_aside
 from mtp_export.source.stored_integers import check_runs
 from mtp_export.squares import with_squares_reshaped_first
 from mtp_export.staging import staged_folder
@@ -51,9 +52,10 @@ class Progress(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export wrote, and what it took. Sizes are in bytes, times in seconds."""
+    """What an export wrote, what it left aside of its input, and what it took. Sizes are in bytes, times in seconds."""
 
     output: Path
+    left_aside: Sequence[str]
     manifest: Manifest
     input_bytes: int
     seconds: Mapping[str, float]
@@ -65,7 +67,7 @@ class Pair:
 
     model: PairSpec
     adapters: Sequence[Path]
-    target: Checkpoint
+    target: AdaptedCheckpoint
     drafter: Checkpoint
     target_spec: TargetSpec
     drafter_spec: DrafterSpec
@@ -94,6 +96,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
+        unused = pair_left_aside(pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
         bits: Mapping[str, int] = {}
         if config.max_size_bytes is not None:
@@ -116,6 +119,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
             clock.lap("gate")
     return ExportResult(
         output=config.output,
+        left_aside=unused,
         manifest=manifest,
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
@@ -283,6 +287,18 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
 
+def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph]) -> tuple[str, ...]:
+    """What is not exported of a pair's checkpoints, because it changes nothing of what is, in short phrases."""
+    *of_target, drafter = graphs
+    of_drafter = left_aside(pair.drafter, parameters.drafter_tensors(drafter, pair.drafter_spec))
+    return (
+        *left_aside(pair.target, parameters.target_tensors(of_target)),
+        *pair.target.left_aside,
+        *texts.notes(pair.target, pair.target_spec),
+        *(f"of the drafter: {phrase}" for phrase in of_drafter),
+    )
+
+
 def _check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
@@ -297,13 +313,14 @@ def _weight_bytes(config: ExportConfig, values: Mapping[str, Mapping[str, Parame
 
 
 def _trace_tflite(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
+    target = pair.target_spec.of_graphs
     return [
-        trace_target(pair.target_spec, shape),
-        trace_embedder(pair.target_spec, "embedder"),
-        trace_embedder(pair.target_spec, "per_layer_embedder"),
+        trace_target(target, shape),
+        trace_embedder(target, "embedder"),
+        trace_embedder(target, "per_layer_embedder"),
         trace_drafter(
             pair.drafter_spec,
-            pair.target_spec,
+            target,
             shape,
             position_offset=config.drafter_position_offset,
             row_scales=drafter_recipe(config) != "f32",
@@ -351,7 +368,7 @@ def for_delegate(config: ExportConfig, graph: LoweredGraph) -> LoweredGraph:
 
 def _trace_onnx(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
     return trace_graphs(
-        pair.target_spec,
+        pair.target_spec.of_graphs,
         pair.drafter_spec,
         position_offset=config.drafter_position_offset,
         quantised_head=drafter_recipe(config) != "f32",

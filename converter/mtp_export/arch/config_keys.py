@@ -151,7 +151,7 @@ def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """
     if "text_config" not in values:
         return _unknown_in_text(values, "")
-    known = BOOKKEEPING | ({*DRAFTER_DEFAULTS} if values.get("model_type") == "gemma4_assistant" else set())
+    known = BOOKKEEPING | {"is_causal"} | ({*DRAFTER_DEFAULTS} if "backbone_hidden_size" in values else set())
     outer = tuple(sorted(key for key, value in values.items() if key not in known and value is not None))
     text = values["text_config"]
     return outer + (_unknown_in_text(text, "text_config.") if isinstance(text, dict) else ())

@@ -145,6 +145,8 @@ def _text_of(outer: _Config) -> _Config:
     """The text config within a whole one, or the one that stands alone."""
     if outer.values["model_type"] == "gemma4_text":
         return outer
+    if outer.values.get("is_causal") not in (None, True):  # a flag of any model in transformers, beside its parts too
+        raise outer.fail("is_causal", outer.values["is_causal"], "True: no export of attention to later tokens")
     child = outer.child("text_config")
     text = _Config(child.values, child.where, TEXT_DEFAULTS)
     if text.value("model_type") != "gemma4_text":
@@ -240,7 +242,7 @@ def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
         return RopeSpec(theta=theta, partial_rotary_factor=1.0)
     factor = rope.as_number("factor", rope.values.get("factor", 1.0))
     if factor != 1.0:
-        raise rope.fail("factor", factor, "1.0: rescaled positions are not exported")
+        raise rope.fail("factor", factor, "1.0: no export of rescaled positions")
     partial = text.value("partial_rotary_factor")
     partial = rope.values.get("partial_rotary_factor", 1.0 if partial is None else partial)
     return RopeSpec(theta=theta, partial_rotary_factor=rope.as_number("partial_rotary_factor", partial))

@@ -62,6 +62,11 @@ class TargetSpec(DecoderSpec):
     eos_token_ids: tuple[int, ...]
 
     @property
+    def of_graphs(self) -> TargetSpec:
+        """What graphs depend on: no token ids and no longest position, which a fine-tune may change."""
+        return dataclasses.replace(self, max_position_embeddings=0, pad_token_id=0, bos_token_id=0, eos_token_ids=())
+
+    @property
     def num_caches(self) -> int:
         """Number of layers that own a KV cache: the first ones."""
         return self.num_layers - self.num_kv_shared_layers

@@ -49,6 +49,7 @@ _TIES = "tie_word_embeddings"
 EMBEDDINGS = {"target": "embed_tokens.weight", "drafter": "model.embed_tokens.weight"}  # by part
 HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 8192
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_TEXT_BYTES = 64 << 20
 
 # An id is an owner and a name; what begins with a dot is a path.
@@ -117,7 +118,9 @@ class Checkpoint:
                 raise CheckpointError(f"{path} is not a file: the {self.part} checkpoint is damaged")
             if status.st_size > _MAX_TEXT_BYTES:
                 raise CheckpointError(f"{path} is larger than {_MAX_TEXT_BYTES >> 20} MiB: this is not a {name}")
-            return path.read_bytes().decode("utf-8")
+            content = path.read_bytes()
+            _refuse_pointer(path, content)
+            return content.decode("utf-8")
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -130,6 +133,8 @@ class Checkpoint:
             CheckpointError: as for text, or it is not JSON.
         """
         text = self.read_text(name)
+        if text.startswith("\ufeff"):  # transformers does not read it either
+            raise CheckpointError(f"{self.folder / name} begins with a byte order mark: save it as UTF-8 without one")
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError: also for integers of thousands of digits
@@ -258,11 +263,11 @@ class Checkpoint:
             if pair == [None, None]:
                 continue
             first, second = pair
-            if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
+            if first is None or second is None or first.shape != second.shape:
                 return False
             for start in range(0, first.shape[0], _ROWS_AT_ONCE):
                 rows = [self._raw(info, start, start + _ROWS_AT_ONCE) for info in (first, second)]
-                if not torch.equal(*rows):
+                if not torch.equal(rows[0].double(), rows[1].double()):  # in doubles, whatever either is stored in
                     return False
         return True
 
@@ -340,7 +345,16 @@ class Checkpoint:
                 self._files[path] = safe_open(path, framework="pt")
             yield self._files[path]
         except (SafetensorError, OSError) as error:
+            with contextlib.suppress(OSError), path.open("rb") as start:
+                _refuse_pointer(path, start.read(len(_POINTER)))
             raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
+
+
+def _refuse_pointer(path: Path, content: bytes) -> None:
+    if content.startswith(_POINTER):
+        raise CheckpointError(
+            f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull`, or download it again"
+        )
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

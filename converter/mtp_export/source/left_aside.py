@@ -13,8 +13,9 @@ from mtp_export.source.stored_integers import KEY
 
 # Groups of tensors by a pattern of their names: canonical ones of the text model, stored ones of others.
 GROUPS: Mapping[str, str] = {
-    "vision tower": r"(model\.)?(vision_tower|vision_embedder|embed_vision|multi_modal_projector)\..*",
-    "audio tower": r"(model\.)?(audio_tower|embed_audio)\..*",
+    "vision tower": r"(model\.)?vision_tower\..*",
+    "audio tower": r"(model\.)?audio_tower\..*",
+    "projections of images and audio": r"(model\.)?(embed_vision|embed_audio|multi_modal_projector)\..*",
     "keys and values of KV-sharing layers": r"layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*",
     "buffers that follow from config.json": r"(.*\.)?(rotary_emb\..*|inv_freq|embed_scale)",
     "scales of a quantised KV cache": r".*\.self_attn\.[kv]_(cache_)?scale",
@@ -45,7 +46,7 @@ def _tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) ->
             names.append(stored)
         else:
             counts[group] += 1
-    groups = [f"{group} ({counts[group]} tensors)" for group in GROUPS if counts[group]]
+    groups = [f"{group} ({n} {'tensor' if n == 1 else 'tensors'})" for group in GROUPS if (n := counts[group])]
     same = [f"{HEAD}, which equals the embedding"] if len(checkpoint.tables) > 1 and checkpoint.tied else []
     return [*groups, *same, *_few(sorted(names), "tensors")]
 
