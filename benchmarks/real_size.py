@@ -1,11 +1,13 @@
 """E2B or E4B at full size, from a synthetic checkpoint to rounds with drafts: time, memory, sizes and speed.
 
     python -m benchmarks.real_size --model e2b|e4b --target tflite|onnx [--recipe int4] [--depth 1/8] [--keep]
+                                   [--finetune]
 
 Synthesises the pair (kept in the folder for the next run), plans and exports it, opens it twice in the reference
 runtime, runs it with drafts on and off, and runs a TFLite pair in stock LiteRT-LM likewise; of an ONNX pair it says
-what a pass spends its time on. Needs some 30 GB of disk for E2B and 45 for E4B. Goals: at most 1.5 GiB of anonymous
-memory, 120 s for E2B and 240 s for E4B; equal output.
+what a pass spends its time on. With `--finetune` the target is what a fine-tuner has: the published layout with its
+towers, Unsloth's keys in config.json, and a LoRA adapter of text and vision beside it. Needs some 30 GB of disk for E2B
+and 45 for E4B. Goals: at most 1.5 GiB of anonymous memory, 120 s for E2B and 240 s for E4B; equal output.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "real_size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="keep the exported bundle in the folder")
+    parser.add_argument("--finetune", action="store_true", help="with towers, Unsloth's keys and an adapter")
     options = parser.parse_args()
     figures = measure(options)
     print(json.dumps(figures, indent=1))
-    name = f"real_size_{options.model}_{options.target}_{options.recipe}"
+    name = f"real_size_{options.model}_{options.target}_{options.recipe}{'_finetune' if options.finetune else ''}"
     if Fraction(options.depth) == 1:
         print(f"written: {write_result(name, figures)}")
     within = figures["export"]["wall_s"] <= GOAL_S[options.model]
@@ -56,15 +59,16 @@ def main() -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one model, format and recipe."""
     depth = options.depth.replace("/", "_of_")
-    pair = options.folder / f"{options.model}-{depth}"
+    pair = options.folder / f"{options.model}-{depth}{'-finetune' if options.finetune else ''}"
+    kind = ("--towers", "--leftovers", "unsloth", "--adapter") if options.finetune else ()
     bundle = options.folder / f"{pair.name}-{options.target}-{options.recipe}"
     figures: dict[str, Any] = {
-        name: getattr(options, name) for name in ("model", "target", "recipe", "depth", "threads")
+        name: getattr(options, name) for name in ("model", "target", "recipe", "depth", "threads", "finetune")
     }
     options.folder.mkdir(parents=True, exist_ok=True)
     if not pair.exists():
         started = time.perf_counter()
-        run("tools.synthesize", "--model", options.model, "--depth", options.depth, "--output", str(pair))
+        run("tools.synthesize", "--model", options.model, "--depth", options.depth, "--output", str(pair), *kind)
         figures["synthesize_s"] = round(time.perf_counter() - started, 1)
     program = [str(Path(sys.executable).parent / "mtp-export")]
     if options.depth != "1":
@@ -72,12 +76,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     arguments = [
         *("--model", options.model, "--target", options.target, "--recipe", options.recipe),
         *("--checkpoint", str(pair / "target"), "--drafter", str(pair / "drafter"), "--output", str(bundle)),
+        *(("--adapter", str(pair / "adapter")) if options.finetune else ()),
         *("--force", "--json"),
     ]
     plan = json.loads(subprocess.run([*program, "plan", *arguments], stdout=subprocess.PIPE, check=True).stdout)
     with tempfile.TemporaryDirectory(dir=options.folder) as cache:  # nothing is converted or packed yet
         os.environ["XDG_CACHE_HOME"] = cache
         try:
+            figures["left_aside"] = plan["left_aside"]
             figures["export"] = export_cost.run([*program, "export", *arguments])
             sizes = {path.name: path.stat().st_size for path in bundle.iterdir()}
             figures["planned_over_written"] = round(sum(plan["files_bytes"].values()) / sum(sizes.values()), 4)
