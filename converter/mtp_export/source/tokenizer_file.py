@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -201,20 +201,26 @@ def _wanted(
     """
     names = {str(token) for token in settings.named.values()}
     known = {str(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    room = vocab_size - tokenizer.get_vocab_size()
     for _, token in sorted(added.items()):
+        room -= _is_new(tokenizer, str(token), known)
         known.add(str(token))
-        if str(token) in names and not token.special:
-            token.special = True
+        token.special |= str(token) in names
         yield token
-    full = tokenizer.get_vocab_size() >= vocab_size
     for name, named in [*settings.named.items(), *(("", token) for token in settings.extra)]:
         text = str(named)
-        if text in known or (name in settings.defaults and full and tokenizer.token_to_id(text) is None):
+        is_new = _is_new(tokenizer, text, known)
+        if text in known or (name in settings.defaults and is_new and room <= 0):
             continue
+        room -= is_new
         known.add(text)
         token = AddedToken(named, special=True) if isinstance(named, str) else named
         token.special |= bool(name)
         yield token
+
+
+def _is_new(tokenizer: HFTokenizer, text: str, known: Set[str]) -> bool:
+    return text not in known and tokenizer.token_to_id(text) is None
 
 
 def _build_as_gemma(target: Checkpoint, tokenizer: HFTokenizer, settings: TokenizerSettings) -> None:

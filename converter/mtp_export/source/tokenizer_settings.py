@@ -65,9 +65,12 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
         _take_special_tokens_map(target, keys)
         added = _legacy_added(target, keys)
     keys = {key: _converted(target, key, value) for key, value in keys.items() if key != "added_tokens_decoder"}
-    named = {key: keys[key] for key in _STANDARD if keys.get(key) is not None}
     defaults = {key: token for key, token in _OF_GEMMA.items() if of_gemma and key not in keys}
-    specific = {
+    standard = keys | defaults
+    named = {key: standard[key] for key in _STANDARD if standard.get(key) is not None}
+    extra = keys.get("extra_special_tokens", keys.get("additional_special_tokens")) or []
+    specific = {**extra} if isinstance(extra, dict) else {}
+    specific |= {
         key: value
         for key, value in keys.items()
         if key not in _STANDARD and key.endswith("_token") and isinstance(value, Token)
@@ -80,9 +83,9 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
             )
     return TokenizerSettings(
         of_gemma=of_gemma,
-        named=defaults | named | specific,
-        defaults=frozenset(defaults) - named.keys() - specific.keys(),
-        extra=_extra(target, keys),
+        named=named | specific,
+        defaults=frozenset(defaults) - specific.keys(),
+        extra=() if isinstance(extra, dict) else _unnamed(target, extra),
         added=added,
         lists_added=lists_added,
         states_pad=of_gemma or "pad_token" in keys,
@@ -209,11 +212,10 @@ def _added_token(target: Checkpoint, name: str, fields: Mapping[str, Any]) -> Ad
         ) from error
 
 
-def _extra(target: Checkpoint, keys: Mapping[str, Any]) -> tuple[Token, ...]:
-    stated = keys.get("extra_special_tokens", keys.get("additional_special_tokens")) or []
-    if not isinstance(stated, list) or not all(isinstance(token, Token) for token in stated):
+def _unnamed(target: Checkpoint, tokens: Any) -> tuple[Token, ...]:
+    if not isinstance(tokens, list) or not all(isinstance(token, Token) for token in tokens):
         raise CheckpointError(
-            f"{target.folder / CONFIG}: extra_special_tokens is {stated!r}, expected a list of tokens as text: "
+            f"{target.folder / CONFIG}: extra_special_tokens is {tokens!r}, expected a list of tokens as text: "
             "take the base model's file"
         )
-    return tuple(stated)
+    return tuple(tokens)
