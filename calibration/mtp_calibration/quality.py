@@ -349,10 +349,12 @@ def float_answer(session: Session, target: FloatTarget, text: Text) -> tuple[int
     """
     ids, end = list(text.ids), len(text.ids)
     settled = text.start
-    stops = session.manifest.stop_token_ids
+    stops, suppressed = session.manifest.stop_token_ids, list(session.manifest.suppress_tokens)
     while settled < end:
         (said,) = target.said([ids])
-        choices = said.logits.argmax(-1)
+        logits = said.logits.copy()
+        logits[:, suppressed] = -np.inf
+        choices = logits.argmax(-1)
         while settled < len(ids) and ids[settled] == choices[settled - 1]:
             settled += 1
         if settled == len(ids):

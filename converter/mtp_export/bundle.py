@@ -52,10 +52,11 @@ def write_litertlm(folder: Path, manifest: Manifest, path: Path) -> None:
 def _llm_metadata(folder: Path, manifest: Manifest) -> Any:
     metadata = llm_metadata_pb2.LlmMetadata()
     metadata.start_token.token_ids.ids.append(manifest.bos_token_id)
-    for token_id in manifest.stop_token_ids:
+    # LiteRT-LM opens no file without a stop token; an id behind the vocabulary never comes.
+    for token_id in manifest.stop_token_ids or (manifest.vocab_size,):
         metadata.stop_tokens.add().token_ids.ids.append(token_id)
     metadata.suppress_tokens.ids.extend(manifest.suppress_tokens)
-    if manifest.sampler is not None and manifest.sampler.do_sample:
+    if manifest.sampler is not None and manifest.samples:
         _set_sampler(metadata.sampler_params, manifest.sampler, manifest.vocab_size)
     # Past this, a verify pass would write beyond the cache and LiteRT-LM's output would change.
     metadata.max_num_tokens = manifest.context_length

@@ -156,6 +156,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: Mapping[str, FileEntry]
     signatures: Mapping[str, tuple[GraphSignature, ...]]
 
+    @property
+    def samples(self) -> bool:
+        """Whether the checkpoint says that tokens are drawn."""
+        return self.sampler is not None and self.sampler.do_sample
+
     def to_json(self) -> str:
         """Serialise deterministically: sorted keys, no times, no machine names."""
         packed = msgspec.json.encode(self, order="deterministic")

@@ -27,6 +27,11 @@ def _depth(context: click.Context, parameter: click.Parameter, value: str | None
     help="Tokens drafted in a round, up to the bundle's K; auto: as many as pay, none where none do.  [K]",
 )
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option(
+    "--sampling",
+    type=click.Choice(("checkpoint",)),
+    help="Choose tokens as the checkpoint's generation_config.json says, greedily where it does not draw.",
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; above, tokens are drawn.")
 @click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
 @click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens, up to this probability.  [1]")
@@ -57,6 +62,7 @@ def command(
     no_mtp: bool,
     num_draft_tokens: int | Literal["auto"] | None,
     max_new_tokens: int,
+    sampling: Literal["checkpoint"] | None,
     temperature: float,
     top_k: int | None,
     top_p: float,
@@ -69,14 +75,15 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Continue PROMPT (or standard input) with the reference runtime, greedily unless there is a --temperature."""
+    """Continue PROMPT (or standard input) with the reference runtime, greedily unless there is a --temperature or
+    --sampling."""
     from mtp_runtime import Sampling, Session
     from mtp_runtime.stop_strings import check_stop_strings
 
     # Mistakes are told before standard input is read and the bundle is opened, which may take long.
     if no_mtp and num_draft_tokens:
         raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
-    sampling = Sampling(
+    asked = Sampling(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -84,7 +91,9 @@ def command(
         repetition_penalty=repetition_penalty,
         method=sampling_method,
     )
-    if temperature == 0.0:
+    if sampling is not None:
+        _check_nothing_is_stated(context, sampling)
+    elif temperature == 0.0:
         _check_nothing_is_for_drawing(context)
     check_stop_strings(stop)
     if prompt is None:
@@ -92,13 +101,15 @@ def command(
             raise UserError("no prompt: give it as an argument or on standard input")
         prompt = sys.stdin.read()
     with Session.open(bundle, threads=threads, provider=provider) as session:
+        if sampling is not None:
+            asked = session.checkpoint_sampling(seed=seed, method=sampling_method)
         text = session.chat_prompt(prompt) if chat else prompt
         generation = session.generate(
             text,
             max_new_tokens=max_new_tokens,
             num_draft_tokens=0 if no_mtp else num_draft_tokens,
             stop=stop,
-            sampling=sampling,
+            sampling=asked,
         )
         if as_json:
             trace = generation.finish()
@@ -115,6 +126,13 @@ def _check_nothing_is_for_drawing(context: click.Context) -> None:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} is for tokens that are drawn: give a --temperature above 0 too")
+
+
+def _check_nothing_is_stated(context: click.Context, sampling: str) -> None:
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--sampling {sampling} and {option} contradict each other: give one")
 
 
 def _summary(stats: Any) -> str:

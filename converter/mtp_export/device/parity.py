@@ -157,6 +157,8 @@ def _left_out(manifest: Manifest, there: Answer) -> list[str]:
         left_out.append("speed: the CPU is emulated, and its times say nothing about a device's")
     if not there.traces:
         left_out.append("the reference runtime: --binary and --app run LiteRT-LM alone")
+    if there.stock and all(run.num_draft_tokens for run in there.stock):
+        left_out.append("LiteRT-LM without MTP: the program draws tokens as the bundle says, and has no option for it")
     if not there.stock and "litertlm" in manifest.files:
         left_out.append("LiteRT-LM: --no-stock was given")
     elif not there.stock:
