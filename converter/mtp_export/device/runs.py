@@ -123,7 +123,7 @@ def measured(
 
 
 def _greedy(asked: Asked, request: Request) -> Request:
-    """Leave out what is not greedy: without MTP the program draws tokens as the bundle says, and has no option for it."""
+    """Leave out what is not greedy: without MTP the program draws tokens as the bundle says; it has no option for it."""
     if asked.binary is None or not read_manifest(asked.bundle).samples:
         return request
     return msgspec.structs.replace(request, depths=tuple(depth for depth in request.depths if depth))
