@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from mtp_export.source.names import canonical_module
 NANO = EMBEDDED / "target"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens_delta")
+_CACHED = re.compile(r".*layers\.2\.self_attn\.[kv]_(proj|norm)\.weight").fullmatch
 _SIZE = 0.05  # of what training adds
 
 
@@ -51,8 +53,12 @@ def bases(folder: Path) -> dict[str, Path]:
     generator = torch.Generator().manual_seed(0)
     other = embedding + 0.05 * torch.randn(embedding.shape, generator=generator).bfloat16()
     alone = {n: t for n, t in tensors.items() if "embed_tokens." not in n}
+    unused = {
+        n.replace("layers.2.", f"layers.{i}."): t.clone() for i in range(5, 9) for n, t in tensors.items() if _CACHED(n)
+    }
     return {
         "nano": NANO,
+        "unused": _write(folder / "unused", tensors | unused, ties=True),
         "untied": _write(folder / "untied", tensors | {"lm_head.weight": other}, ties=False),
         "tied, two stored": _write(folder / "two", tensors | {"lm_head.weight": embedding.clone()}, ties=True),
         "tied, two differ": _write(folder / "differ", tensors | {"lm_head.weight": other}, ties=True),
@@ -129,20 +135,19 @@ def check_merged(checkpoint: AdaptedCheckpoint, expected: Mapping[str, Tensor]) 
     before = {canonical_module(name): tensor for name, tensor in _base_model(checkpoint.folder).state_dict().items()}
     assert checkpoint.tied == ("lm_head.weight" not in expected)
     for name, tensor in expected.items():
-        ours = checkpoint.embedding if name == "embed_tokens.weight" else name
-        rows, half = len(tensor), len(tensor) // 3
-        blocks = [checkpoint.rows(ours, start, stop) for start, stop in ((0, half), (half, rows))]
+        ours, rows = checkpoint.embedding if name == "embed_tokens.weight" else name, len(tensor)
+        if ours not in checkpoint.adapted:
+            assert torch.equal(tensor, before[name]), name
+            assert np.array_equal(checkpoint.rows(ours, 0, rows), tensor.numpy()), name
+            continue
+        blocks = [checkpoint.rows(ours, start, stop) for start, stop in ((0, rows // 3), (rows // 3, rows))]
         _close(name, np.concatenate(blocks), tensor)
         some = np.random.default_rng(0).permutation(rows)[:50]
         _close(name, checkpoint.rows_at(ours, some), tensor[torch.from_numpy(some)])
-        if ours not in checkpoint.adapted:
-            assert torch.equal(tensor, before[name]), name
     changed = {name for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
     assert changed, "the adapter changes nothing"
-    unused = {f"layers.{i}.self_attn.{part}" for i in range(99) for part in ("k_proj.weight", "v_proj.weight")}
-    assert expected.keys() - {"lm_head.weight", "embed_tokens.weight"} == (
-        checkpoint.tensors.keys() - {"lm_head.weight", "embed_tokens.weight"} - (unused - expected.keys())
-    )
+    tables = {"lm_head.weight", "embed_tokens.weight"}
+    assert expected.keys() - tables == checkpoint.tensors.keys() & before.keys() - tables
 
 
 def _close(name: str, ours: Any, theirs: Tensor) -> None:

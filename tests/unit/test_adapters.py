@@ -100,7 +100,7 @@ CONVERT = "save it with path_initial_model_for_weight_conversion"
         ({"peft_type": "LOHA"}, f"peft_type is 'LOHA', expected 'LORA': {MERGE}"),
         (
             {"peft_type": "PREFIX_TUNING"},
-            "peft_type is 'PREFIX_TUNING', expected 'LORA': it changes the prompt and no w",
+            "peft_type is 'PREFIX_TUNING', expected 'LORA': no merged weights do what",
         ),
         ({"peft_type": "a\nb\x1b"}, "peft_type is 'a\\nb\\x1b', expected 'LORA'"),
         ({"peft_type": {"a": [1]}}, "peft_type is {'a': [1]}, expected 'LORA'"),

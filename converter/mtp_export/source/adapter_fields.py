@@ -69,15 +69,19 @@ _HARMLESS_STARTS_OF_ANY_CASE = ("gaussian", "mica")
 _CONVERTED_STARTS = ("pissa", "olora", "corda", "lora_ga")
 _CHANGED_STARTS = (*_CONVERTED_STARTS, "loftq")
 _CONVERT = "save it with path_initial_model_for_weight_conversion, with which PEFT makes a plain LoRA of it"
-# Kinds that put tokens or hidden states before the prompt's, of which there are no merged weights.
-PROMPT_KINDS = (
+# Kinds that PEFT cannot merge: they act on the prompt, on hidden states, or choose for each token.
+UNMERGEABLE = (
     "ADAPTION_PROMPT",
     "CARTRIDGE",
     "CPT",
+    "LILY",
     "MULTITASK_PROMPT_TUNING",
+    "POLY",
     "PREFIX_TUNING",
     "PROMPT_TUNING",
     "P_TUNING",
+    "SHADOW",
+    "XLORA",
 )
 
 
@@ -92,7 +96,7 @@ def check_fields(where: str, values: Mapping[str, Any]) -> tuple[str, ...]:
         if values.get(key) not in plain:
             raise CheckpointError(f"{where}: {key} is {shown(values[key])}: {reason}")
     _check_start(where, values.get("init_lora_weights", True))
-    if values.get("bias", "none") not in _BIASES:
+    if values.get("bias") not in (*_BIASES, None):
         raise CheckpointError(f"{where}: bias is {shown(values['bias'])}, expected one of {', '.join(_BIASES)}")
     variants = [key for key in _VARIANTS if values.get(key) not in (None, False)]
     if str(values.get("init_lora_weights")).lower() == "mica":
@@ -108,7 +112,7 @@ def _check_kind(where: str, values: Mapping[str, Any]) -> None:
         return
     if kind is None:
         raise CheckpointError(f"{where} has no peft_type: it is not PEFT's; save the adapter with PEFT")
-    remedy = "it changes the prompt and no weights, which cannot be exported" if kind in PROMPT_KINDS else MERGE
+    remedy = "no merged weights do what it does, so it cannot be exported" if kind in UNMERGEABLE else MERGE
     raise CheckpointError(f"{where}: peft_type is {shown(kind)}, expected 'LORA': {remedy}")
 
 

@@ -135,7 +135,7 @@ def _saved(model: TextModel, to_save: Sequence[str], prefix: str, where: str) ->
         if len(copied) > 1:
             raise CheckpointError(
                 f"{where}: modules_to_save names {copied[0]} and {copied[1]} inside it, which PEFT does not merge "
-                "as it trained them: name one of them"
+                "as it trained them: train one of them"
             )
         if copied:
             saved.add(name)

@@ -55,7 +55,11 @@ class PairReader:
             self._check_module(module)
         if selection.ties_pairs:
             self._tie(parts)
-        pairs = {module: self._pair(module, parts[module]) for module in selection.pairs if module in parts}
+        pairs = {
+            module: self._pair(module, parts[module], shared=selection.ties_pairs and module == HEAD)
+            for module in selection.pairs
+            if module in parts
+        }
         untrained = [module for module in selection.pairs if module not in parts]
         if untrained and self._config.random_start:
             raise CheckpointError(
@@ -96,7 +100,8 @@ class PairReader:
                 head = {**head, ours: embedding[theirs].T}
         parts |= {module: part for module, part in ((HEAD, head), (EMBEDDING, embedding)) if part}
 
-    def _pair(self, module: str, parts: Mapping[str, Tensor]) -> Pair:
+    def _pair(self, module: str, parts: Mapping[str, Tensor], *, shared: bool) -> Pair:
+        """A module's pair; with `shared` its matrices are the embedding's, and the scale is its own all the same."""
         looked_up = module in EMBEDDINGS
         wanted = [*(_LOOKED_UP_SIDES if looked_up else _SIDES), *([_LENGTHS] if self._config.dora else [])]
         missing = [part for part in wanted if part not in parts]
@@ -104,11 +109,14 @@ class PairReader:
             raise CheckpointError(f"{self._tensors.where}: {module} has no {missing[0]}: the adapter is incomplete")
         first, second = parts[wanted[0]], parts[wanted[1]]
         a, b = (second.T, first.T) if looked_up else (first, second)
-        name = spelled(module, self._tensors.prefix)
-        rank = _of_module(self._ranks, name, self._config.scaling.rank)
-        self._check_shapes(module, wanted, parts, rank)
-        scale = self._config.scaling.scale(rank, _of_module(self._alphas, name, self._config.scaling.alpha))
+        rank = self._rank(module)
+        self._check_shapes(module, wanted, parts, self._rank(EMBEDDING) if shared else rank)
+        alpha = _of_module(self._alphas, spelled(module, self._tensors.prefix), self._config.scaling.alpha)
+        scale = self._config.scaling.scale(rank, alpha)
         return Pair(low_rank=LowRank(a=a, b=b, scale=scale), lengths=parts[_LENGTHS] if self._config.dora else None)
+
+    def _rank(self, module: str) -> int:
+        return _of_module(self._ranks, spelled(module, self._tensors.prefix), self._config.scaling.rank)
 
     def _check_shapes(self, module: str, wanted: Sequence[str], parts: Mapping[str, Tensor], rank: int) -> None:
         rows, columns = self._model.shapes[f"{module}.weight"]
