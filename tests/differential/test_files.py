@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.differential.oracle import INDEX, PREFIX, WEIGHTS, Pair, Tensors, rewrite_json, write_tensors
-from tests.differential.test_tensors import noise
+from mtp_export.arch.published import NANO
+from mtp_export.embedded import EMBEDDED
+from mtp_export.errors import CheckpointError
+from mtp_export.pipeline import open_pair
+from tests.differential.oracle import (
+    INDEX,
+    PREFIX,
+    WEIGHTS,
+    Pair,
+    Tensors,
+    export_config,
+    nano_pair,
+    rewrite_json,
+    write_tensors,
+)
+from tests.differential.test_tensors import noise, weights_of_nano
 from tests.differential.transformation import Record, Suite
 
 SUITE = Suite()
@@ -60,7 +75,10 @@ def shards_without_an_index_of_which_one_is_missing(pair: Pair) -> None:
     (pair.target / shard_name(2, 3)).unlink()
 
 
-@refused("holds shards of several checkpoints, and no model.safetensors.index.json")
+@refused(
+    "holds shards of several checkpoints, and no model.safetensors.index.json: download it again",
+    remedy=weights_of_nano,
+)
 def shards_of_two_savings_without_an_index(pair: Pair) -> None:
     shards_without_an_index(pair)
     (pair.target / shard_name(1, 3)).rename(pair.target / shard_name(1, 4))
@@ -127,12 +145,15 @@ def saved_as_pickle(pair: Pair) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 10246621918\n"
 
 
-@refused("model.safetensors is a git-LFS pointer, not the file itself: run `git lfs pull`, or download it again")
+@refused(
+    "model.safetensors is a git-LFS pointer, not the file itself: run `git lfs pull`, or download it again",
+    remedy=weights_of_nano,
+)
 def cloned_without_lfs(pair: Pair) -> None:
     (pair.target / WEIGHTS).write_text(POINTER)
 
 
-@refused("model.safetensors is damaged or truncated")
+@refused("model.safetensors is damaged or truncated", remedy=weights_of_nano)
 def a_download_that_broke_off(pair: Pair) -> None:
     content = (pair.target / WEIGHTS).read_bytes()
     (pair.target / WEIGHTS).write_bytes(content[: len(content) // 2])
@@ -149,11 +170,20 @@ def an_adapter_beside_a_model(pair: Pair) -> None:
     write_tensors({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, pair.target / "adapter_model.safetensors")
 
 
-@refused("holds an adapter (adapter_config.json)")
+def base_and_adapter(pair: Pair) -> Pair:
+    return Pair(target=EMBEDDED / "target", drafter=pair.drafter, adapters=(pair.target,))
+
+
+@refused("give the base with --checkpoint and this folder with --adapter", remedy=base_and_adapter)
 def an_adapter_given_as_a_checkpoint(pair: Pair) -> None:
-    an_adapter_beside_a_model(pair)
+    """One that has learned nothing yet."""
     for name in ("config.json", WEIGHTS):
         (pair.target / name).unlink()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    rewrite_json(pair.target / "adapter_config.json", config)
+    module = f"base_model.model.{PREFIX}layers.0.self_attn.q_proj"
+    sides = {f"{module}.lora_A.weight": torch.ones(4, 256), f"{module}.lora_B.weight": torch.zeros(256, 4)}
+    write_tensors(sides, pair.target / "adapter_model.safetensors")
 
 
 @refused("model_type is 'gemma4_assistant', expected 'gemma4' or 'gemma4_text'")
@@ -180,13 +210,22 @@ def an_index_with_names_that_are_no_tensors(pair: Pair) -> None:
     rewrite_json(pair.target / INDEX, lambda index: index["weight_map"].update({"stale.weight": shard_name(1, 3)}))
 
 
-@refused("lies in model-00001-of-00003.safetensors and in")
+@refused("lies in model-00001-of-00003.safetensors and in", remedy=weights_of_nano)
 def a_tensor_in_two_shards(pair: Pair) -> None:
     sharded(pair)
     name = f"{PREFIX}embed_tokens.weight"
     shards = [pair.target / shard_name(number, 3) for number in (1, 2)]
     stored = load_file(shards[1])
     write_tensors(stored | {name: load_file(shards[0])[name]}, shards[1])
+
+
+def test_another_model_than_the_one_that_is_asked_for() -> None:
+    """The refusal names the right one, which is taken."""
+    with nano_pair() as pair:
+        config = dataclasses.replace(export_config(pair, pair.target / "out"), model="e2b")
+        with pytest.raises(CheckpointError, match="the target is nano, and --model is e2b: give --model nano"):
+            open_pair(config)
+        assert open_pair(dataclasses.replace(config, model="nano")).target_spec == NANO.target
 
 
 @pytest.mark.parametrize("name", SUITE.cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from mtp_export.embedded import EMBEDDED
 from tests.differential.oracle import PREFIX, WEIGHTS, Pair, Tensors
 from tests.differential.transformation import Record, Suite
 
@@ -45,6 +47,12 @@ def saved_by(pair: Pair, model: Callable[[Any], Any]) -> None:
     whole = library.AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.bfloat16, local_files_only=True)
     (pair.target / WEIGHTS).unlink()
     model(whole).save_pretrained(pair.target)
+
+
+def weights_of_nano(pair: Pair) -> None:
+    """What it takes to save, merge or download the weights once more."""
+    for part in ("target", "drafter"):
+        shutil.copy(EMBEDDED / part / WEIGHTS, pair.folder(part) / WEIGHTS)
 
 
 # Layouts
@@ -103,7 +111,10 @@ def a_stray_tensor_of_another_layout(pair: Pair) -> None:
     added(pair, {"model.layers.0.layer_scalar": torch.zeros(1)})
 
 
-@refused("the text model is stored twice, as model.language_model.… and as language_model.…: remove one of them")
+@refused(
+    "the text model is stored twice, as model.language_model.… and as language_model.…: remove one of them",
+    remedy=weights_of_nano,
+)
 def two_layouts_at_once(pair: Pair) -> None:
     pair.tensors(lambda stored: stored.update({n.removeprefix("model."): noise(t) for n, t in list(stored.items())}))
 
@@ -133,22 +144,25 @@ def saved_within_peft_after_merging(pair: Pair) -> None:
     renamed(pair, lambda name: f"base_model.model.{name}")
 
 
-@refused("tensors have '_orig_mod.' in their names, which a wrapper of a training library put there: save the model")
+@refused(
+    "tensors have '_orig_mod.' in their names, which a wrapper of a training library put there: save the model",
+    remedy=weights_of_nano,
+)
 def compiled_in_part(pair: Pair) -> None:
     renamed(pair, lambda name: f"_orig_mod.{name}" if ".layers.0." in name else name)
 
 
-@refused("tensors have '_orig_mod.' in their names")
+@refused("tensors have '_orig_mod.' in their names", remedy=weights_of_nano)
 def layers_compiled_one_by_one(pair: Pair) -> None:
     renamed(pair, lambda name: name.replace(".layers.0.", ".layers.0._orig_mod."))
 
 
-@refused("tensors have '_fsdp_wrapped_module.' in their names")
+@refused("tensors have '_fsdp_wrapped_module.' in their names", remedy=weights_of_nano)
 def saved_with_fsdp(pair: Pair) -> None:
     renamed(pair, lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."))
 
 
-@refused("tensors have 'module.' in their names")
+@refused("tensors have 'module.' in their names", remedy=weights_of_nano)
 def drafter_wrapped_in_part(pair: Pair) -> None:
     renamed(pair, lambda name: f"module.{name}" if "projection" in name else name, "drafter")
 
@@ -167,7 +181,7 @@ SUITE.refused(
 )(unmerged)
 
 
-@refused("is part of an adapter that is not merged (lora_A)")
+@refused("is part of an adapter that is not merged (lora_A)", remedy=weights_of_nano)
 def adapter_saved_beside_the_weights(pair: Pair) -> None:
     added(pair, {"model.language_model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 256)})
 
@@ -331,7 +345,8 @@ def overflowed_in_float16(pair: Pair) -> None:
 
 @refused(
     "quantization_config has quant_method = 'bitsandbytes', expected 'compressed-tensors': take the published "
-    "checkpoint whose name ends in -ct, or one in floats"
+    "checkpoint whose name ends in -ct, or one in floats",
+    remedy=weights_of_nano,
 )
 def quantised_by_bitsandbytes(pair: Pair) -> None:
     name = f"{PREFIX}layers.0.mlp.up_proj.weight"
@@ -446,6 +461,30 @@ def merged_without_the_towers_that_the_config_has(pair: Pair) -> None:
 def towers_that_the_config_does_not_have(pair: Pair) -> None:
     for name in ("vision_tower.x.weight", "embed_audio.embedding_projection.weight", "audio_tower.x.weight"):
         added(pair, {f"model.{name}": torch.zeros(2, 2)})
+
+
+# Vocabularies
+
+
+def resized(pair: Pair, tokens: int) -> None:
+    def change(model: Any) -> Any:
+        model.resize_token_embeddings(tokens)
+        return model
+
+    saved_by(pair, change)
+
+
+def resized_back(pair: Pair) -> None:
+    resized(pair, 4096)
+
+
+@refused(
+    "the target's vocabulary has 4160 tokens and that of nano 4096: one of the pair was resized: call "
+    "resize_token_embeddings(4096) and save it again",
+    remedy=resized_back,
+)
+def vocabulary_made_larger(pair: Pair) -> None:
+    resized(pair, 4160)
 
 
 @pytest.mark.parametrize("name", SUITE.cases)

@@ -27,7 +27,7 @@ from mtp_runtime.contract import FileEntry
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_TEXT_FILES = (
+TEXT_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -39,11 +39,11 @@ _TEXT_FILES = (
     "processor_config.json",
 )
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
-HUB_FILES = ["*.safetensors", _INDEX, *_TEXT_FILES, _MORE_TEMPLATES]  # what is fetched of a published checkpoint
+HUB_FILES = ["*.safetensors", _INDEX, *TEXT_FILES, _MORE_TEMPLATES]  # what is fetched of a published checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMED_FILE = "transformers_weights"  # a key of config.json
 _SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
-_FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32", "F64")
 _ORDERING = "token_ordering"
 _TIES = "tie_word_embeddings"
 EMBEDDINGS = {"target": "embed_tokens.weight", "drafter": "model.embed_tokens.weight"}  # by part
@@ -91,7 +91,7 @@ class Checkpoint:
         model_type = self.config.get("model_type") if isinstance(self.config, dict) else None
         self.names = canonical_names(stored, part, model_type, str(folder))
         self.tensors = {name: stored[original] for name, original in self.names.stored.items()}
-        integers = any(info.dtype not in _FLOATS for name, info in self.tensors.items() if not name.endswith(_ORDERING))
+        integers = any(info.dtype not in FLOATS for name, info in self.tensors.items() if not name.endswith(_ORDERING))
         self.formats = (
             stored_integers.read_quantization(self.config, str(folder / "config.json")) if integers else frozenset()
         )
@@ -278,7 +278,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
-        present = [self.folder / name for name in (*_TEXT_FILES, *self._index) if self.has(name)]
+        present = [self.folder / name for name in (*TEXT_FILES, *self._index) if self.has(name)]
         present += sorted(self.folder.glob(_MORE_TEMPLATES))
         return present + sorted({info.file for info in self.tensors.values()})
 
@@ -379,7 +379,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
             raise CheckpointError(
                 f"{info.file}: tensor {info.stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"
             )
-        allowed = ("I64", "I32") if name.endswith(_ORDERING) else _FLOATS
+        allowed = ("I64", "I32") if name.endswith(_ORDERING) else FLOATS
         if info.dtype not in allowed:
             raise CheckpointError(
                 f"{info.file}: tensor {info.stored} has dtype {info.dtype}, expected {' or '.join(allowed)}, "

@@ -19,9 +19,9 @@ from mtp_runtime.contract import SamplerDefaults
 
 NAME = "generation_config.json"
 _CONFIG = "config.json"
-_OBEYED = ("eos_token_id", "suppress_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+OBEYED = ("eos_token_id", "suppress_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 # Keys that can change what transformers generates, with the values that change nothing.
-_NOT_OBEYED: Mapping[str, tuple[Any, ...]] = {
+NOT_OBEYED: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
     "constraints": (),
@@ -95,7 +95,7 @@ _IGNORED = frozenset(
         "use_mtp",
     ]
 )
-_KNOWN = frozenset((*_OBEYED, *_NOT_OBEYED)) | _IGNORED
+_KNOWN = frozenset((*OBEYED, *NOT_OBEYED)) | _IGNORED
 _TOP_K = 50  # where nothing is said
 _REPR = reprlib.Repr()  # shortens what is long
 
@@ -184,7 +184,7 @@ def _number(keys: Mapping[str, Any], key: str, where: str, default: float) -> fl
 
 def _left_aside(keys: Mapping[str, Any], stops: list[int], sampler: SamplerDefaults, vocab_size: int) -> Iterator[str]:
     for key, value in sorted(keys.items()):
-        if key in _NOT_OBEYED and value not in _NOT_OBEYED[key]:
+        if key in NOT_OBEYED and value not in NOT_OBEYED[key]:
             yield f"{key} = {_REPR.repr(value)}"
         elif key not in _KNOWN:
             yield key

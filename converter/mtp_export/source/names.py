@@ -15,7 +15,7 @@ from mtp_export.errors import CheckpointError
 
 # Where the text model lies in a file, by the class that config.json names, in the order in which they are looked for.
 # transformers (5.22) loads the first two of each; the others are older files, or tools' own.
-_PREFIXES: Mapping[str, tuple[str, ...]] = {
+PREFIXES: Mapping[str, tuple[str, ...]] = {
     "gemma4": ("model.language_model.", "language_model.", "language_model.model.", "model.", ""),
     "gemma4_text": ("model.", "", "model.language_model.", "language_model.model.", "language_model."),
 }
@@ -30,8 +30,8 @@ _OLD_PREFIX = "language_model.model."  # files of this layout have the head besi
 _OLD_HEAD = "language_model."
 
 # Wrappers of training libraries: torch.compile, (Distributed)DataParallel, PEFT, FSDP, activation checkpointing.
-_OUTER_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
-_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+OUTER_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Parts of an adapter that was saved with the model without being merged: transformers would load the model without it.
 _UNMERGED = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|modules_to_save|token_adapter)\.")
 
@@ -78,7 +78,7 @@ def canonical_module(name: str) -> str:
 
     Names of towers, and what is no name of a target, are returned as they are.
     """
-    for prefix in sorted({p for prefixes in _PREFIXES.values() for p in prefixes}, key=len, reverse=True):
+    for prefix in sorted({p for prefixes in PREFIXES.values() for p in prefixes}, key=len, reverse=True):
         rest = name.removeprefix(prefix)
         if name.startswith(prefix) and _OF_TEXT_MODEL.match(f"{rest}."):
             return rest
@@ -102,7 +102,7 @@ def _canonical(name: str, prefix: str) -> str | None:
 def _unwrapped(stored: Collection[str], where: str) -> dict[str, str]:
     """Stored names by what they are without the wrappers that every tensor has."""
     names = {name: name for name in stored}
-    while wrapper := next((w for w in _OUTER_WRAPPERS if names and all(name.startswith(w) for name in names)), None):
+    while wrapper := next((w for w in OUTER_WRAPPERS if names and all(name.startswith(w) for name in names)), None):
         names = {name.removeprefix(wrapper): original for name, original in names.items()}
     for name, original in names.items():
         if unmerged := _UNMERGED.search(f".{name}."):
@@ -110,7 +110,7 @@ def _unwrapped(stored: Collection[str], where: str) -> dict[str, str]:
                 f"{where}: tensor {original} is part of an adapter that is not merged ({unmerged[1]}): call "
                 "merge_and_unload() before saving, or give the base with --checkpoint and the adapter with --adapter"
             )
-    wrapped = Counter(w for name in names for w in {*_OUTER_WRAPPERS, *_INNER_WRAPPERS} if _has_wrapper(name, w))
+    wrapped = Counter(w for name in names for w in {*OUTER_WRAPPERS, *INNER_WRAPPERS} if _has_wrapper(name, w))
     for wrapper, count in wrapped.items():
         raise CheckpointError(
             f"{where}: {count} of {len(names)} tensors have {wrapper!r} in their names, which a wrapper of a training "
@@ -120,12 +120,12 @@ def _unwrapped(stored: Collection[str], where: str) -> dict[str, str]:
 
 
 def _has_wrapper(name: str, wrapper: str) -> bool:
-    return name.startswith(wrapper) or (wrapper in _INNER_WRAPPERS and f".{wrapper}" in name)
+    return name.startswith(wrapper) or (wrapper in INNER_WRAPPERS and f".{wrapper}" in name)
 
 
 def _text_prefix(names: Collection[str], model_type: str, where: str) -> str:
     """The prefix of the text model's tensors: the one of the class that config.json names, if it is there."""
-    prefixes: Sequence[str] = _PREFIXES.get(model_type, _PREFIXES["gemma4"])
+    prefixes: Sequence[str] = PREFIXES.get(model_type, PREFIXES["gemma4"])
     found = [p for p in prefixes if any(n.startswith(p) and _OF_TEXT_MODEL.match(n.removeprefix(p)) for n in names)]
     if not found:
         raise CheckpointError(f"{where}: no tensor …layers.0.… of a text model: this is not a Gemma 4 checkpoint")

@@ -1,0 +1,150 @@
+"""python -m tests.differential > docs/checkpoints.md
+
+What is read of a checkpoint, left aside and refused: made from the tables that the code goes by, and from the
+transformations of this suite.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+
+from mtp_export.arch.config_keys import BOOKKEEPING, DRAFTER_DEFAULTS, ONE_VALUE, OTHER_MODELS, TEXT_DEFAULTS
+from mtp_export.source import adapter_fields, generation, left_aside
+from mtp_export.source.checkpoint import FLOATS, TEXT_FILES
+from mtp_export.source.names import INNER_WRAPPERS, OUTER_WRAPPERS, PREFIXES
+from tests.differential import test_files, test_leftovers, test_tensors
+from tests.differential.transformation import Suite
+
+SUITES: Mapping[str, Suite] = {
+    "Tensors": test_tensors.SUITE,
+    "Files": test_files.SUITE,
+    "config.json": test_leftovers.SUITE,
+}
+
+
+def page() -> str:
+    """Return the page."""
+    return "\n".join([*_head(), *_config(), *_tensors(), *_adapters(), *_generation(), *_suites()]) + "\n"
+
+
+def _head() -> list[str]:
+    return [
+        "# Checkpoints: what is read, left aside and refused",
+        "",
+        "transformers says what a checkpoint means: a folder that it loads as Gemma 4 E2B or E4B, without a missing "
+        "tensor, is exported to the same model, or refused in one line that names the reason. What changes nothing of "
+        "what is exported never stops an export: it is left aside, and `plan` and `export` list it once.",
+        "",
+        "This page is made by `python -m tests.differential`, from the tables that the code goes by and from the "
+        "transformations of `tests/differential`; a test compares it.",
+    ]
+
+
+def _config() -> list[str]:
+    expected = {f"`{key}` = {value!r}": f"no export of {what.rstrip(',')}" for key, (value, what) in ONE_VALUE.items()}
+    plain = sorted(TEXT_DEFAULTS.keys() - ONE_VALUE.keys())
+    return [
+        "",
+        "## config.json",
+        "",
+        "A key is one of three. A null is as good as a key that is left out, and has transformers' default.",
+        "",
+        f"**Read**, of the text model: {_code(plain)}; of a drafter also {_code(sorted(DRAFTER_DEFAULTS))}.",
+        "",
+        "**Read, with one value that is exported:**",
+        "",
+        *_table("key", "another value is refused", expected),
+        "",
+        f"**Bookkeeping**, ignored: {_code(sorted(BOOKKEEPING))}.",
+        "",
+        "**Any other key** is left aside and listed, `quantization_config` beside weights in floats too: the dtype of "
+        "the tensors decides how they are stored.",
+        "",
+        "Models of other sizes are refused by name: " + _code(sorted(OTHER_MODELS)) + ".",
+    ]
+
+
+def _tensors() -> list[str]:
+    prefixes = {f"`{kind}`": _code(p or "(none)" for p in found) for kind, found in PREFIXES.items()}
+    return [
+        "",
+        "## Tensors",
+        "",
+        f"Floats are {', '.join(FLOATS)}; integers as compressed-tensors stores them "
+        "(docs/decisions/0008-stored-integers.md). The text model is looked for under these prefixes, in their order:",
+        "",
+        *_table("model_type", "prefixes", prefixes),
+        "",
+        f"Wrappers of training libraries are taken off where every tensor has them: {_code(OUTER_WRAPPERS)}; elsewhere "
+        f"they are refused by name, as are {_code(INNER_WRAPPERS)} and parts of an adapter that is not merged.",
+        "",
+        "A head of its own is read, for target and drafter. As in transformers, head and embedding are one where the "
+        "config ties them, unless both are stored and differ; where one of them is stored, it is both.",
+        "",
+        "Left aside, and counted:",
+        "",
+        *_table("what", "names", {what: f"`{pattern}`" for what, pattern in left_aside.GROUPS.items()}),
+        "",
+        "Any other tensor that the model does not have is left aside by its name.",
+        "",
+        "Of a folder, model.safetensors is read, or without it what its index names, or without one a full set of "
+        f"numbered shards; and {_code(TEXT_FILES)}.",
+    ]
+
+
+def _adapters() -> list[str]:
+    refused = {f"`{key}`": reason for key, (_, reason) in adapter_fields.PLAIN.items()}
+    return [
+        "",
+        "## Adapters",
+        "",
+        "What PEFT's `merge_and_unload` gives is exported. Of adapter_config.json",
+        "",
+        f"* read: {_code(adapter_fields.READ)};",
+        f"* harmless: {_code(adapter_fields.HARMLESS)};",
+        "* unknown to PEFT: left aside and listed.",
+        "",
+        "Refused where they are set:",
+        "",
+        *_table("setting", "why, or what to do", refused),
+    ]
+
+
+def _generation() -> list[str]:
+    return [
+        "",
+        "## Generation",
+        "",
+        f"Of generation_config.json (without it, of config.json) are obeyed: {_code(generation.OBEYED)}.",
+        "",
+        f"Left aside and listed where they say something: {_code(sorted(generation.NOT_OBEYED))}, and keys that "
+        "transformers does not know.",
+    ]
+
+
+def _suites() -> list[str]:
+    lines = ["", "## What the suite does to folders"]
+    for title, suite in SUITES.items():
+        equal = [name for name, case in suite.cases.items() if not case.refused]
+        refused = {_words(name): f"… {case.words[0]} …" for name, case in suite.cases.items() if case.refused}
+        lines += ["", f"### {title}", "", f"Exported to the same model: {', '.join(map(_words, equal))}.", ""]
+        lines += _table("refused", "with these words", refused)
+    return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(first: str, second: str, rows: Mapping[str, str]) -> list[str]:
+    cells = [f"| {key} | {value} |".replace("\n", " ") for key, value in rows.items()]
+    return [f"| {first} | {second} |", "|---|---|", *(cell.replace(r"\|", "|") for cell in cells)]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
