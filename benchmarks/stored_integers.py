@@ -78,13 +78,14 @@ def restored(folder: Path) -> Gemma4ForCausalLM:
     target = Checkpoint(folder, "target")
     state = {}
     for tensor in layout.target_tensors(NANO.target, unused_caches=False):
-        matrix = target.quantised(tensor.name, tensor.shape)
+        name = tensor.name.removeprefix(layout.TARGET_PREFIX)
+        matrix = target.quantised(name, tensor.shape)
         if matrix is None:
-            values = target.rows(tensor.name, 0, tensor.shape[0])
+            values = target.rows(name, 0, tensor.shape[0])
         else:
             integers, scales = target.quantised_rows(matrix, 0, tensor.shape[0])
             values = (integers.reshape(*scales.shape, -1) * scales[..., None]).reshape(tensor.shape)
-        state[tensor.name.replace(layout.TARGET_PREFIX, "model.")] = torch.from_numpy(values)
+        state[f"model.{name}"] = torch.from_numpy(values)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = Gemma4ForCausalLM(Gemma4TextConfig(**target.config["text_config"]))
     missing = model.load_state_dict(state, strict=False).missing_keys

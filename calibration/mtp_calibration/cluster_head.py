@@ -139,16 +139,16 @@ def write_clustered(dense: Checkpoint, ordering: Tensor, centroids: Tensor, top_
     beside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    tensors: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path in dense.files():
         if path.suffix == ".safetensors":
-            tensors |= load_file(path)
+            stored |= load_file(path)
         elif not path.name.endswith((".index.json", "config.json")):
             shutil.copy(path, beside / path.name)
-    dtype = tensors["model.embed_tokens.weight"].dtype
+    tensors = {name: stored[info.stored] for name, info in dense.tensors.items()}
     tensors |= {
         "masked_embedding.token_ordering": ordering.reshape(-1),
-        "masked_embedding.centroids.weight": centroids.to(dtype),
+        "masked_embedding.centroids.weight": centroids.to(tensors[dense.head].dtype),
     }
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
     config = dense.config | {
