@@ -243,6 +243,30 @@ def default_token_of_gemma_in_room_of_the_vocabulary(folder: Path) -> None:
     config(folder, tokenizer_class="GemmaTokenizer")
 
 
+@equal("truncation of tokenizer.json")
+def token_added_after_training_with_truncation(folder: Path) -> None:
+    drop_last(folder)
+    save_after(folder, truncation=True, max_length=12)
+    config(folder, image_token="<image>")
+
+
+@equal()
+def named_token_that_is_not_special_in_a_list(folder: Path) -> None:
+    drop_last(folder)
+    config(folder, image_token="<image>", added_tokens_decoder={"4095": token("<image>", special=False)})
+
+
+@equal()
+def named_token_that_is_not_special_as_an_object(folder: Path) -> None:
+    drop_last(folder)
+    config(folder, image_token={"__type": "AddedToken", **token("<image>", special=False)})
+
+
+@equal()
+def extra_and_additional_special_tokens_by_name(folder: Path) -> None:
+    config(folder, extra_special_tokens={"image_token": "<unk>"}, additional_special_tokens={"tool_token": "<pad>"})
+
+
 @equal()
 def word_that_becomes_a_special_token(folder: Path) -> None:
     config(folder, image_token="return")

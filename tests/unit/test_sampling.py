@@ -55,9 +55,15 @@ class Tables:
         count: int = DRAWS,
         constraint: Constraint | None = None,
         stops: Sequence[int] = (),
+        suppressed: Sequence[int] = (),
     ) -> tuple[list[Token], GenerationStats]:
         manifest = msgspec.structs.replace(
-            fake_manifest(), vocab_size=VOCAB, hidden_size=1, context_length=count + 2, num_draft_tokens=K
+            fake_manifest(),
+            vocab_size=VOCAB,
+            hidden_size=1,
+            context_length=count + 2,
+            num_draft_tokens=K,
+            suppress_tokens=tuple(suppressed),
         )
         loop = GenerationLoop(TableBackend(self.target, self.drafter, self.candidates, count + 8), manifest)
         request = Request(
@@ -71,9 +77,11 @@ class Tables:
         stats = GenerationStats()
         return list(loop.generate(request, stats)), stats
 
-    def expected(self, sampling: Sampling) -> NDArray[np.float64]:
+    def expected(self, sampling: Sampling, suppressed: Sequence[int] = ()) -> NDArray[np.float64]:
         """The target's distribution after every pair of tokens. Shapes: [V, V, V]."""
-        rows = [probabilities(row, sampling) for row in self.target.reshape(-1, VOCAB)]
+        scores = self.target.reshape(-1, VOCAB).copy()
+        scores[:, list(suppressed)] = -np.inf
+        rows = [probabilities(row, sampling) for row in scores]
         return np.reshape(rows, self.target.shape)
 
 

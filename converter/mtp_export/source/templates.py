@@ -46,7 +46,7 @@ def read_template(target: Checkpoint) -> ChatTemplate:
         elif templates and templates.get(_DEFAULT) != named.get(_DEFAULT):
             left_aside.append(f"the chat template of {name}")
     left_aside += [f"the chat template named {name!r}" for name in named if name not in (_DEFAULT, _TOOLS)]
-    return ChatTemplate(text=_joined(named), left_aside=tuple(left_aside))
+    return ChatTemplate(text=joined(named), left_aside=tuple(left_aside))
 
 
 def _of_files(target: Checkpoint) -> dict[str, str]:
@@ -80,7 +80,8 @@ def _by_name(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _joined(named: Mapping[str, str]) -> str | None:
+def joined(named: Mapping[str, str]) -> str | None:
+    """Return one text that renders as the template that the library takes of several, None where it takes none."""
     default, tools = named.get(_DEFAULT), named.get(_TOOLS)
     if tools is None:
         return default
