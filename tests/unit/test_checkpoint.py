@@ -214,13 +214,18 @@ class TestIndex:
 class TestJson:
     @pytest.mark.parametrize(
         "text",
-        ["", "{", "nothing", "{'a': 1}", '{"a": 1,}', "\ufeff{}", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "{}{}"],
+        ["", "{", "nothing", "{'a': 1}", '{"a": 1,}', "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "{}{}"],
         ids=lambda text: repr(text[:10]),
     )
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
     def test_what_is_no_json(self, tiny: Path, name: str, text: str) -> None:
         (tiny / "target" / name).write_text(text, encoding="utf-8")
         assert f"{name} is not JSON" in refusal(tiny)
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+    def test_a_byte_order_mark(self, tiny: Path, name: str) -> None:
+        (tiny / "target" / name).write_text("\ufeff{}", encoding="utf-8")
+        assert f"{name} begins with a byte order mark: save it as UTF-8 without one" in refusal(tiny)
 
     def test_a_value_nested_as_deep_as_json_goes(self, tiny: Path) -> None:
         """Deep enough to be shown only in part."""
