@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from mtp_export.arch.config_keys import BOOKKEEPING, DRAFTER_DEFAULTS, ONE_VALUE, OTHER_MODELS, TEXT_DEFAULTS
-from mtp_export.source import adapter_fields, generation, left_aside
+from mtp_export.source import generation, left_aside
+from mtp_export.source.adapters import fields as adapter_fields
 from mtp_export.source.checkpoint import FLOATS, TEXT_FILES
 from mtp_export.source.names import INNER_WRAPPERS, OUTER_WRAPPERS, PREFIXES
 from tests.differential import test_files, test_leftovers, test_tensors

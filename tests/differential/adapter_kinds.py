@@ -212,6 +212,7 @@ REWRITTEN = [
     _re("targets that leave pairs out", changed_config(target_modules=["q_proj", "up_proj"]), target_modules=ALL),
     _re("layers that leave pairs out", changed_config(layers_to_transform=[2]), target_modules=SOME),
     _re("exclusion that leaves pairs out", changed_config(exclude_modules=r".*[37]\..*"), target_modules=SOME),
+    _re("all-linear leaves the head out", changed_config(target_modules="all-linear"), target_modules=[*HEAD, *Q]),
     _re("pairs of some modules", _kept("layers.3", "layers.8"), target_modules=SOME),
     _re("lengths that are not used", changed_config(use_dora=False), target_modules=Q, use_dora=True),
     _re("pairs of towers", changed_tensors(lambda t: t.update(TOWERS)), target_modules=SOME),

@@ -19,8 +19,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_fields import HARMLESS, MERGE, PLAIN, READ, UNMERGEABLE
 from mtp_export.source.adapters import AdaptedCheckpoint
+from mtp_export.source.adapters.fields import HARMLESS, MERGE, PLAIN, READ, UNMERGEABLE
 from tests.differential.adapters import (
     NANO,
     base_model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mtp_export.commands.export import command, config_of
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import input_files, open_pair
-from mtp_export.source import adapter_merge
-from mtp_export.source.adapters import AdaptedCheckpoint
+from mtp_export.source.adapters import AdaptedCheckpoint, merge
+from mtp_export.source.adapters.fields import HARMLESS, PLAIN, READ
 from mtp_export.source.checkpoint import Checkpoint
 from tests.unit.tiny_files import MODELS, pair_arguments, rewrite_json, rewrite_tensors, tiny_model
 
@@ -190,7 +193,7 @@ def test_a_config_of_another_kind_is_refused(
 def test_a_pattern_that_never_ends_is_given_up(
     target: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_merge, "SECONDS", 0.2)
+    monkeypatch.setattr(merge, "SECONDS", 0.2)
     adapter = save_adapter(tmp_path / "adapter", target, seed=0, **{key: r"(.*).*(.*).*(.*).*(.*).*\1\2\3\4[A-Z]"})
     start = time.monotonic()
     assert f"of {key} takes too long: list module names instead" in refusal(target, adapter)
@@ -252,6 +255,35 @@ def test_tensors_that_do_not_fit_are_refused(
     adapter = save_adapter(tmp_path / "adapter", target, target_modules=["q_proj", "down_proj", "embed_tokens"])
     rewrite_tensors(adapter / "adapter_model.safetensors", change)
     assert message in refusal(target, adapter)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(["q_proj", ".*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+KINDS = ["lora_A", "lora_B", "base_layer", "modules_to_save", "token_adapter", "trainable_tokens_delta"]
+PARTS = [*ADAPTED, *KINDS, "default", "weight", "bias", "lm_head", "embed_tokens", "", "\n", "9" * 5000]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.dictionaries(st.sampled_from([*READ, *HARMLESS, *PLAIN]), VALUES, max_size=3),
+    names=st.lists(st.lists(st.sampled_from(PARTS), max_size=6), max_size=2),
+)
+def test_whatever_lies_in_the_files_is_merged_or_refused_on_a_line(
+    tiny_source: Path, tmp_path: Path, values: dict[str, Any], names: list[list[str]]
+) -> None:
+    target = tiny_source / "target"
+    adapter = save_adapter(Path(tempfile.mkdtemp(dir=tmp_path)) / "adapter", target)
+    rewrite_json(adapter / "adapter_config.json", values)
+    added = {f"{PREFIX}{'.'.join(name)}": torch.ones(RANK, 3) for name in names}
+    rewrite_tensors(adapter / "adapter_model.safetensors", lambda t: t.update(added))
+    try:
+        printed = list(AdaptedCheckpoint(target, "target", [adapter]).left_aside)
+    except CheckpointError as error:
+        printed = [str(error)]
+    assert all(line.isprintable() for line in printed)
 
 
 def test_merging_that_gives_no_numbers_is_refused(target: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_patterns import shown
+from mtp_export.source.adapters.patterns import shown
 
 MERGE = "merge it with PEFT (merge_and_unload, save_pretrained) and give the result with --checkpoint"
 

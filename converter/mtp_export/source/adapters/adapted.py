@@ -1,8 +1,4 @@
-"""Adapters as PEFT saves them, merged into a checkpoint's rows as they are read.
-
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. What a merged checkpoint holds is what PEFT's
-`PeftModel.from_pretrained(model, folder).merge_and_unload()` gives for transformers' model in float32.
-"""
+"""A checkpoint with adapters: it holds what PEFT's `merge_and_unload` gives for transformers' model in float32."""
 
 from __future__ import annotations
 
@@ -13,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_config import CONFIG
-from mtp_export.source.adapter_merge import EMBEDDING_WEIGHT, HEAD_WEIGHT, Merged, merge, read_changes
-from mtp_export.source.adapter_modules import read_text_model
-from mtp_export.source.adapter_tensors import WEIGHTS
+from mtp_export.source.adapters.config import CONFIG
+from mtp_export.source.adapters.merge import EMBEDDING_WEIGHT, HEAD_WEIGHT, Merged, merge, read_changes
+from mtp_export.source.adapters.modules import read_text_model
+from mtp_export.source.adapters.steps import Chain, Float32, Where
+from mtp_export.source.adapters.tensors import WEIGHTS
 from mtp_export.source.checkpoint import Checkpoint
-from mtp_export.source.lora import Chain, Float32, Where
 
 
 class AdaptedCheckpoint(Checkpoint):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_fields import check_fields
-from mtp_export.source.adapter_patterns import shown
+from mtp_export.source.adapters.fields import check_fields
+from mtp_export.source.adapters.patterns import shown
 
 CONFIG = "adapter_config.json"
 _MAX_BYTES = 16 << 20

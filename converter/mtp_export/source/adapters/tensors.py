@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_modules import HEAD, MULTIMODAL
-from mtp_export.source.adapter_patterns import shown
+from mtp_export.source.adapters.modules import HEAD, MULTIMODAL
+from mtp_export.source.adapters.patterns import shown
 from mtp_export.source.names import canonical_module
 
 WEIGHTS = "adapter_model.safetensors"

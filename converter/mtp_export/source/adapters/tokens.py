@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_config import AdapterConfig
-from mtp_export.source.adapter_modules import EMBEDDING, EMBEDDINGS, HEAD, TextModel, spelled
-from mtp_export.source.adapter_patterns import shown
-from mtp_export.source.adapter_tensors import AdapterTensors
+from mtp_export.source.adapters.config import AdapterConfig
+from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, TextModel, spelled
+from mtp_export.source.adapters.patterns import shown
+from mtp_export.source.adapters.tensors import AdapterTensors
 
 _KEY = "trainable_token_indices"
 

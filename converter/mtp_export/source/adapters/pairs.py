@@ -9,11 +9,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_config import AdapterConfig
-from mtp_export.source.adapter_modules import EMBEDDING, EMBEDDINGS, HEAD, NO_PAIRS, Selection, TextModel, spelled
-from mtp_export.source.adapter_patterns import Patterns, shown
-from mtp_export.source.adapter_tensors import AdapterTensors
-from mtp_export.source.lora import LowRank
+from mtp_export.source.adapters.config import AdapterConfig
+from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, NO_PAIRS, Selection, TextModel, spelled
+from mtp_export.source.adapters.patterns import Patterns, shown
+from mtp_export.source.adapters.steps import LowRank
+from mtp_export.source.adapters.tensors import AdapterTensors
 
 _Number = TypeVar("_Number", int, float)
 _LENGTHS = "lora_magnitude_vector"

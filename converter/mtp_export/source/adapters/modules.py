@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_config import AdapterConfig
-from mtp_export.source.adapter_patterns import Patterns
-from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.adapters.config import AdapterConfig
+from mtp_export.source.adapters.patterns import Patterns
+from mtp_export.source.checkpoint import FLOATS, Checkpoint
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 EMBEDDINGS = (EMBEDDING, "embed_tokens_per_layer")  # modules that are looked up in
 MULTIMODAL = "model.language_model."
 _TIED = (EMBEDDING, HEAD)
+_NO_LAYER = 1 << 31
 _ALL_LINEAR = "all-linear"
 NO_PAIRS = "dummy-target-modules"  # what PEFT writes where only whole modules are trained
 _BY_DEFAULT = r".*language_model\..*\.(q_proj|v_proj)"  # PEFT's choice for the architecture gemma4
-_KEYS_AND_VALUES = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)")
+_KEYS_AND_VALUES = re.compile(r"layers\.(\d{1,9})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)")
 _INTEGER_PARTS = re.compile(r"(.+)\.weight_(packed|scale|shape)")
 
 
@@ -37,8 +39,7 @@ class TextModel:
 
     def lacks(self, module: str) -> bool:
         """Whether a module is of keys or values that a layer takes from another one."""
-        match = _KEYS_AND_VALUES.fullmatch(module)
-        return match is not None and int(match[1]) >= self.unused_from
+        return _is_unused(module, self.unused_from)
 
     def matrices(self) -> list[str]:
         """Modules that pairs can change, in an order in which the embedding comes first and the head last."""
@@ -63,21 +64,16 @@ class Selection:
 
 def read_text_model(checkpoint: Checkpoint) -> TextModel:
     """Return the text model of a target's checkpoint."""
-    config = checkpoint.config if isinstance(checkpoint.config, dict) else {}
-    of_text = config.get("text_config")
-    text = of_text if isinstance(of_text, dict) else config
-    layers, shared = text.get("num_hidden_layers"), text.get("num_kv_shared_layers")
-    unused_from = layers - shared if isinstance(layers, int) and isinstance(shared, int) else 1 << 31
-    model = TextModel(shapes={}, integers=frozenset(), unused_from=unused_from)
+    unused_from = _unused_from(checkpoint.config)
     shapes: dict[str, tuple[int, ...]] = {}
     integers: set[str] = set()
     for name, info in checkpoint.tensors.items():
         part = _INTEGER_PARTS.fullmatch(name)
         module = part[1] if part else name.rpartition(".")[0]
-        if part or not info.dtype.startswith(("F", "BF")):
+        if part or info.dtype not in FLOATS:
             integers.add(module)
             name = f"{module}.weight"
-        if not model.lacks(module):
+        if not _is_unused(module, unused_from):
             shapes.setdefault(name, info.shape)
     tables = [f"{module}.weight" for module in _TIED]
     stored = next((shapes[name] for name in tables if name in shapes), None)
@@ -86,6 +82,19 @@ def read_text_model(checkpoint: Checkpoint) -> TextModel:
     if not integers.isdisjoint(_TIED):
         integers |= set(_TIED)
     return TextModel(shapes=shapes, integers=frozenset(integers), unused_from=unused_from)
+
+
+def _unused_from(config: Any) -> int:
+    """The first layer without keys and values of its own; a config that does not say it is refused elsewhere."""
+    whole = config if isinstance(config, dict) else {}
+    text = whole["text_config"] if isinstance(whole.get("text_config"), dict) else whole
+    layers, shared = text.get("num_hidden_layers"), text.get("num_kv_shared_layers")
+    return layers - shared if isinstance(layers, int) and isinstance(shared, int) else _NO_LAYER
+
+
+def _is_unused(module: str, unused_from: int) -> bool:
+    match = _KEYS_AND_VALUES.fullmatch(module)
+    return match is not None and int(match[1]) >= unused_from
 
 
 def spelled(module: str, prefix: str) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapter_config import CONFIG, AdapterConfig, read_config
-from mtp_export.source.adapter_modules import EMBEDDING, EMBEDDINGS, HEAD, Selection, TextModel, select
-from mtp_export.source.adapter_pairs import Pair, PairReader
-from mtp_export.source.adapter_patterns import SECONDS, Patterns, shown
-from mtp_export.source.adapter_tensors import AdapterTensors, read_tensors
-from mtp_export.source.adapter_tokens import TrainedRows, trained_rows
-from mtp_export.source.lora import Chain, ColumnLengths, Float32, RowLengths, Step, TokenRows, Where
+from mtp_export.source.adapters.config import CONFIG, AdapterConfig, read_config
+from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, Selection, TextModel, select
+from mtp_export.source.adapters.pairs import Pair, PairReader
+from mtp_export.source.adapters.patterns import SECONDS, Patterns, shown
+from mtp_export.source.adapters.steps import Chain, ColumnLengths, Float32, RowLengths, Step, TokenRows, Where
+from mtp_export.source.adapters.tensors import AdapterTensors, read_tensors
+from mtp_export.source.adapters.tokens import TrainedRows, trained_rows
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 _TABLES = (EMBEDDING_WEIGHT, HEAD_WEIGHT)

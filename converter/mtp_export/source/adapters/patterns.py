@@ -20,7 +20,7 @@ from mtp_export.errors import CheckpointError
 
 MAX_CHARACTERS = 200_000  # of all patterns of an adapter: a pattern for each module of the largest model has 30,000
 _MAX_REPEATS = 10_000  # the product of a pattern's counts: regex unrolls them when it compiles
-_COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_COUNT = re.compile(r"\{0*(\d*)(?:,0*(\d*))?\}")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxlevel = 120, 40, 3
 SECONDS = 5.0  # for all matches of an adapter, of which there are some 100,000 at most
@@ -64,7 +64,7 @@ class Patterns:
             match = self._timed(key, pattern, lambda seconds: expression.match(name, timeout=seconds))
             if match is None:
                 return None
-            if not (digits := match["idx"]) or not digits.isdecimal():
+            if not (digits := match["idx"]) or not digits.isdecimal() or len(digits) > 9:
                 raise CheckpointError(f"{self.where}: {key} has {shown(pattern)}, which gives no numbers of layers")
             return int(digits)
 
@@ -72,7 +72,7 @@ class Patterns:
 
     def _expression(self, key: str, pattern: str) -> Any:
         self._characters += len(pattern)
-        counts = [max(int(n) for n in pair if n) for pair in _COUNT.findall(pattern[:MAX_CHARACTERS]) if any(pair)]
+        counts = [max(int(n[:9]) for n in pair if n) for pair in _COUNT.findall(pattern[:MAX_CHARACTERS]) if any(pair)]
         if self._characters > MAX_CHARACTERS or math.prod(counts) > _MAX_REPEATS:
             raise CheckpointError(f"{self.where}: {key} has regular expressions that are too large: list module names")
         try:
