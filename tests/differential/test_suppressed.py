@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from litert_lm_builder.litertlm_header_schema_py_generated import AnySectionDataType
+from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from mtp_export.pipeline import export
 from mtp_export.stock_runtime import run_stock
-from mtp_runtime import Session
+from mtp_runtime import Session, litertlm
 from mtp_runtime.session_batch import SessionBatch
 from tests.differential.oracle import PROMPT, Silent, export_config, loaded, nano_pair, nano_run, rewrite_json
 
@@ -92,6 +94,19 @@ def test_a_batch_says_none(suppressing: Suppressing) -> None:
     with SessionBatch.open(suppressing.bundle, threads=1) as batch:
         for trace in batch.generate([PROMPT] * 3, max_new_tokens=NEW_TOKENS):
             assert trace.tokens == suppressing.expected
+
+
+@pytest.mark.parametrize("suppressing", ["tflite"], indirect=True)
+def test_the_litertlm_says_both(suppressing: Suppressing) -> None:
+    metadata = llm_metadata_pb2.LlmMetadata()
+    with (suppressing.bundle / "nano.litertlm").open("rb") as file:
+        section = next(s for s in litertlm.read_sections(file) if s.kind == AnySectionDataType.LlmMetadataProto)
+        file.seek(section.begin)
+        metadata.ParseFromString(file.read(section.end - section.begin))
+    assert set(metadata.suppress_tokens.ids) == suppressing.suppressed
+    sampler = metadata.sampler_params
+    assert (sampler.type, sampler.k) == (sampler.TOP_P, 20)
+    assert (sampler.temperature, sampler.p) == pytest.approx((1.3, 0.95))
 
 
 @pytest.mark.parametrize("suppressing", ["tflite"], indirect=True)

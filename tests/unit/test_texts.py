@@ -52,7 +52,13 @@ def template_of(pieces: list[str]) -> str:
     return text + "{% endif %}" * depth
 
 
-TEMPLATES = st.lists(st.sampled_from(PIECES), max_size=8).map(template_of)
+SPACE = st.sampled_from(["", "\n", "\n \n", " \n", "\n\t", "\n\n", " "])
+TEMPLATES = st.builds(
+    lambda before, pieces, after: before + template_of(pieces) + after,
+    SPACE,
+    st.lists(st.sampled_from(PIECES), max_size=8),
+    SPACE,
+)
 
 
 @given(TEMPLATES, TEMPLATES)

@@ -84,7 +84,7 @@ def answers(asked: Asked, on_line: OnLine) -> tuple[Answer, Answer]:
     if asked.app:
         there = Answer(place=place, stock=_by_app(adb, asked, 1, on_line))
     else:
-        there = _by_shell(adb, place, asked, lambda folder: _greedy(asked, asked.request(folder)), on_line)
+        there = _by_shell(adb, place, asked, lambda folder: greedy_runs(asked, asked.request(folder)), on_line)
     on_line("on this machine")
     return run_here(reference_request(asked.request(str(asked.bundle)))), there
 
@@ -122,8 +122,8 @@ def measured(
     return place, found, (before, _thermal_status(adb))
 
 
-def _greedy(asked: Asked, request: Request) -> Request:
-    """Leave out what is not greedy: without MTP the program draws tokens as the bundle says; it has no option for it."""
+def greedy_runs(asked: Asked, request: Request) -> Request:
+    """Leave out what is not greedy: without MTP the program draws tokens as the bundle says, and cannot be told."""
     if asked.binary is None or not read_manifest(asked.bundle).samples:
         return request
     return msgspec.structs.replace(request, depths=tuple(depth for depth in request.depths if depth))
