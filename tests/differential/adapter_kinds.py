@@ -91,6 +91,7 @@ KINDS = [
     ),
     _of("head, tying", target_modules=[*HEAD, *Q], ensure_weight_tying=True),
     _of("head by a regex, tying", target_modules=r".*(q_proj|lm_head)", ensure_weight_tying=True),
+    _of("embedding by a regex, tying", target_modules=r".*embed_tokens", ensure_weight_tying=True),
     _of("tying of nothing", target_modules=Q, ensure_weight_tying=True),
     _of("saved embedding", target_modules=Q, modules_to_save=EMBED),
     _of("saved head", target_modules=Q, modules_to_save=HEAD),
@@ -99,6 +100,7 @@ KINDS = [
     _of("saved head, tying", target_modules=Q, modules_to_save=HEAD, ensure_weight_tying=True),
     _of("saved norms", target_modules=Q, modules_to_save=["norm"]),
     _of("saved norm by its name", target_modules=Q, modules_to_save=["model.language_model.norm", "q_norm"]),
+    _of("saved by the end of a name", target_modules=Q, modules_to_save=["tokens"]),
     _of("saved MLP", target_modules=SOME, modules_to_save=["mlp"]),
     _of("saved layer", target_modules=SOME, modules_to_save=["layers.3"]),
     _of("saved model", target_modules=HEAD, modules_to_save=["language_model"]),
@@ -217,6 +219,7 @@ REWRITTEN = [
     _re("lengths that are not used", changed_config(use_dora=False), target_modules=Q, use_dora=True),
     _re("pairs of towers", changed_tensors(lambda t: t.update(TOWERS)), target_modules=SOME),
     _re("pairs of KV-sharing layers", changed_tensors(lambda t: t.update(LAYER_7)), target_modules=SOME),
+    _of("random start beside unused", base="unused", target_modules=["k_proj"], init_lora_weights=False),
     _re("the same, the base too", changed_tensors(lambda t: t.update(LAYER_7)), base="unused", target_modules=SOME),
     _re("whole norm", changed_tensors(lambda t: t.update({f"{TEXT}norm.weight": _normal(256)})), target_modules=Q),
     _re(

@@ -153,6 +153,10 @@ CONVERT = "save it with path_initial_model_for_weight_conversion"
             "has no lm_head.weight, which modules_to_save names: the adapter is incomplete",
         ),
         ({"modules_to_save": ["mlp", "up_proj"]}, "modules_to_save names model.language_model.layers.0.mlp and "),
+        (
+            {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "target_modules": ["lm_head"]},
+            "target_modules and modules_to_save both change lm_head, which PEFT does not merge: train one",
+        ),
         ({"trainable_token_indices": [1, 1]}, "trainable_token_indices is not a list of tokens, each once"),
         ({"trainable_token_indices": ["a"]}, "trainable_token_indices is not a list of tokens, each once"),
         ({"trainable_token_indices": [1]}, "has no trained rows of embed_tokens: the adapter is incomplete"),
