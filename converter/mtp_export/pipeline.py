@@ -52,10 +52,12 @@ class Progress(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What an export wrote, what it left aside of its input, and what it took. Sizes are in bytes, times in seconds."""
+    """What an export wrote, left aside of its input, and took, and what a user had better know. Sizes are in
+    bytes, times in seconds."""
 
     output: Path
     left_aside: Sequence[str]
+    notes: Sequence[str]
     manifest: Manifest
     input_bytes: int
     seconds: Mapping[str, float]
@@ -120,6 +122,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     return ExportResult(
         output=config.output,
         left_aside=unused,
+        notes=texts.notes(pair.target, pair.target_spec),
         manifest=manifest,
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
@@ -294,7 +297,7 @@ def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph]) -> tuple[str, ...
     return (
         *left_aside(pair.target, parameters.target_tensors(of_target)),
         *pair.target.left_aside,
-        *texts.notes(pair.target, pair.target_spec),
+        *texts.left_aside(pair.target, pair.target_spec),
         *(f"of the drafter: {phrase}" for phrase in of_drafter),
     )
 

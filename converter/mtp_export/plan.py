@@ -67,7 +67,8 @@ class Device:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What an export would do. files_bytes goes by name, signatures by role, seconds by stage; memory_bytes is the
-    highest anonymous memory of all processes; left_aside is what changes nothing of what is exported."""
+    highest anonymous memory of all processes; left_aside is what changes nothing of what is exported, notes what a user
+    had better know."""
 
     output: str
     model: str
@@ -87,6 +88,7 @@ class Plan:
     disks: Sequence[Disk]
     device: Device
     left_aside: Sequence[str]
+    notes: Sequence[str]
 
     @property
     def remedy(self) -> str:
@@ -120,7 +122,7 @@ def plan(config: ExportConfig) -> Plan:
         values = pipeline.pair_parameters(config, pair, graphs)
         inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in pipeline.input_files(pair)}
         files = _files(config, pair, shape, graphs, values, inputs)
-        unused = pipeline.pair_left_aside(pair, graphs)
+        unused, notes = pipeline.pair_left_aside(pair, graphs), texts.notes(pair.target, pair.target_spec)
     return Plan(
         output=str(config.output),
         model=config.model,
@@ -140,6 +142,7 @@ def plan(config: ExportConfig) -> Plan:
         disks=_disks(config.output, sum(files.values()), headers.download_bytes),
         device=_device(config, pair.target_spec, shape, values),
         left_aside=unused,
+        notes=notes,
     )
 
 

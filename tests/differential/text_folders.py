@@ -214,4 +214,5 @@ def prompt_of(oracle: Any, messages: list[Message], tools: Any) -> str | None:
 
 
 def notes_of(folder: Path) -> tuple[str, ...]:
-    return texts.notes(Checkpoint(folder, "target"), SPEC)
+    target = Checkpoint(folder, "target")
+    return (*texts.left_aside(target, SPEC), *texts.notes(target, SPEC))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtp_calibration.recipes import RECIPES
+from mtp_export.commands.terminal import print_notes
 from mtp_export.config import ExportConfig
 from mtp_export.staging import check_output
 from mtp_runtime.errors import UserError
@@ -163,6 +164,7 @@ def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: 
         click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
         return
     _print(result)
+    print_notes(result.notes)
     if left:
         names = ", ".join(
             f"{count} {name} of the {role}" for role, found in left.items() for name, count in found.items()
@@ -170,7 +172,7 @@ def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: 
         remedy = f"see `mtp-export inspect {click.format_filename(config.output)}`"
         if config.delegate == "cpu":
             remedy = f"export with --delegate gpu for one, or {remedy}"
-        click.echo(f"mtp-export: note: for the CPU alone, a GPU does not take {names}: {remedy}", err=True)
+        print_notes([f"for the CPU alone, a GPU does not take {names}: {remedy}"])
 
 
 def _left_to_cpu(config: ExportConfig) -> dict[str, dict[str, int]]:
@@ -247,6 +249,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "input_bytes": result.input_bytes,
         "files_bytes": _sizes(result),
         "left_aside": list(result.left_aside),
+        "notes": list(result.notes),
         "seconds": result.seconds,
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mtp_export.commands.export import config_of, export_options
-from mtp_export.commands.terminal import working
+from mtp_export.commands.terminal import print_notes, working
 from mtp_export.config import ExportConfig
 
 
@@ -37,6 +37,7 @@ def show_plan(config: ExportConfig, *, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(found) | {"fits": not found.remedy, "remedy": found.remedy}))
     else:
         _print(found)
+        print_notes(found.notes)
     if found.remedy:
         click.echo(f"mtp-export: error: {found.remedy}", err=True)
         sys.exit(1)

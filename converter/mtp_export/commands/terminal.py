@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import click
 from rich.console import Console
 
 
@@ -17,3 +18,9 @@ def working(doing: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(doing) as status:
         yield lambda text: status.update(text)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a user had better know, a line each on standard error."""
+    for note in notes:
+        click.echo(f"mtp-export: note: {note}", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from mtp_export.arch.spec import TargetSpec
@@ -15,6 +15,7 @@ from mtp_export.source.tokenizer_file import special_tokens
 __all__ = [
     "file_name",
     "generation",
+    "left_aside",
     "notes",
     "read_texts",
     "special_tokens",
@@ -75,30 +76,38 @@ def stop_token_ids(target: Checkpoint, spec: TargetSpec) -> tuple[int, ...]:
     return generation(target, spec).stop_token_ids
 
 
-def notes(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
-    """Short phrases: what the files say of text and generation and a bundle does without.
+def left_aside(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
+    """Return what the files say of text and generation that a bundle does without, in short phrases.
 
     Raises:
         CheckpointError: a file is not what it should be.
     """
-    return tuple(_notes(target, spec))
+    text = _tokenizer_text(target)
+    cleared = sorted(tokenizer_file.call_settings(text), reverse=True) if text else []
+    settings = [f"{' and '.join(cleared)} of {tokenizer_file.NAME}"] if cleared else []
+    return (*settings, *read_template(target).left_aside, *generation(target, spec).left_aside)
 
 
-def _notes(target: Checkpoint, spec: TargetSpec) -> Iterator[str]:
-    text = target.read_text(tokenizer_file.NAME)
-    is_there = not text.startswith("\0")  # a plan has a hole in the place of a tokenizer that is not downloaded yet
-    cleared = sorted(tokenizer_file.call_settings(text), reverse=True) if is_there else []
-    if cleared:
-        yield f"{' and '.join(cleared)} of {tokenizer_file.NAME}"
-    defaults, template = generation(target, spec), read_template(target)
-    yield from template.left_aside
-    yield from defaults.left_aside
-    if not defaults.stop_token_ids:
-        yield "no stop token: generation ends where the caller or the context ends it"
-    elif is_there and _END_OF_TURN in (template.text or ""):
+def notes(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
+    """Return what a user had better know of where generation stops.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    stops, text = stop_token_ids(target, spec), _tokenizer_text(target)
+    if not stops:
+        return ("no stop token: generation ends where the caller or the context ends it",)
+    if text and _END_OF_TURN in (read_template(target).text or ""):
         end_of_turn = tokenizer_file.token_id(text, _END_OF_TURN)
-        if end_of_turn is not None and end_of_turn not in defaults.stop_token_ids:
-            yield f"{_END_OF_TURN} ({end_of_turn}), with which the chat template ends a turn, is no stop token"
+        if end_of_turn is not None and end_of_turn not in stops:
+            return (f"{_END_OF_TURN} ({end_of_turn}), with which the chat template ends a turn, is no stop token",)
+    return ()
+
+
+def _tokenizer_text(target: Checkpoint) -> str:
+    """The tokenizer.json as it is; empty in a plan that has a hole in the place of one that is not downloaded yet."""
+    text = target.read_text(tokenizer_file.NAME)
+    return "" if text.startswith("\0") else text
 
 
 def _optional(target: Checkpoint) -> dict[str, str]:
