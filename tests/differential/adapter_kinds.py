@@ -303,7 +303,7 @@ RESPELLED = [
     _sp(
         "names of older classes",
         rewritten_tensors(lambda n: n.replace("model.language_model.", "language_model.model.")),
-        target_modules=UNSLOTH,
+        target_modules=r"model\.language_model\..*_proj",
     ),
     _sp(
         "saved with `modules_to_save`",
