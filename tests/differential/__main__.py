@@ -14,13 +14,24 @@ from mtp_export.source import generation, left_aside
 from mtp_export.source.adapters import fields as adapter_fields
 from mtp_export.source.checkpoint import FLOATS, TEXT_FILES
 from mtp_export.source.names import INNER_WRAPPERS, OUTER_WRAPPERS, PREFIXES
-from tests.differential import test_files, test_leftovers, test_tensors
+from tests.differential import (
+    test_files,
+    test_leftovers,
+    test_templates,
+    test_tensors,
+    test_texts,
+    test_texts_refused,
+)
+from tests.differential.text_folders import TextSuite
 from tests.differential.transformation import Suite
 
-SUITES: Mapping[str, Suite] = {
+SUITES: Mapping[str, Suite | TextSuite] = {
     "Tensors": test_tensors.SUITE,
     "Files": test_files.SUITE,
     "config.json": test_leftovers.SUITE,
+    "Tokenizer and special tokens": test_texts.SUITE,
+    "Chat template": test_templates.SUITE,
+    "Texts that are refused": test_texts_refused.SUITE,
 }
 
 
@@ -129,8 +140,9 @@ def _suites() -> list[str]:
     for title, suite in SUITES.items():
         equal = [name for name, case in suite.cases.items() if not case.refused]
         refused = {_words(name): f"… {case.words[0]} …" for name, case in suite.cases.items() if case.refused}
-        lines += ["", f"### {title}", "", f"Exported to the same model: {', '.join(map(_words, equal))}.", ""]
-        lines += _table("refused", "with these words", refused)
+        lines += ["", f"### {title}"]
+        lines += ["", f"Exported to the same model: {', '.join(map(_words, equal))}."] if equal else []
+        lines += ["", *_table("refused", "with these words", refused)] if refused else []
     return lines
 
 

@@ -61,12 +61,12 @@ def tokens_added_without_resizing(folder: Path) -> None:
 
 
 @refused(
-    "tokenizer_config.json, beside tokenizer.json: token '<|im_end|>' has the id 4096, and the model has rows for ids "
+    "tokenizer_config.json, beside tokenizer.json: token '<end>' has the id 4096, and the model has rows for ids "
     "below vocab_size = 4096: name a token of the vocabulary there",
     lambda folder: config(folder, eos_token="<turn|>"),
 )
 def eos_of_another_family(folder: Path) -> None:
-    config(folder, eos_token="<|im_end|>")
+    config(folder, eos_token="<end>")
 
 
 @refused(

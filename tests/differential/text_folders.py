@@ -64,9 +64,12 @@ PROMPTS = (CODE, f"<bos><|turn>user\n{CODE}<turn|>\n<image><unk> x</s>", "", "  
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Case:
     change: Change
-    left_aside: tuple[str, ...] = ()
-    words: str = ""
+    words: Sequence[str]  # what is left aside, or of the refusal
     remedy: Change | None = None
+
+    @property
+    def refused(self) -> bool:
+        return self.remedy is not None
 
 
 class TextSuite:
@@ -78,11 +81,11 @@ class TextSuite:
 
     def equal(self, *left_aside: str) -> Callable[[Change], Change]:
         """Register a change after which a bundle has what transformers gives, and `left_aside` is reported."""
-        return self._register(lambda change: _Case(change=change, left_aside=left_aside))
+        return self._register(lambda change: _Case(change=change, words=left_aside))
 
     def refused(self, words: str, remedy: Change) -> Callable[[Change], Change]:
         """Register a change that is refused with these words; following the remedy helps."""
-        return self._register(lambda change: _Case(change=change, words=words, remedy=remedy))
+        return self._register(lambda change: _Case(change=change, words=(words,), remedy=remedy))
 
     def _register(self, make: Callable[[Change], _Case]) -> Callable[[Change], Change]:
         def register(change: Change) -> Change:
@@ -98,15 +101,15 @@ class TextSuite:
         case.change(folder)
         if case.remedy is None:
             compare(folder)
-            assert notes_of(folder) == case.left_aside
+            assert notes_of(folder) == tuple(case.words)
         else:
             with pytest.raises(CheckpointError) as refusal:
                 texts.read_texts(Checkpoint(folder, "target"), SPEC)
-            assert case.words in str(refusal.value)
+            assert case.words[0] in str(refusal.value)
             assert str(folder) in str(refusal.value)
             case.remedy(folder)
             compare(folder)
-        record_property("outcome", "refused" if case.remedy else "equal")
+        record_property("outcome", "refused" if case.refused else "equal")
 
 
 def copied(folder: Path) -> Path:
