@@ -134,6 +134,8 @@ def check_merged(checkpoint: AdaptedCheckpoint, expected: Mapping[str, Tensor]) 
     """Compare each tensor in two blocks, and some rows in another order."""
     before = {canonical_module(name): tensor for name, tensor in _base_model(checkpoint.folder).state_dict().items()}
     assert checkpoint.tied == ("lm_head.weight" not in expected)
+    if checkpoint.embedding in checkpoint.adapted:
+        assert len(checkpoint.tables) == (1 if checkpoint.tied else 2)
     for name, tensor in expected.items():
         ours, rows = checkpoint.embedding if name == "embed_tokens.weight" else name, len(tensor)
         if ours not in checkpoint.adapted:

@@ -174,7 +174,7 @@ def _targeted(model: TextModel, config: AdapterConfig, patterns: Patterns, prefi
 
     def targeted(module: str) -> bool:
         name = spelled(module, prefix)
-        if targets.modules == NO_PAIRS or left_out(name):
+        if left_out(name):
             return False
         if isinstance(targets.modules, str) and targets.modules.lower() == _ALL_LINEAR:
             return module not in (*EMBEDDINGS, HEAD)
