@@ -56,7 +56,11 @@ def drafter_tensors(graph: TracedGraph, spec: DrafterSpec) -> dict[str, tuple[in
 def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: str, recipe: Recipe) -> Parameter:
     """A matrix that the checkpoint stores as integers stays as it is, whatever the recipe says."""
     looked_up = role != "target"
-    format, place = target_format(role, name, shape, recipe), name
+    format = target_format(role, name, shape, recipe)
+    if name == EMBEDDINGS["target"] and not looked_up and not checkpoint.formats:
+        # Which one the head is may take reading both, so it is asked for with the first rows: a plan reads none.
+        return Parameter(shape=shape, format=format, rows=lambda a, b: checkpoint.rows(checkpoint.head, a, b))
+    place = name
     if name == EMBEDDINGS["target"]:
         place = checkpoint.embedding if looked_up else checkpoint.head
     matrix = checkpoint.quantised(place, shape)

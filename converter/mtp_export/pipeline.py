@@ -290,12 +290,13 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
 
 
-def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph]) -> tuple[str, ...]:
+def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph], *, reads_weights: bool = True) -> tuple[str, ...]:
     """What is not exported of a pair's checkpoints, because it changes nothing of what is, in short phrases."""
     *of_target, drafter = graphs
-    of_drafter = left_aside(pair.drafter, parameters.drafter_tensors(drafter, pair.drafter_spec))
+    drafter_tensors = parameters.drafter_tensors(drafter, pair.drafter_spec)
+    of_drafter = left_aside(pair.drafter, drafter_tensors, reads_weights=reads_weights)
     return (
-        *left_aside(pair.target, parameters.target_tensors(of_target)),
+        *left_aside(pair.target, parameters.target_tensors(of_target), reads_weights=reads_weights),
         *pair.target.left_aside,
         *texts.left_aside(pair.target, pair.target_spec),
         *(f"of the drafter: {phrase}" for phrase in of_drafter),

@@ -117,12 +117,14 @@ def plan(config: ExportConfig) -> Plan:
     with tempfile.TemporaryDirectory(prefix="mtp-plan-") as scratch:
         headers = Headers(Path(scratch))
         pair = pipeline.open_pair(config, headers.find)
+        texts.check_texts(pair.target, pair.target_spec)
         shape = pipeline.graph_shape(config, pair)
         graphs = pipeline.FORMATS[config.export_format].trace(config, pair, shape)
         values = pipeline.pair_parameters(config, pair, graphs)
         inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in pipeline.input_files(pair)}
         files = _files(config, pair, shape, graphs, values, inputs)
-        unused, notes = pipeline.pair_left_aside(pair, graphs), texts.notes(pair.target, pair.target_spec)
+        unused = pipeline.pair_left_aside(pair, graphs, reads_weights=False)
+        notes = texts.notes(pair.target, pair.target_spec)
     return Plan(
         output=str(config.output),
         model=config.model,

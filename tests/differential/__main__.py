@@ -13,7 +13,7 @@ from mtp_export.arch.config_keys import BOOKKEEPING, DRAFTER_DEFAULTS, ONE_VALUE
 from mtp_export.source import generation, left_aside
 from mtp_export.source.adapters import fields as adapter_fields
 from mtp_export.source.checkpoint import FLOATS, TEXT_FILES
-from mtp_export.source.names import INNER_WRAPPERS, OUTER_WRAPPERS, PREFIXES
+from mtp_export.source.names import INNER_WRAPPERS, LAYOUTS, OUTER_WRAPPERS
 from tests.differential import (
     test_files,
     test_leftovers,
@@ -33,6 +33,9 @@ SUITES: Mapping[str, Suite | TextSuite] = {
     "Chat template": test_templates.SUITE,
     "Texts that are refused": test_texts_refused.SUITE,
 }
+
+
+OF_WHOLE = {"text_config", "transformers_weights"}  # keys that are read beside those of the text model
 
 
 def page() -> str:
@@ -60,7 +63,8 @@ def _config() -> list[str]:
         "",
         "## config.json",
         "",
-        "A key is one of three. A null is as good as a key that is left out, and has transformers' default.",
+        "A key is one of three. A null is as good as a key that is left out, and has transformers' default; it has a "
+        "meaning of its own in `is_causal`, where it is refused, and in `per_layer_config`.",
         "",
         f"**Read**, of the text model: {_code(plain)}; of a drafter also {_code(sorted(DRAFTER_DEFAULTS))}.",
         "",
@@ -68,17 +72,20 @@ def _config() -> list[str]:
         "",
         *_table("key", "another value is refused", expected),
         "",
-        f"**Bookkeeping**, ignored: {_code(sorted(BOOKKEEPING))}.",
+        "Of the whole config are read `model_type`, `text_config`, `tie_word_embeddings`, the ids of special tokens, "
+        "and `transformers_weights`, the file that holds the weights.",
+        "",
+        f"**Bookkeeping**, ignored: {_code(sorted(BOOKKEEPING - TEXT_DEFAULTS.keys() - OF_WHOLE))}.",
         "",
         "**Any other key** is left aside and listed, `quantization_config` beside weights in floats too: the dtype of "
         "the tensors decides how they are stored.",
         "",
-        "Models of other sizes are refused by name: " + _code(sorted(OTHER_MODELS)) + ".",
+        "Models of other sizes and families are refused by name: " + _code(sorted(OTHER_MODELS)) + ".",
     ]
 
 
 def _tensors() -> list[str]:
-    prefixes = {f"`{kind}`": _code(p or "(none)" for p in found) for kind, found in PREFIXES.items()}
+    prefixes = {f"`{kind}`": _code(p or "(none)" for p in found) for kind, found in LAYOUTS.items()}
     return [
         "",
         "## Tensors",
@@ -88,8 +95,9 @@ def _tensors() -> list[str]:
         "",
         *_table("model_type", "prefixes", prefixes),
         "",
-        f"Wrappers of training libraries are taken off where every tensor has them: {_code(OUTER_WRAPPERS)}; elsewhere "
-        f"they are refused by name, as are {_code(INNER_WRAPPERS)} and parts of an adapter that is not merged.",
+        f"Wrappers of training libraries are taken off where every tensor has them: {_code(OUTER_WRAPPERS)}. Elsewhere "
+        f"they, and {_code(INNER_WRAPPERS)} within names, are told where a tensor is missing for them. Parts of an "
+        "adapter that is not merged are refused.",
         "",
         "A head of its own is read, for target and drafter. As in transformers, head and embedding are one where the "
         "config ties them, unless both are stored and differ; where one of them is stored, it is both.",
@@ -120,6 +128,9 @@ def _adapters() -> list[str]:
         "Refused where they are set:",
         "",
         *_table("setting", "why, or what to do", refused),
+        "",
+        f"Refused by name are also `init_lora_weights` that begin with {_code(adapter_fields.CHANGED_STARTS)}, which "
+        "changed the model's own weights, any that is not known to leave them alone, and kinds other than LoRA.",
     ]
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from mtp_export.config import ExportConfig
 from mtp_export.embedded import EMBEDDED
 from mtp_export.pipeline import ExportResult, export
+from mtp_export.plan import Plan, plan
 from mtp_runtime import Session
 from mtp_runtime.errors import UserError
 
@@ -117,10 +118,10 @@ class Silent:
     def advance(self, done: int, name: str = "") -> None: ...
 
 
-def export_config(pair: Pair, output: Path) -> ExportConfig:
+def export_config(pair: Pair, output: Path, export_format: str = "tflite") -> ExportConfig:
     return ExportConfig(
         model="nano",
-        export_format="tflite",
+        export_format=export_format,
         target=str(pair.target),
         drafter=str(pair.drafter),
         recipe="f32",
@@ -130,14 +131,14 @@ def export_config(pair: Pair, output: Path) -> ExportConfig:
     )
 
 
-def exported(pair: Pair) -> tuple[Run, ExportResult]:
+def exported(pair: Pair, export_format: str = "tflite") -> tuple[Run, ExportResult]:
     """Export a pair and run it.
 
     Raises:
         UserError: it is refused.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-differential-") as folder:
-        result = export(export_config(pair, Path(folder) / "bundle"), Silent())
+        result = export(export_config(pair, Path(folder) / "bundle", export_format), Silent())
         files = result.manifest.files
         graphs = tuple(sorted((role, files[role].sha256) for role in result.manifest.signatures))
         if graphs not in _RUNS:  # the same bytes say the same
@@ -224,10 +225,19 @@ def assert_nano(run: Run) -> None:
     np.testing.assert_allclose(run.draft, expected.draft, atol=TOLERANCE, rtol=0)
 
 
-def refusal(pair: Pair) -> str:
-    """The one line with which an export is refused."""
+def planned(pair: Pair) -> Plan:
+    """Plan the export of a pair.
+
+    Raises:
+        UserError: it is refused.
+    """
+    return plan(export_config(pair, pair.drafter / "bundle"))
+
+
+def refusal(pair: Pair, run: Callable[[Pair], object] = exported) -> str:
+    """The one line with which an export, or what else `run` is, is refused."""
     with pytest.raises(UserError) as caught:
-        exported(pair)
+        run(pair)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     return str(caught.value)

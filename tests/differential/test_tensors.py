@@ -12,7 +12,16 @@ import transformers
 from safetensors.torch import load_file
 
 from mtp_export.embedded import EMBEDDED
-from tests.differential.oracle import PREFIX, WEIGHTS, Pair, Tensors
+from tests.differential.oracle import (
+    PREFIX,
+    WEIGHTS,
+    Pair,
+    Tensors,
+    assert_transformers_agrees,
+    exported,
+    nano_pair,
+    planned,
+)
 from tests.differential.transformation import Record, Suite
 
 SUITE = Suite()
@@ -112,14 +121,40 @@ def a_stray_tensor_of_another_layout(pair: Pair) -> None:
 
 
 @refused(
-    "the text model is stored twice, as model.language_model.… and as language_model.…: remove one of them",
+    "are one tensor, stored twice: remove one of them",
     remedy=weights_of_nano,
 )
 def two_layouts_at_once(pair: Pair) -> None:
     pair.tensors(lambda stored: stored.update({n.removeprefix("model."): noise(t) for n, t in list(stored.items())}))
 
 
+@equal()
+def one_module_saved_without_its_prefix(pair: Pair) -> None:
+    """transformers adds and takes off its own prefix name by name."""
+    renamed(pair, lambda name: name.removeprefix("model.") if "embed_tokens." in name else name)
+
+
+@equal()
+def prefix_twice(pair: Pair) -> None:
+    renamed(pair, lambda name: f"model.{name}")
+
+
+@equal()
+def drafter_without_the_prefix_of_its_base(pair: Pair) -> None:
+    renamed(pair, lambda name: name.removeprefix("model."), "drafter")
+
+
+@equal()
+def drafter_with_the_prefix_everywhere(pair: Pair) -> None:
+    renamed(pair, lambda name: name if name.startswith("model.") else f"model.{name}", "drafter")
+
+
 # Wrappers
+
+
+@equal("_orig_mod.model.norm.weight", "module.step")
+def strays_of_a_wrapper(pair: Pair) -> None:
+    added(pair, {"module.step": torch.ones(1), "_orig_mod.model.norm.weight": torch.ones(256)})
 
 
 @equal(loads=False)
@@ -145,7 +180,7 @@ def saved_within_peft_after_merging(pair: Pair) -> None:
 
 
 @refused(
-    "tensors have '_orig_mod.' in their names, which a wrapper of a training library put there: save the model",
+    "tensors have '_orig_mod.' in their names, which a wrapper of a training library put there, and model.language",
     remedy=weights_of_nano,
 )
 def compiled_in_part(pair: Pair) -> None:
@@ -485,6 +520,33 @@ def resized_back(pair: Pair) -> None:
 )
 def vocabulary_made_larger(pair: Pair) -> None:
     resized(pair, 4160)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head_trained_apart_under_a_config_that_says_tied",
+        "head_alone_stored",
+        "drafter_with_a_head_trained_apart",
+    ],
+)
+def test_in_onnx_too(name: str) -> None:
+    """Where head and embedding are is all that differs by format."""
+    with nano_pair() as pair:
+        SUITE.cases[name].change(pair)
+        run, _ = exported(pair, "onnx")
+        assert_transformers_agrees(run, pair)
+
+
+@pytest.mark.parametrize("name", ["tied_head_stored_too", "with_both_towers", "saved_again_by_transformers"])
+def test_a_plan_lists_the_same(name: str) -> None:
+    """But that head and embedding are equal, which takes reading them."""
+    with nano_pair() as pair:
+        SUITE.cases[name].change(pair)
+        expected = [
+            words.replace(HEAD_EQUAL, f"{HEAD}, if it equals the embedding") for words in SUITE.cases[name].words
+        ]
+        assert list(planned(pair).left_aside) == expected
 
 
 @pytest.mark.parametrize("name", SUITE.cases)

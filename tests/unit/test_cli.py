@@ -141,7 +141,7 @@ class TestMistakes:
 
     def test_the_checkpoint_of_another_model_is_refused(self, tmp_path: Path) -> None:
         message = refused("--model", "e2b", "--checkpoint", str(EMBEDDED / "target"), "--output", str(tmp_path / "out"))
-        assert "has vocab_size = 4096, but e2b has 262144: give the --model that the checkpoint" in message
+        assert "the target is nano, and --model is e2b: give --model nano" in message
         assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from click.testing import CliRunner
 from mtp_export.commands.export import command as export
 from mtp_export.commands.plan import command
 from mtp_export.embedded import EMBEDDED
+from mtp_export.errors import CheckpointError
 from mtp_runtime.errors import UserError
 from tests.conftest import Export, run_cli
 from tests.unit.hub_server import serving
 from tests.unit.test_cli import HEAVY, packages_imported, refused
-from tests.unit.tiny_files import rewrite_json
+from tests.unit.tiny_files import rewrite_json, rewrite_tensors
 
 VARIANTS = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
 # Graphs whose weights lie elsewhere and the manifest are small: what they take is estimated.
@@ -114,6 +116,26 @@ class TestNothingIsRead:
         )
         assert plan["files_bytes"] == local["files_bytes"]
 
+    def test_a_published_adapter_is_no_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor is one with merged weights beside it: transformers loads its base and puts it on that."""
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        shutil.copytree(EMBEDDED / "target", tmp_path / "target")
+        (tmp_path / "target" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        with serving({"acme/target": tmp_path / "target"}) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.address)
+            done = run_cli("plan", "--checkpoint", "acme/target", *NOWHERE, check=False)
+        assert done.returncode == 2
+        assert "holds an adapter (adapter_config.json)" in done.stderr
+
+    def test_head_and_embedding_are_not_compared(self, tmp_path: Path) -> None:
+        shutil.copytree(EMBEDDED / "target", tmp_path / "target")
+        weights = tmp_path / "target" / "model.safetensors"
+        name = "model.language_model.embed_tokens.weight"
+        rewrite_tensors(weights, lambda tensors: tensors.update({"lm_head.weight": tensors[name] + 1}))
+        folder = hollow(tmp_path / "target", tmp_path / "hollow")
+        assert planned("--checkpoint", str(folder))["left_aside"] == ["lm_head.weight, if it equals the embedding"]
+
     def test_an_unreachable_hub_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -149,6 +171,41 @@ class TestPairs:
         (tmp_path / "target" / "tokenizer.json").unlink()
         arguments = ("--checkpoint", str(tmp_path / "target"), "--output", str(tmp_path / "out"))
         assert refused("plan", *arguments) == refused("export", *arguments)
+
+
+DAMAGED_TOKENIZERS: dict[str, Callable[[str], str]] = {
+    "text": lambda _: "hello",
+    "cut off": lambda text: text[: len(text) // 2],
+    "cut off early": lambda _: '{"a": 1',
+    "empty": lambda _: "",
+    "a list": lambda _: "[]",
+    "no model": lambda _: "{}",
+    "padding of nothing": lambda text: json.dumps(json.loads(text) | {"padding": {}}),
+    "merges of unknown tokens": lambda text: json.dumps(
+        json.loads(text) | {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}
+    ),
+    "an id beyond the vocabulary": lambda text: json.dumps(
+        json.loads(text) | {"model": {"type": "BPE", "vocab": {"a": 4096}, "merges": []}}
+    ),
+    "a pointer": lambda _: "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_TOKENIZERS)
+def test_a_damaged_tokenizer_is_told_as_an_export_tells_it(tmp_path: Path, name: str) -> None:
+    shutil.copytree(EMBEDDED / "target", tmp_path / "target")
+    path = tmp_path / "target" / "tokenizer.json"
+    path.write_text(DAMAGED_TOKENIZERS[name](path.read_text(encoding="utf-8")), encoding="utf-8")
+    # Without them the padding of tokenizer.json has a say.
+    (tmp_path / "target" / "tokenizer_config.json").unlink()
+    messages = []
+    for of_command in (command, export):
+        arguments = ["--checkpoint", str(tmp_path / "target"), "--output", str(tmp_path / "out")]
+        with pytest.raises(CheckpointError) as refusal:
+            CliRunner().invoke(of_command, arguments, catch_exceptions=False)
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(str(path))
 
 
 class TestCommand:

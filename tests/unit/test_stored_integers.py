@@ -67,9 +67,10 @@ def test_the_library_reads_every_matrix_as_we_do(target: Checkpoint) -> None:
     shapes = {t.name: t.shape for t in layout.target_tensors(NANO.target, unused_caches=False) if len(t.shape) == 2}
     seen = set()
     for name, shape in shapes.items():
-        matrix = target.quantised(name, shape)
+        canonical = name.removeprefix(layout.TARGET_PREFIX)
+        matrix = target.quantised(canonical, shape)
         if matrix is None:
-            assert target.tensors[name].dtype == "BF16"
+            assert target.tensors[canonical].dtype == "BF16"
             continue
         seen.add((matrix.format.bits, matrix.format.block_size))
         values, scales = target.quantised_rows(matrix, 0, shape[0])
@@ -158,10 +159,9 @@ def test_tensors_that_contradict_are_refused(change: Callable[[dict[str, TensorI
 
 def test_a_stated_shape_that_is_another_is_refused(target: Checkpoint, tmp_path: Path) -> None:
     folder = copy_pair(target.folder, tmp_path / "target")
-    name = f"{layout.TARGET_PREFIX}layers.0.mlp.up_proj"
-    rewrite_tensors(
-        folder / "model.safetensors", lambda t: t.update({f"{name}.weight_shape": torch.tensor([256, 512])})
-    )
+    name = "layers.0.mlp.up_proj"
+    stored = f"{layout.TARGET_PREFIX}{name}.weight_shape"
+    rewrite_tensors(folder / "model.safetensors", lambda t: t.update({stored: torch.tensor([256, 512])}))
     damaged = Checkpoint(folder, "target")
     matrix = damaged.quantised(f"{name}.weight", (512, 256))
     assert matrix is not None
@@ -236,5 +236,7 @@ def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_p
 def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) -> None:
     drafter = copy_pair(target.folder.parent / "drafter", tmp_path / "drafter")
     rewrite_json(drafter / "config.json", {stored_integers.KEY: target.config[stored_integers.KEY]})
+    name = "pre_projection.weight"
+    rewrite_tensors(drafter / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match="the drafter is stored as integers, expected floats"):
         open_pair(config_for(target, tmp_path / "out", drafter))

@@ -80,6 +80,9 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
         value = text.value(key) if outer.values.get(key) is None else outer.values[key]
         return token_ids(value, vocab, f"{where}: {key}")
 
+    def one_id(key: str) -> int:
+        return next(iter(ids(key)), TEXT_DEFAULTS[key])
+
     return TargetSpec(
         **fields,
         intermediate_sizes=(width,) * (layers - shared) + (wide,) * shared,
@@ -88,8 +91,8 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
         vocab_size_per_layer_input=text.size("vocab_size_per_layer_input"),
         final_logit_softcapping=text.number("final_logit_softcapping"),
         max_position_embeddings=text.size("max_position_embeddings"),
-        pad_token_id=ids("pad_token_id")[0],
-        bos_token_id=ids("bos_token_id")[0],
+        pad_token_id=one_id("pad_token_id"),
+        bos_token_id=one_id("bos_token_id"),
         eos_token_ids=ids("eos_token_id"),
     )
 
@@ -249,17 +252,15 @@ def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
 
 
 def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    """One id or a list of ids, as config files write either.
+    """One id or a list of ids, as config files write either; those that are no token's, as -1 for none, are left out.
 
     Raises:
-        CheckpointError: it is neither, or an id is outside the vocabulary.
+        CheckpointError: it is neither.
     """
     values = value if isinstance(value, list) else [value]
-    if not values or any(type(v) is not int or not 0 <= v < vocab_size for v in values):
-        raise CheckpointError(
-            f"{where} is {shortened(value)}, expected a token id below vocab_size = {vocab_size}, or a list of them"
-        )
-    return tuple(values)
+    if any(type(v) is not int for v in values):
+        raise CheckpointError(f"{where} is {shortened(value)}, expected a token id, or a list of them")
+    return tuple(v for v in values if 0 <= v < vocab_size)
 
 
 def check_pair(target: TargetSpec, drafter: DrafterSpec) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,10 @@ TEXT_FILES = (
     "processor_config.json",
 )
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
-HUB_FILES = ["*.safetensors", _INDEX, *TEXT_FILES, _MORE_TEMPLATES]  # what is fetched of a published checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
+# What is fetched of a published checkpoint, and what of that is not: checkpoints of its training, in folders of theirs.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, *TEXT_FILES, _MORE_TEMPLATES]
+HUB_IGNORED = ["*/*.safetensors", "*/*.json"]
 _NAMED_FILE = "transformers_weights"  # a key of config.json
 _SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -118,9 +120,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path} is not a file: the {self.part} checkpoint is damaged")
             if status.st_size > _MAX_TEXT_BYTES:
                 raise CheckpointError(f"{path} is larger than {_MAX_TEXT_BYTES >> 20} MiB: this is not a {name}")
-            content = path.read_bytes()
-            _refuse_pointer(path, content)
-            return content.decode("utf-8")
+            refuse_pointer(path)
+            return path.read_bytes().decode("utf-8")
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -149,6 +150,11 @@ class Checkpoint:
         named = self.config.get(_NAMED_FILE) if isinstance(self.config, dict) else None
         if named is not None:
             name = self._safe_name(named, f"config.json: {_NAMED_FILE}")
+            if not name.endswith((".safetensors", ".safetensors.index.json")):
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'}: {_NAMED_FILE} is {name!r}, expected the name of a .safetensors "
+                    "file, or of its index"
+                )
             return self._indexed(name) if name.endswith(".index.json") else [self._existing(name)]
         if self.has(_SINGLE):
             return [self.folder / _SINGLE]
@@ -164,9 +170,11 @@ class Checkpoint:
         return [self._existing(self._safe_name(name, index_name)) for name in sorted(set(names.values()))]
 
     def _safe_name(self, name: Any, where: str) -> str:
-        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
+        """A path below the folder, as transformers takes it."""
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
             raise CheckpointError(f"{self.folder / where} names the unsafe file {name!r}")
-        return name
+        return str(name)
 
     def _existing(self, name: str) -> Path:
         if not self.has(name):
@@ -216,13 +224,11 @@ class Checkpoint:
         """
         names = (EMBEDDINGS[self.part], HEAD)
         there = tuple(name for name in names if not self._stored_as(name).isdisjoint(self.tensors))
-        if there == names or (there and self._ties):
+        if there == names or (there and self.ties):
             return there
         missing = next(name for name in names if name not in there)
-        if self._ties:
-            raise CheckpointError(
-                f"{self.folder}: tensor {self.names.prefix}{missing} is missing: the checkpoint is incomplete"
-            )
+        if self.ties:
+            raise self.names.missing(missing, str(self.folder))
         raise CheckpointError(
             f"{self.folder}: config.json says {_TIES} = false, and tensor {missing} is missing: the checkpoint is "
             f"incomplete, or set {_TIES} to true if its head is its embedding"
@@ -236,7 +242,7 @@ class Checkpoint:
         Raises:
             CheckpointError: as of `tables`, or a file is damaged.
         """
-        return self._ties and (len(self.tables) == 1 or self._same(*self.tables))
+        return self.ties and (len(self.tables) == 1 or self._same(*self.tables))
 
     @property
     def embedding(self) -> str:
@@ -249,7 +255,7 @@ class Checkpoint:
         return self.tables[0] if self.tied else HEAD
 
     @property
-    def _ties(self) -> bool:
+    def ties(self) -> bool:
         """What the config says, in the place where transformers looks; it says so by default."""
         return not isinstance(self.config, dict) or self.config.get(_TIES) is not False
 
@@ -345,13 +351,20 @@ class Checkpoint:
                 self._files[path] = safe_open(path, framework="pt")
             yield self._files[path]
         except (SafetensorError, OSError) as error:
-            with contextlib.suppress(OSError), path.open("rb") as start:
-                _refuse_pointer(path, start.read(len(_POINTER)))
+            refuse_pointer(path)
             raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
 
 
-def _refuse_pointer(path: Path, content: bytes) -> None:
-    if content.startswith(_POINTER):
+def refuse_pointer(path: Path) -> None:
+    """Look whether a file that is no use is a git-LFS pointer to what it should be.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    content = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        content = file.read(len(_POINTER))
+    if content == _POINTER:
         raise CheckpointError(
             f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull`, or download it again"
         )
@@ -372,9 +385,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
             continue
         info = checkpoint.tensors.get(name)
         if info is None:
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor {checkpoint.names.prefix}{name} is missing: the checkpoint is incomplete"
-            )
+            raise checkpoint.names.missing(name, str(checkpoint.folder))
         if info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: tensor {info.stored} has shape {list(info.shape)}, config.json asks for {list(shape)}"
@@ -414,7 +425,7 @@ def locate(source: str) -> Path:
     import huggingface_hub
 
     with reaching_hub(source):
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
 
 
 def local_folder(source: str) -> Path | None:

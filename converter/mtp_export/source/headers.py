@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.checkpoint import HUB_FILES, local_folder, reaching_hub
+from mtp_export.source.checkpoint import HUB_FILES, HUB_IGNORED, local_folder, reaching_hub
 
 _LARGE_TEXT = "tokenizer.json"  # tens of megabytes, of which a plan needs the size
 
@@ -36,13 +36,14 @@ class Headers:
         import huggingface_hub
         from huggingface_hub.errors import DryRunError, HfHubHTTPError
 
+        wanted: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
         with reaching_hub(source):
             try:
-                files = huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES, dry_run=True)
+                files = huggingface_hub.snapshot_download(source, **wanted, dry_run=True)
             except DryRunError as error:
                 if isinstance(error.__cause__, HfHubHTTPError):  # it was reached, and refused
                     raise error.__cause__ from error
-                cached = huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES, local_files_only=True)
+                cached = huggingface_hub.snapshot_download(source, **wanted, local_files_only=True)
                 return Path(cached)
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
             for file in files:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from mtp_export.arch.config_keys import unknown_keys
+from mtp_export.arch.json_object import shortened
 from mtp_export.source.checkpoint import HEAD, Checkpoint
 from mtp_export.source.stored_integers import KEY
 
@@ -24,10 +25,30 @@ GROUPS: Mapping[str, str] = {
 _MOST_NAMES = 3  # of tensors that are in no group
 
 
-def left_aside(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Return what is left aside of a checkpoint's tensors and config where `expected` is exported, name → shape."""
-    keys = [f"`{key}`" for key in unknown_keys(checkpoint.config) if key.rpartition(".")[2] != KEY]
-    return (*_tensors(checkpoint, expected), *_quantization(checkpoint), *_few(keys, "keys of config.json"))
+def left_aside(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, reads_weights: bool = True
+) -> tuple[str, ...]:
+    """Return what is left aside of a checkpoint's tensors and config where `expected` is exported, name → shape.
+
+    Args:
+        reads_weights: whether head and embedding may be compared, where both are stored.
+    """
+    keys = [f"`{_printable(key)}`" for key in unknown_keys(checkpoint.config) if key.rpartition(".")[2] != KEY]
+    tensors = [*_tensors(checkpoint, expected), *_head(checkpoint, reads_weights)]
+    return (*tensors, *_quantization(checkpoint), *_few(keys, "keys of config.json"))
+
+
+def _printable(name: str) -> str:
+    """A name out of a file, which may be of any length and hold anything."""
+    return shortened(name)[1:-1]
+
+
+def _head(checkpoint: Checkpoint, reads_weights: bool) -> Iterable[str]:
+    if len(checkpoint.tables) == 1 or not checkpoint.ties:
+        return []
+    if not reads_weights:
+        return [f"{HEAD}, if it equals the embedding"]
+    return [f"{HEAD}, which equals the embedding"] if checkpoint.tied else []
 
 
 def _tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
@@ -43,22 +64,22 @@ def _tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) ->
     for name, stored in unused.items():
         group = next((group for group, pattern in GROUPS.items() if re.fullmatch(pattern, name)), None)
         if group is None:
-            names.append(stored)
+            names.append(_printable(stored))
         else:
             counts[group] += 1
     groups = [f"{group} ({n} {'tensor' if n == 1 else 'tensors'})" for group in GROUPS if (n := counts[group])]
-    same = [f"{HEAD}, which equals the embedding"] if len(checkpoint.tables) > 1 and checkpoint.tied else []
-    return [*groups, *same, *_few(sorted(names), "tensors")]
+    return [*groups, *_few(sorted(names), "tensors")]
 
 
 def _quantization(checkpoint: Checkpoint) -> Iterable[str]:
     """A quantization_config beside weights in floats, which tools leave behind."""
     config = checkpoint.config
-    stated = config.get(KEY) or (config.get("text_config") or {}).get(KEY)
+    text = config.get("text_config")
+    stated = config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None)
     if not stated or checkpoint.formats:
         return []
     method = stated.get("quant_method") if isinstance(stated, dict) else None
-    return [f"`{KEY}` ({method}): the weights are floats"]
+    return [f"`{KEY}` ({_printable(str(method))}): the weights are floats"]
 
 
 def _few(names: list[str], kind: str) -> list[str]:

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapters.config import CONFIG
 from mtp_export.source.adapters.merge import EMBEDDING_WEIGHT, HEAD_WEIGHT, Merged, merge, read_changes
 from mtp_export.source.adapters.modules import read_text_model
 from mtp_export.source.adapters.steps import Chain, Float32, Where
 from mtp_export.source.adapters.tensors import WEIGHTS
-from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.checkpoint import ADAPTER_CONFIG, Checkpoint
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -80,7 +79,7 @@ class AdaptedCheckpoint(Checkpoint):
         """Merge adapters, and give head and embedding the names that they have after it."""
         model, tied, stored = read_text_model(self), super().tied, self.tables[0]
         origins = {EMBEDDING_WEIGHT: stored, HEAD_WEIGHT: stored} if tied else {}
-        merged = Merged(chains={}, origins=origins, tied=tied, ties=self._ties)
+        merged = Merged(chains={}, origins=origins, tied=tied, ties=self.ties)
         for adapter in adapters:
             changes, aside = read_changes(adapter, model, ties=merged.ties)
             merged = merge(merged, changes, self._stored_rows, model)
@@ -90,7 +89,7 @@ class AdaptedCheckpoint(Checkpoint):
             chains[stored] = chains.pop(EMBEDDING_WEIGHT)
             for name in {EMBEDDING_WEIGHT, HEAD_WEIGHT} - {stored}:
                 self.tensors.pop(name, None)
-        elif not merged.tied:
+        elif not merged.tied and stored in self.tensors:  # stored as integers, neither can have been changed
             info = self.tensors[stored]
             self.tensors |= {name: self.tensors.get(name, info) for name in (EMBEDDING_WEIGHT, HEAD_WEIGHT)}
         self._chains, self._merged_tied = chains, merged.tied
@@ -98,4 +97,4 @@ class AdaptedCheckpoint(Checkpoint):
 
 def adapter_files(folder: Path) -> list[Path]:
     """The files of an adapter that an export depends on."""
-    return [folder / CONFIG, folder / WEIGHTS]
+    return [folder / ADAPTER_CONFIG, folder / WEIGHTS]

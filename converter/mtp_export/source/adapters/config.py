@@ -13,8 +13,8 @@ from typing import Any
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.fields import check_fields
 from mtp_export.source.adapters.patterns import shown
+from mtp_export.source.checkpoint import ADAPTER_CONFIG, refuse_pointer
 
-CONFIG = "adapter_config.json"
 _MAX_BYTES = 16 << 20
 
 
@@ -71,7 +71,7 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
         CheckpointError: it is missing, damaged, of another kind than LoRA, or has a setting that cannot be merged.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     values = _read_json(path)
     where = str(path)
     unknown = check_fields(where, values)
@@ -96,6 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is no file, or larger than {_MAX_BYTES >> 20} MiB: this is no config")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is no adapter's config: give a folder that PEFT saved")

@@ -67,7 +67,7 @@ _HARMLESS_STARTS = ("eva", "orthogonal")
 _HARMLESS_STARTS_OF_ANY_CASE = ("gaussian", "mica")
 # Ways to start training that change the model's own weights: the adapter belongs to those, not to the checkpoint.
 _CONVERTED_STARTS = ("pissa", "olora", "corda", "lora_ga")
-_CHANGED_STARTS = (*_CONVERTED_STARTS, "loftq")
+CHANGED_STARTS = (*_CONVERTED_STARTS, "loftq")
 _CONVERT = "save it with path_initial_model_for_weight_conversion, with which PEFT makes a plain LoRA of it"
 # Kinds that PEFT cannot merge: they act on the prompt, on hidden states, or choose for each token.
 UNMERGEABLE = (
@@ -122,7 +122,7 @@ def _check_start(where: str, start: object) -> None:
     name = str(start)
     if name in _HARMLESS_STARTS or name.lower() in _HARMLESS_STARTS_OF_ANY_CASE:
         return
-    if name.lower().startswith(_CHANGED_STARTS):
+    if name.lower().startswith(CHANGED_STARTS):
         remedy = _CONVERT if name.lower().startswith(_CONVERTED_STARTS) else "train it from another start"
         raise CheckpointError(
             f"{where}: init_lora_weights is {shown(name)}, which changed the model's own weights too: {remedy}"

@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapters.config import CONFIG, AdapterConfig, read_config
+from mtp_export.source.adapters.config import AdapterConfig, read_config
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, Selection, TextModel, select
 from mtp_export.source.adapters.pairs import Pair, PairReader
 from mtp_export.source.adapters.patterns import SECONDS, Patterns, shown
 from mtp_export.source.adapters.steps import Chain, ColumnLengths, Float32, RowLengths, Step, TokenRows, Where
 from mtp_export.source.adapters.tensors import AdapterTensors, read_tensors
 from mtp_export.source.adapters.tokens import TrainedRows, trained_rows
+from mtp_export.source.checkpoint import ADAPTER_CONFIG
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 _TABLES = (EMBEDDING_WEIGHT, HEAD_WEIGHT)
@@ -109,9 +110,9 @@ def _check_floats(model: TextModel, tensors: AdapterTensors, selection: Selectio
 
 
 def _unknown(config: AdapterConfig) -> list[str]:
-    named = [f"{CONFIG}: `{key}`" for key in config.unknown[:_MOST_KEYS]]
+    named = [f"{ADAPTER_CONFIG}: `{key}`" for key in config.unknown[:_MOST_KEYS]]
     more = len(config.unknown) - len(named)
-    return [*named, f"{CONFIG}: {more} more keys"] if more else named
+    return [*named, f"{ADAPTER_CONFIG}: {more} more keys"] if more else named
 
 
 def _check_once(config: AdapterConfig, selection: Selection, rows: Mapping[str, TrainedRows]) -> None:

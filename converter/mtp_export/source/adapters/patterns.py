@@ -75,6 +75,10 @@ class Patterns:
         counts = [max(int(n[:9]) for n in pair if n) for pair in _COUNT.findall(pattern[:MAX_CHARACTERS]) if any(pair)]
         if self._characters > MAX_CHARACTERS or math.prod(counts) > _MAX_REPEATS:
             raise CheckpointError(f"{self.where}: {key} has regular expressions that are too large: list module names")
+        if re.search(r"\{(?!\d*,?\d*\})", pattern):  # fuzzy in `regex`, and a character like others in `re`
+            raise CheckpointError(
+                f"{self.where}: {key} has {shown(pattern)}, with a brace that is no count: list module names"
+            )
         try:
             re.compile(pattern)
             return regex.compile(pattern)

@@ -21,7 +21,8 @@ from torch import Tensor
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.modules import HEAD, MULTIMODAL
 from mtp_export.source.adapters.patterns import shown
-from mtp_export.source.names import canonical_module
+from mtp_export.source.checkpoint import refuse_pointer
+from mtp_export.source.names import OLD_LAYOUT, canonical_module
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -35,7 +36,6 @@ _TOWERS: Mapping[str, tuple[str, ...]] = {
     "audio tower": ("audio_tower.", "embed_audio."),
 }
 _TEXT_PARTS = ("layers.", "embed_tokens", "per_layer_model_projection", "per_layer_projection_norm", "norm", "lm_head")
-_OLD_PREFIX = "language_model.model."  # of the class before transformers 4.52
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def read_tensors(folder: Path) -> AdapterTensors:
         pairs=pairs,
         whole=whole,
         rows=rows,
-        prefix=MULTIMODAL if prefix == _OLD_PREFIX else prefix,
+        prefix=MULTIMODAL if prefix == OLD_LAYOUT else prefix,
         left_aside=tuple(f"{count} {what}" for what, count in sorted(aside.items()) if count),
     )
 
@@ -122,6 +122,7 @@ def _load(folder: Path, path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise CheckpointError(f"{path} is damaged or truncated ({error})") from error
     return tensors
 
