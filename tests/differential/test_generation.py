@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation import logits_process as library
 
+from mtp_export.arch.gemma4 import read_target_spec
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
@@ -42,6 +43,10 @@ OF_FILE: Mapping[str, tuple[Keys, tuple[str, ...]]] = {
     "defaults of the library": (GenerationConfig._get_default_generation_params(), ()),
     "sampler without drawing": ({"do_sample": False, "temperature": 0.0, "top_k": -1}, ()),
     "drawing without a sampler": ({"do_sample": True}, ()),
+    "drawing at a temperature of 0": (
+        {"do_sample": True, "temperature": 0.0},
+        ("generation_config.json: do_sample = True, where temperature = 0 leaves nothing to draw",),
+    ),
     "every token may be drawn": ({"do_sample": True, "top_k": 0, "top_p": 1.0}, ()),
     "repetition penalty": ({"repetition_penalty": 1.2}, ("repetition_penalty = 1.2 where",)),
     "no repeated words": ({"no_repeat_ngram_size": 3}, ("generation_config.json: no_repeat_ngram_size = 3",)),
@@ -114,9 +119,10 @@ def assert_same(folder: Path) -> None:
     # An id that no token has never comes.
     assert set(ours.stop_token_ids) == {i for i in stops if i is not None and 0 <= i < SPEC.vocab_size}
     assert set(ours.suppress_tokens) == {i for i in expected.suppress_tokens or [] if 0 <= i < SPEC.vocab_size}
-    assert ours.sampler.do_sample == expected.do_sample
+    # The library refuses to generate at a temperature of 0, and says to set do_sample to false.
+    assert ours.sampler.do_sample == (expected.do_sample and expected.temperature != 0)
     assert ours.sampler.repetition_penalty == expected.repetition_penalty
-    if expected.do_sample:
+    if ours.sampler.do_sample:
         keys = ("temperature", "top_k", "top_p")
         assert [getattr(ours.sampler, key) for key in keys] == [getattr(expected, key) for key in keys]
 
@@ -157,6 +163,36 @@ def test_a_value_that_the_library_does_not_take(tmp_path: Path, name: str) -> No
         texts.generation(Checkpoint(folder, "target"), SPEC)
     edit(folder / name, suppress_tokens=[5])
     assert texts.generation(Checkpoint(folder, "target"), SPEC).suppress_tokens == (5,)
+
+
+@pytest.mark.parametrize("key", ["repetition_penalty", "temperature", "top_p"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e30, float("inf"), float("nan"), -1, "1", True, [1.0]])
+def test_a_number_that_is_none_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    folder = folder_with(tmp_path / "target", {"do_sample": True, key: value}, {}, {})
+    with pytest.raises(
+        CheckpointError, match=rf"generation_config\.json: {key} is .*, expected .*: correct it$"
+    ) as error:
+        texts.generation(Checkpoint(folder, "target"), SPEC)
+    assert len(str(error.value)) < 400
+
+
+def test_a_top_k_beyond_every_vocabulary_keeps_all(tmp_path: Path) -> None:
+    """The manifest's numbers have 64 bits."""
+    folder = folder_with(tmp_path / "target", {"do_sample": True, "top_k": 10**400}, {}, {})
+    assert SPEC.vocab_size < texts.generation(Checkpoint(folder, "target"), SPEC).sampler.top_k < 2**63
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [-1, [], [-1], 4096, 10**400])
+def test_ids_of_config_json_that_are_no_tokens_do_not_matter_beside_the_file(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = folder_with(tmp_path / "target", {"eos_token_id": 106}, {key: value}, {key: value})
+    target = Checkpoint(folder, "target")
+    spec = read_target_spec(target.config, "config.json")
+    assert (spec.bos_token_id, spec.pad_token_id) == (SPEC.bos_token_id, SPEC.pad_token_id)
+    assert spec.eos_token_ids == (() if key == "eos_token_id" else SPEC.eos_token_ids)
+    assert texts.stop_token_ids(target, spec) == (106,)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Gemma4Processor
 
+from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
 from tests.differential.text_folders import (
@@ -143,6 +145,29 @@ class TestProcessors:
         assert notes_of(folder) == (f"the chat template of {name}",)
         edit(folder / name, chat_template=PROBE)
         assert notes_of(folder) == ()
+
+    @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+    @pytest.mark.parametrize("text", ["", "[]", "null", '{"chat_template": 5}', "{", "[" * 600 + "]" * 600, "\ufeff{}"])
+    def test_a_damaged_one_is_left_aside_beside_the_tokenizers(self, tmp_path: Path, name: str, text: str) -> None:
+        folder = copied(tmp_path / "target")
+        (folder / name).write_text(text, encoding="utf-8")
+        compare(folder)
+        assert notes_of(folder) == (f"{name}, in which no chat template can be read",)
+        (folder / "chat_template.jinja").unlink()
+        with pytest.raises(CheckpointError, match=name):
+            texts.read_texts(Checkpoint(folder, "target"), SPEC)
+
+
+def test_a_file_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "target")
+    named(folder, tool_use=TOOL_USE)
+    path = folder / "additional_chat_templates" / os.fsdecode(b"\xff.jinja")
+    path.write_text("x", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not Unicode: rename or remove it") as refusal:
+        texts.read_texts(Checkpoint(folder, "target"), SPEC)
+    str(refusal.value).encode()
+    path.unlink()
+    compare(folder)
 
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "published"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,102 @@ def template_map_of_numbers(folder: Path) -> None:
 @refused("tokenizer_config.json: eos_token is not Unicode", take_base("tokenizer_config.json"))
 def half_a_surrogate(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}', encoding="utf-8")
+
+
+def take_the_versioned_one(folder: Path) -> None:
+    (folder / "tokenizer.4.0.0.json").rename(folder / "tokenizer.json")
+    config(folder, fast_tokenizer_files=...)
+
+
+@refused(
+    "tokenizer_config.json: fast_tokenizer_files names 'tokenizer.4.0.0.json', which transformers takes in place of",
+    take_the_versioned_one,
+)
+def versioned_tokenizer(folder: Path) -> None:
+    shutil.copy(folder / "tokenizer.json", folder / "tokenizer.4.0.0.json")
+    edit_tokenizer(folder, lambda document: document.update(normalizer={"type": "Lowercase"}))
+    config(folder, fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.9.0.json"])
+    oracle = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert oracle.decode(oracle.encode("A", add_special_tokens=False)) == "A", "transformers takes the other"
+
+
+@equal()
+def tokenizers_of_later_versions(folder: Path) -> None:
+    """Versions are compared as texts first: 4 is behind 10."""
+    config(folder, fast_tokenizer_files=["tokenizer.json", "tokenizer.10.0.0.json", "tokenizer.4.0.0.json"])
+
+
+DEEP = json.loads("[" * 600 + "]" * 600)
+NO_LIST = "expected a list of tokens, or a map from names to tokens"
+# What tokenizer_config.json and special_tokens_map.json say, and the refusal.
+OF_OTHER_KINDS: Mapping[str, tuple[Any, Any, str]] = {
+    **{
+        f"{key} {value!r}": ({key: value}, None, f"tokenizer_config.json: {key} is {value!r}, {NO_LIST}")
+        for key in ("extra_special_tokens", "additional_special_tokens")
+        for value in (5, True, "<image>", 0.5)
+    },
+    **{
+        f"map {value!r}": (
+            {},
+            {"extra_special_tokens": value},
+            f"special_tokens_map.json: extra_special_tokens is {value!r}, {NO_LIST}",
+        )
+        for value in (5, True, "<image>")
+    },
+    **{
+        f"specific {value!r}": (
+            {"model_specific_special_tokens": value},
+            None,
+            f"tokenizer_config.json: model_specific_special_tokens is {value!r}, expected a map from names to tokens",
+        )
+        for value in (["a"], 5, True, "a")
+    },
+    "specific of a map": (
+        {},
+        {"model_specific_special_tokens": 5, "extra_special_tokens": {"image_token": "<unk>"}},
+        "special_tokens_map.json: model_specific_special_tokens is 5, expected a map from names to tokens",
+    ),
+    "a token for a list": (
+        {"additional_special_tokens": None, "extra_special_tokens": {"__type": "AddedToken", **token("<unk>")}},
+        None,
+        "tokenizer_config.json: model_specific_special_tokens is ",
+    ),
+    "deep": ({"anything": DEEP}, None, "tokenizer_config.json: anything holds lists or objects more than 100 deep"),
+    "deep tokens": ({"extra_special_tokens": DEEP}, None, "extra_special_tokens holds lists or objects more than 100"),
+    "deep map": ({}, {"eos_token": {"content": DEEP}}, "special_tokens_map.json: eos_token holds lists or objects"),
+    "a long id": (
+        {"added_tokens_decoder": {"1" * 5000: token("<unk>")}},
+        None,
+        "added_tokens_decoder is no map from ids to tokens: it has '111",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_KINDS)
+def test_what_is_of_another_kind_is_one_line(tmp_path: Path, name: str) -> None:
+    of_config, of_map, words = OF_OTHER_KINDS[name]
+    folder = copied(tmp_path / "target")
+    config(folder, **of_config)
+    if of_map is not None:
+        edit(folder / "special_tokens_map.json", **of_map)
+    target = Checkpoint(folder, "target")
+    with pytest.raises(CheckpointError) as refusal:
+        texts.read_texts(target, SPEC)
+    message = str(refusal.value)
+    assert words in message
+    assert len(message) < 600
+    assert "\n" not in message
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        texts.special_tokens(target)
+
+
+def test_nulls_are_nothing(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "target")
+    config(folder, model_specific_special_tokens=None, extra_special_tokens=None)
+    edit(folder / "special_tokens_map.json", extra_special_tokens={"image_token": "<unk>"})
+    target = Checkpoint(folder, "target")
+    assert texts.special_tokens(target)["image_token"] == "<unk>"
+    texts.read_texts(target, SPEC)
 
 
 @pytest.mark.parametrize("name", SUITE.cases)

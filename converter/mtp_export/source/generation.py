@@ -7,7 +7,6 @@ text_config; a key that is null or absent has the library's default, which is no
 from __future__ import annotations
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -97,6 +96,8 @@ _IGNORED = frozenset(
 )
 _KNOWN = frozenset((*OBEYED, *NOT_OBEYED)) | _IGNORED
 _TOP_K = 50  # where nothing is said
+_MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
+_MAX_NUMBER = 1e30
 _REPR = reprlib.Repr()  # shortens what is long
 
 
@@ -149,18 +150,19 @@ def _token_ids(value: Any, where: str) -> list[int]:
 
 
 def _sampler(keys: Mapping[str, Any], where: str) -> SamplerDefaults:
-    """What is only for drawing is the library's default where the checkpoint does not draw."""
+    """What is only for drawing is the library's default where the checkpoint does not draw. A temperature of 0, which
+    the library refuses when it generates, is no drawing."""
     samples = keys.get("do_sample", False)
     if type(samples) is not bool:
         raise CheckpointError(f"{where}: do_sample is {_REPR.repr(samples)}, expected true or false: correct it")
     penalty = _number(keys, "repetition_penalty", where, 1.0)
-    if not 0 < penalty < math.inf:
+    if penalty <= 0:
         raise CheckpointError(f"{where}: repetition_penalty is {penalty}, expected more than 0: correct it")
     if not samples:
         return SamplerDefaults(repetition_penalty=penalty)
     temperature, top_p = _number(keys, "temperature", where, 1.0), _number(keys, "top_p", where, 1.0)
     top_k = keys.get("top_k", _TOP_K)
-    if not 0 <= temperature < math.inf:
+    if temperature < 0:
         raise CheckpointError(f"{where}: temperature is {temperature}, expected 0 or more: correct it")
     if type(top_k) is not int or top_k < 0:
         raise CheckpointError(
@@ -168,17 +170,20 @@ def _sampler(keys: Mapping[str, Any], where: str) -> SamplerDefaults:
         )
     if not 0 <= top_p <= 1:
         raise CheckpointError(f"{where}: top_p is {top_p}, expected 0 to 1: correct it")
+    if temperature == 0:
+        return SamplerDefaults(repetition_penalty=penalty)
     if top_p == 0:  # the likeliest token stays
         top_k, top_p = 1, 1.0
     return SamplerDefaults(
-        do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty
+        do_sample=True, temperature=temperature, top_k=min(top_k, _MAX_TOP_K), top_p=top_p, repetition_penalty=penalty
     )
 
 
 def _number(keys: Mapping[str, Any], key: str, where: str, default: float) -> float:
     value = keys.get(key, default)
-    if type(value) not in (int, float):
-        raise CheckpointError(f"{where}: {key} is {_REPR.repr(value)}, expected a number: correct it")
+    # NaN, which JSON files may hold, is not less than anything.
+    if type(value) not in (int, float) or not abs(value) < _MAX_NUMBER:
+        raise CheckpointError(f"{where}: {key} is {_REPR.repr(value)}, expected a finite number: correct it")
     return float(value)
 
 
@@ -190,6 +195,8 @@ def _left_aside(keys: Mapping[str, Any], stops: list[int], sampler: SamplerDefau
             yield key
     for token in stops:
         if not 0 <= token < vocab_size:
-            yield f"eos_token_id {token}, which is no token"
+            yield f"eos_token_id {_REPR.repr(token)}, which is no token"
+    if keys.get("do_sample") and not sampler.do_sample:
+        yield "do_sample = True, where temperature = 0 leaves nothing to draw"
     if sampler.repetition_penalty != 1:
         yield f"repetition_penalty = {sampler.repetition_penalty:g} where the checkpoint's sampling is not asked for"

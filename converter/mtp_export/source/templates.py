@@ -38,9 +38,15 @@ def read_template(target: Checkpoint) -> ChatTemplate:
         CheckpointError: a file that holds it is not what it should be.
     """
     named = _of_files(target) or _of_key(target, CONFIG)
-    of_processor = {name: _of_key(target, name) for name in _OF_PROCESSOR}
     left_aside = []
-    for name, templates in of_processor.items():
+    for name in _OF_PROCESSOR:
+        try:
+            templates = _of_key(target, name)
+        except CheckpointError:
+            if not named:
+                raise
+            left_aside.append(f"{name}, in which no chat template can be read")
+            continue
         if not named:
             named = templates
         elif templates and templates.get(_DEFAULT) != named.get(_DEFAULT):
@@ -52,8 +58,17 @@ def read_template(target: Checkpoint) -> ChatTemplate:
 def _of_files(target: Checkpoint) -> dict[str, str]:
     found = {_DEFAULT: target.read_text(NAME)} if target.has(NAME) else {}
     for path in sorted((target.folder / FOLDER).glob("*.jinja")):
+        if not _is_unicode(path.name):
+            raise CheckpointError(
+                f"{target.folder / FOLDER}: the name of the file {path.name!a} is not Unicode: rename or remove it"
+            )
         found[path.name.removesuffix(".jinja")] = target.read_text(f"{FOLDER}/{path.name}")
     return found
+
+
+def _is_unicode(name: str) -> bool:
+    """Names of files may hold any bytes; those that are not UTF-8 come as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _of_key(target: Checkpoint, name: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from mtp_export.source.templates import read_template
 from mtp_export.source.tokenizer_file import special_tokens
 
 __all__ = [
+    "check_texts",
     "file_name",
     "generation",
     "left_aside",
@@ -40,6 +41,19 @@ def read_texts(target: Checkpoint, spec: TargetSpec) -> dict[str, str]:
         CheckpointError: there is no tokenizer, it does not fit the model, or something is not what it should be.
     """
     return {"tokenizer": tokenizer_file.read_tokenizer(target, spec.vocab_size)} | _optional(target)
+
+
+def check_texts(target: Checkpoint, spec: TargetSpec) -> None:
+    """Check what `read_texts` reads; of a tokenizer that a plan has not downloaded, only that it is there.
+
+    Raises:
+        CheckpointError: as `read_texts` does.
+    """
+    if _tokenizer_text(target) is None:
+        _optional(target)
+        special_tokens(target)
+    else:
+        read_texts(target, spec)
 
 
 def text_sizes(target: Checkpoint) -> dict[str, int]:
@@ -77,7 +91,8 @@ def stop_token_ids(target: Checkpoint, spec: TargetSpec) -> tuple[int, ...]:
 
 
 def left_aside(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
-    """Return what the files say of text and generation that a bundle does without, in short phrases.
+    """Return what the files say of text and generation that a bundle does without, in short phrases; `check_texts` or
+    `read_texts` comes first.
 
     Raises:
         CheckpointError: a file is not what it should be.
@@ -89,7 +104,7 @@ def left_aside(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
 
 
 def notes(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
-    """Return what a user had better know of where generation stops.
+    """Return what a user had better know of where generation stops; `check_texts` or `read_texts` comes first.
 
     Raises:
         CheckpointError: a file is not what it should be.
@@ -104,10 +119,10 @@ def notes(target: Checkpoint, spec: TargetSpec) -> tuple[str, ...]:
     return ()
 
 
-def _tokenizer_text(target: Checkpoint) -> str:
-    """The tokenizer.json as it is; empty in a plan that has a hole in the place of one that is not downloaded yet."""
-    text = target.read_text(tokenizer_file.NAME)
-    return "" if text.startswith("\0") else text
+def _tokenizer_text(target: Checkpoint) -> str | None:
+    """The tokenizer.json as it is; None in a plan that has a hole in the place of one that is not downloaded yet."""
+    text = tokenizer_file.read_file(target)
+    return None if tokenizer_file.is_hole(text) else text
 
 
 def _optional(target: Checkpoint) -> dict[str, str]:

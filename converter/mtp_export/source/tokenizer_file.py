@@ -27,7 +27,6 @@ from mtp_export.source.tokenizer_settings import (
 
 NAME = "tokenizer.json"
 _CALL_SETTINGS = ("truncation", "padding")
-_POINTER = "version https://git-lfs"
 # How GemmaTokenizer builds its model, but for the unknown token.
 _BPE_OPTIONS: Mapping[str, Any] = {
     "dropout": None,
@@ -61,16 +60,16 @@ def read_file(target: Checkpoint) -> str:
     """Return the checkpoint's own tokenizer.json.
 
     Raises:
-        CheckpointError: it is missing, or only points at itself.
+        CheckpointError: it is missing, or no text.
     """
     if not os.path.lexists(target.folder / NAME):  # what is there and no file is told as that
         check_is_there(target)
-    text = target.read_text(NAME)
-    if text.startswith(_POINTER):
-        raise CheckpointError(
-            f"{target.folder / NAME} is a git-LFS pointer, not the file: run `git lfs pull`, or download it again"
-        )
-    return text
+    return target.read_text(NAME)
+
+
+def is_hole(text: str) -> bool:
+    """Whether a plan has this in the place of a tokenizer.json that is not downloaded yet."""
+    return text.startswith("\0")
 
 
 def check_is_there(target: Checkpoint) -> None:
@@ -87,7 +86,7 @@ def check_is_there(target: Checkpoint) -> None:
 
 
 def call_settings(text: str) -> dict[str, Any]:
-    """Truncation and padding of a tokenizer.json, those that are set."""
+    """Truncation and padding of a tokenizer.json that has been read before, those that are set."""
     return {key: value for key, value, _, _ in _call_settings(text) if value is not None}
 
 
@@ -107,6 +106,7 @@ def token_id(text: str, token: str) -> int | None:
 
 def special_tokens(target: Checkpoint) -> dict[str, str]:
     """Return the special tokens that a chat template sees, by name: transformers' `tokenizer.special_tokens_map`.
+    The tokenizer.json has been read before.
 
     Raises:
         CheckpointError: a file that names them is not what it should be.
@@ -115,8 +115,7 @@ def special_tokens(target: Checkpoint) -> dict[str, str]:
     tokens = {name: str(token) for name, token in settings.named.items()}
     if not settings.states_pad and target.has(NAME):
         text = target.read_text(NAME)
-        # A plan has a hole in the place of a tokenizer that is not downloaded yet.
-        padding = None if text.startswith("\0") else call_settings(text).get("padding")
+        padding = None if is_hole(text) else call_settings(text).get("padding")
         if isinstance(padding, dict):
             tokens.setdefault("pad_token", padding["pad_token"])
     return tokens

@@ -8,11 +8,13 @@ then what the class takes where nothing is said.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import AddedToken
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
 
@@ -31,6 +33,14 @@ _OF_GEMMA = {
 _GEMMA_CLASS = "GemmaTokenizer"
 # Classes that take tokenizer.json as it is. transformers gives the first one where none is named.
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")
+
+_EXTRA = ("extra_special_tokens", "additional_special_tokens")
+_SPECIFIC = "model_specific_special_tokens"
+_VERSIONED_FILES = "fast_tokenizer_files"
+_VERSIONED = re.compile(r"tokenizer\.(.*)\.json")
+_LIBRARY_VERSION = (5, 22, 2)  # of transformers
+_MOST_LEVELS = 100  # of objects and lists in each other: more than any tool writes, and less than recursion takes
+_MOST_DIGITS = 9  # of a token id
 
 Token = str | AddedToken
 
@@ -56,6 +66,8 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
         CheckpointError: a file is not what it should be, or names a class that is not supported.
     """
     keys = read_object(target, CONFIG)
+    _check_kinds(target, CONFIG, keys)
+    _check_versioned_files(target, keys)
     of_gemma = _class_name(target, keys) == _GEMMA_CLASS
     _name_model_specific(keys)
     lists_added = "added_tokens_decoder" in keys
@@ -65,21 +77,23 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
         _take_special_tokens_map(target, keys)
         added = _legacy_added(target, keys)
     keys = {key: _converted(target, key, value) for key, value in keys.items() if key != "added_tokens_decoder"}
+    _check_kinds(target, CONFIG, keys)
     defaults = {key: token for key, token in _OF_GEMMA.items() if of_gemma and key not in keys}
     standard = keys | defaults
     named = {key: standard[key] for key in _STANDARD if standard.get(key) is not None}
-    extra = keys.get("extra_special_tokens", keys.get("additional_special_tokens")) or []
+    extra = keys.get(_EXTRA[0], keys.get(_EXTRA[1])) or []
     specific = {**extra} if isinstance(extra, dict) else {}
     specific |= {
         key: value
         for key, value in keys.items()
         if key not in _STANDARD and key.endswith("_token") and isinstance(value, Token)
     }
-    specific |= keys.get("model_specific_special_tokens") or {}
+    specific |= keys.get(_SPECIFIC) or {}
     for name, value in (named | specific).items():
         if not isinstance(value, Token):
             raise CheckpointError(
-                f"{target.folder / CONFIG}: {name} is {value!r}, expected a token as text: take the base model's file"
+                f"{target.folder / CONFIG}: {name} is {shortened(value)}, expected a token as text: "
+                "take the base model's file"
             )
     return TokenizerSettings(
         of_gemma=of_gemma,
@@ -96,7 +110,7 @@ def read_object(target: Checkpoint, name: str) -> dict[str, Any]:
     """Return a JSON file of the folder that must be an object; an empty one where there is no such file.
 
     Raises:
-        CheckpointError: it is none, or some text in it is not Unicode.
+        CheckpointError: it is none, is nested too deep, or some text in it is not Unicode.
     """
     if not target.has(name):
         return {}
@@ -104,19 +118,24 @@ def read_object(target: Checkpoint, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         path = target.folder / name
         raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}: download it again")
-    _check_unicode(target, name, value)
+    _check_values(target, name, value)
     return value
 
 
-def _check_unicode(target: Checkpoint, name: str, value: Any, key: str = "") -> None:
-    """JSON can spell half a surrogate pair, which no other text can."""
+def _check_values(target: Checkpoint, name: str, value: Any, key: str = "", level: int = 0) -> None:
+    """JSON can spell half a surrogate pair, which no other text can, and nest deeper than functions call each other."""
+    if level > _MOST_LEVELS:
+        raise CheckpointError(
+            f"{target.folder / name}: {ascii(key)[1:-1]} holds lists or objects more than {_MOST_LEVELS} deep, "
+            "expected fewer: download it again"
+        )
     if isinstance(value, dict):
         for inner_key, inner in value.items():
-            _check_unicode(target, name, inner_key, key or inner_key)
-            _check_unicode(target, name, inner, key or inner_key)
+            _check_values(target, name, inner_key, key or inner_key, level + 1)
+            _check_values(target, name, inner, key or inner_key, level + 1)
     elif isinstance(value, list):
         for inner in value:
-            _check_unicode(target, name, inner, key)
+            _check_values(target, name, inner, key, level + 1)
     elif isinstance(value, str):
         try:
             value.encode()
@@ -126,13 +145,45 @@ def _check_unicode(target: Checkpoint, name: str, value: Any, key: str = "") -> 
             ) from error
 
 
+def _check_kinds(target: Checkpoint, name: str, keys: Mapping[str, Any]) -> None:
+    for key, kinds, expected in (
+        *((key, (list, dict), "a list of tokens, or a map from names to tokens") for key in _EXTRA),
+        (_SPECIFIC, (dict,), "a map from names to tokens"),
+    ):
+        value = keys.get(key)
+        if value is not None and not isinstance(value, kinds):
+            raise CheckpointError(
+                f"{target.folder / name}: {key} is {shortened(value)}, expected {expected}: take the base model's file"
+            )
+
+
+def _check_versioned_files(target: Checkpoint, keys: Mapping[str, Any]) -> None:
+    """Refuse a list of tokenizers for versions of transformers, of which it takes another than tokenizer.json: it goes
+    through the versions as texts, sorted, up to the first one that is later than its own (`get_fast_tokenizer_file`).
+    """
+    names = keys.get(_VERSIONED_FILES)
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    versioned = {match[1]: name for name in names if (match := _VERSIONED.search(name))}
+    taken = None
+    for version in sorted(versioned):
+        numbers = [int(number) for number in version.split(".") if number.isdecimal() and len(number) < 6]
+        if tuple(numbers) > _LIBRARY_VERSION:
+            break
+        taken = versioned[version]
+    if taken is not None:
+        raise CheckpointError(
+            f"{target.folder / CONFIG}: {_VERSIONED_FILES} names {taken!r}, which transformers takes in place of "
+            f"tokenizer.json: give that file the name tokenizer.json, and remove {_VERSIONED_FILES}"
+        )
+
+
 def _class_name(target: Checkpoint, keys: Mapping[str, Any]) -> str:
     stated = keys.get("tokenizer_class") or target.config.get("tokenizer_class") or _PLAIN_CLASSES[0]
     name = stated.removesuffix("Fast") if isinstance(stated, str) else ""
     if name not in (_GEMMA_CLASS, *_PLAIN_CLASSES):
         raise CheckpointError(
-            f"{target.folder / CONFIG}: tokenizer_class is {stated!r}, expected {_GEMMA_CLASS} or {_PLAIN_CLASSES[0]}: "
-            f"if tokenizer.json says all of the tokenizer, write {_PLAIN_CLASSES[0]} there"
+            f"{target.folder / CONFIG}: tokenizer_class is {shortened(stated)}, expected {_GEMMA_CLASS} or "
+            f"{_PLAIN_CLASSES[0]}: if tokenizer.json says all of the tokenizer, write {_PLAIN_CLASSES[0]} there"
         )
     return name
 
@@ -146,7 +197,7 @@ def _name_model_specific(keys: dict[str, Any]) -> None:
     if isinstance(keys.get("extra_special_tokens"), dict):
         specific |= keys.pop("extra_special_tokens")
     if specific:
-        keys["model_specific_special_tokens"] = specific
+        keys[_SPECIFIC] = specific
 
 
 def _take_special_tokens_map(target: Checkpoint, keys: dict[str, Any]) -> None:
@@ -160,11 +211,9 @@ def _take_special_tokens_map(target: Checkpoint, keys: dict[str, Any]) -> None:
             keys[key] = _special(target, value)
         else:
             keys[key] = value
+    _check_kinds(target, SPECIAL_TOKENS_MAP, keys)
     if isinstance(keys.get("extra_special_tokens"), dict):
-        keys["model_specific_special_tokens"] = {
-            **keys.get("model_specific_special_tokens", {}),
-            **keys.pop("extra_special_tokens"),
-        }
+        keys[_SPECIFIC] = {**(keys.get(_SPECIFIC) or {}), **keys.pop("extra_special_tokens")}
 
 
 def _special(target: Checkpoint, value: Mapping[str, Any]) -> AddedToken:
@@ -173,10 +222,16 @@ def _special(target: Checkpoint, value: Mapping[str, Any]) -> AddedToken:
 
 def _listed(target: Checkpoint, value: Any) -> dict[int, AddedToken]:
     """The added_tokens_decoder of tokenizer_config.json."""
-    if not isinstance(value, dict) or not all(key.isdecimal() and isinstance(t, dict) for key, t in value.items()):
+    if not isinstance(value, dict):
         raise CheckpointError(
             f"{target.folder / CONFIG}: added_tokens_decoder is no map from ids to tokens: take the base model's file"
         )
+    for key, token in value.items():
+        if not (key.isdecimal() and len(key) <= _MOST_DIGITS and isinstance(token, dict)):
+            raise CheckpointError(
+                f"{target.folder / CONFIG}: added_tokens_decoder is no map from ids to tokens: it has {shortened(key)} "
+                f"with a {type(token).__name__}, expected an id with an object: take the base model's file"
+            )
     return {int(key): _added_token(target, CONFIG, token) for key, token in value.items()}
 
 
@@ -208,14 +263,14 @@ def _added_token(target: Checkpoint, name: str, fields: Mapping[str, Any]) -> Ad
         return AddedToken(**fields)
     except TypeError as error:
         raise CheckpointError(
-            f"{target.folder / name}: {dict(fields)!r} is not a token ({error}): take the base model's file"
+            f"{target.folder / name}: {shortened(dict(fields))} is not a token ({error}): take the base model's file"
         ) from error
 
 
 def _unnamed(target: Checkpoint, tokens: Any) -> tuple[Token, ...]:
     if not isinstance(tokens, list) or not all(isinstance(token, Token) for token in tokens):
         raise CheckpointError(
-            f"{target.folder / CONFIG}: extra_special_tokens is {tokens!r}, expected a list of tokens as text: "
-            "take the base model's file"
+            f"{target.folder / CONFIG}: extra_special_tokens is {shortened(tokens)}, expected a list of tokens as "
+            "text: take the base model's file"
         )
     return tuple(tokens)
