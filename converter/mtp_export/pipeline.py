@@ -28,7 +28,8 @@ from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.single_buffer import with_single_buffer
 from mtp_export.source import texts
 from mtp_export.source.adapters import AdaptedCheckpoint, adapter_files
-from mtp_export.source.checkpoint import Checkpoint, hash_file, locate
+from mtp_export.source.checkpoint import Checkpoint, hash_file
+from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
 from mtp_export.source.stored_integers import check_runs
 from mtp_export.squares import with_squares_reshaped_first

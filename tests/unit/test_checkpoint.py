@@ -20,7 +20,8 @@ from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
 from mtp_export.parameters import target_parameters
 from mtp_export.pipeline import export
-from mtp_export.source.checkpoint import Checkpoint, locate, read_token_ordering
+from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
+from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
 from mtp_export.trace import trace_embedder
 from mtp_runtime.errors import UserError

@@ -63,7 +63,8 @@ def command(
         from mtp_calibration.calibration_texts import calibration_texts, tuning_prompts
         from mtp_calibration.cluster_head import check_dense, cluster, drawn_answers, write_clustered
         from mtp_export.arch.gemma4 import read_target_spec
-        from mtp_export.source.checkpoint import Checkpoint, locate
+        from mtp_export.source.checkpoint import Checkpoint
+        from mtp_export.source.hub import locate
         from mtp_export.source.texts import stop_token_ids
 
         dense = Checkpoint(locate(drafter), "drafter")

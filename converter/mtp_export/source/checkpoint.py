@@ -1,5 +1,4 @@
-"""Opening checkpoints: a local folder, a Hugging Face id, or the embedded nano. Only safetensors are read: nothing in a
-checkpoint is ever executed."""
+"""Opening checkpoints. Only safetensors are read: nothing in a checkpoint is ever executed."""
 
 from __future__ import annotations
 
@@ -38,11 +37,8 @@ TEXT_FILES = (
     "added_tokens.json",
     "processor_config.json",
 )
-_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 ADAPTER_CONFIG = "adapter_config.json"
-# What is fetched of a published checkpoint, and what of that is not: checkpoints of its training, in folders of theirs.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, *TEXT_FILES, _MORE_TEMPLATES]
-HUB_IGNORED = ["*/*.safetensors", "*/*.json"]
 _NAMED_FILE = "transformers_weights"  # a key of config.json
 _SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -53,9 +49,6 @@ HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 8192
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_TEXT_BYTES = 64 << 20
-
-# An id is an owner and a name; what begins with a dot is a path.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +278,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
         present = [self.folder / name for name in (*TEXT_FILES, *self._index) if self.has(name)]
-        present += sorted(self.folder.glob(_MORE_TEMPLATES))
+        present += sorted(self.folder.glob(MORE_TEMPLATES))
         return present + sorted({info.file for info in self.tensors.values()})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -411,48 +404,6 @@ def read_token_ordering(checkpoint: Checkpoint, name: str, vocab_size: int) -> N
             "the drafter is damaged"
         )
     return order
-
-
-def locate(source: str) -> Path:
-    """A local folder as it is; a Hugging Face id through its cache (downloaded unless HF_HUB_OFFLINE is set).
-
-    Raises:
-        CheckpointError: the id is unknown, not cached while offline, or the download fails.
-    """
-    folder = local_folder(source)
-    if folder is not None:
-        return folder
-    import huggingface_hub
-
-    with reaching_hub(source):
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-
-
-def local_folder(source: str) -> Path | None:
-    """The folder that `source` names, there or not; None if it is a Hugging Face id."""
-    folder = Path(os.path.expanduser(source))
-    return folder if os.path.lexists(folder) or not _HUB_ID.fullmatch(source) else None
-
-
-@contextlib.contextmanager
-def reaching_hub(source: str) -> Iterator[None]:
-    """Turn what the hub's library says of an id into what the user can do.
-
-    Raises:
-        CheckpointError: the id is unknown, not cached while offline, or the download fails.
-    """
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{source} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached: "
-            "download it first, or give a local folder"
-        ) from error
-    except (HFValidationError, OSError) as error:  # the hub's own HTTP errors are OSErrors
-        first_line = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"cannot download {source}: {first_line}: log in, or give a local folder") from error
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_export.errors import CheckpointError
-from mtp_export.source.checkpoint import HUB_FILES, HUB_IGNORED, local_folder, reaching_hub
+from mtp_export.source.hub import HUB_FILES, HUB_IGNORED, local_folder, reaching_hub
 
 _LARGE_TEXT = "tokenizer.json"  # tens of megabytes, of which a plan needs the size
 
