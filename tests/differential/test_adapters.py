@@ -72,7 +72,10 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(options=options(), base=st.sampled_from(["nano", "untied", "tied, two differ"]))
 def test_options_together(options: dict[str, Any], base: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:

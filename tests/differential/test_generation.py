@@ -143,7 +143,7 @@ KEYS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.none() | KEYS, KEYS, KEYS)
 def test_any_combination(
     tmp_path_factory: pytest.TempPathFactory, of_file: Keys | None, of_config: Keys, of_text: Keys

@@ -280,7 +280,7 @@ EXTRA = st.dictionaries(st.sampled_from(["extra_special_tokens", "additional_spe
 CLASS = st.sampled_from([{}, {"tokenizer_class": "GemmaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"}])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.tuples(CLASS, NAMED, EXTRA), st.none() | st.tuples(NAMED, EXTRA), st.booleans(), st.booleans())
 def test_any_combination(
     tmp_path_factory: pytest.TempPathFactory, of_config: Any, of_map: Any, has_room: bool, has_padding: bool
