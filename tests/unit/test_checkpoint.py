@@ -267,7 +267,7 @@ class TestJson:
             ({"eos_token_id": "1"}, "eos_token_id is '1', expected a token id"),
             ({"suppress_tokens": 5.0}, "suppress_tokens is 5.0, expected a token id"),
             ({"do_sample": 1}, "do_sample is 1, expected true or false"),
-            ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot', expected a number"),
+            ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot', expected a finite number"),
             ({"do_sample": True, "temperature": -1}, "temperature is -1.0, expected 0 or more"),
             ({"do_sample": True, "top_k": -1}, "top_k is -1, expected a positive integer, or 0 for all"),
             ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5, expected 0 to 1"),

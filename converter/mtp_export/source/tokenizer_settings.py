@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
@@ -66,7 +66,7 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
         CheckpointError: a file is not what it should be, or names a class that is not supported.
     """
     keys = read_object(target, CONFIG)
-    _check_kinds(target, CONFIG, keys)
+    _check_kinds(target, CONFIG, keys, _EXTRA[:1] if keys.get(_EXTRA[0]) else _EXTRA)
     _check_versioned_files(target, keys)
     of_gemma = _class_name(target, keys) == _GEMMA_CLASS
     _name_model_specific(keys)
@@ -77,7 +77,7 @@ def read_settings(target: Checkpoint) -> TokenizerSettings:
         _take_special_tokens_map(target, keys)
         added = _legacy_added(target, keys)
     keys = {key: _converted(target, key, value) for key, value in keys.items() if key != "added_tokens_decoder"}
-    _check_kinds(target, CONFIG, keys)
+    _check_kinds(target, CONFIG, keys, _taken(keys))
     defaults = {key: token for key, token in _OF_GEMMA.items() if of_gemma and key not in keys}
     standard = keys | defaults
     named = {key: standard[key] for key in _STANDARD if standard.get(key) is not None}
@@ -145,9 +145,14 @@ def _check_values(target: Checkpoint, name: str, value: Any, key: str = "", leve
             ) from error
 
 
-def _check_kinds(target: Checkpoint, name: str, keys: Mapping[str, Any]) -> None:
+def _taken(keys: Mapping[str, Any]) -> Sequence[str]:
+    """The one of the two keys of extra tokens that the library takes."""
+    return _EXTRA[:1] if _EXTRA[0] in keys else _EXTRA
+
+
+def _check_kinds(target: Checkpoint, name: str, keys: Mapping[str, Any], extra: Sequence[str]) -> None:
     for key, kinds, expected in (
-        *((key, (list, dict), "a list of tokens, or a map from names to tokens") for key in _EXTRA),
+        *((key, (list, dict), "a list of tokens, or a map from names to tokens") for key in extra),
         (_SPECIFIC, (dict,), "a map from names to tokens"),
     ):
         value = keys.get(key)
@@ -211,7 +216,7 @@ def _take_special_tokens_map(target: Checkpoint, keys: dict[str, Any]) -> None:
             keys[key] = _special(target, value)
         else:
             keys[key] = value
-    _check_kinds(target, SPECIAL_TOKENS_MAP, keys)
+    _check_kinds(target, SPECIAL_TOKENS_MAP, keys, _taken(keys))
     if isinstance(keys.get("extra_special_tokens"), dict):
         keys[_SPECIFIC] = {**(keys.get(_SPECIFIC) or {}), **keys.pop("extra_special_tokens")}
 
