@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
 from mtp_calibration.recipes import FLOAT32, INT8, WeightFormat
-from mtp_export.arch.gemma4 import PAIRS
+from mtp_export.arch.published import PAIRS
 from mtp_export.lower import onnx as lower_onnx
 from mtp_export.lower import tflite as lower_tflite
 from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead

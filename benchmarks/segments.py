@@ -29,7 +29,7 @@ from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
 from benchmarks.matrices import random_rows
 from mtp_calibration.recipes import RECIPES, Recipe, WeightFormat
-from mtp_export.arch import gemma4
+from mtp_export.arch import published
 from mtp_export.lower import tflite as lower_tflite
 from mtp_export.parameters import target_format
 from mtp_export.trace import (
@@ -50,7 +50,7 @@ MOST_COPIES = 8
 def main() -> int:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(gemma4.PAIRS), default="e2b")
+    parser.add_argument("--model", choices=sorted(published.PAIRS), default="e2b")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="int4")
     parser.add_argument("--tokens", default="1,4,5,8")
     parser.add_argument("--threads", type=int, default=2)
@@ -80,7 +80,7 @@ def main() -> int:
 def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[TracedGraph, TracedSignature]]:
     """The target's pass for every number of tokens and the drafter's, over the shortest prefix that holds them behind
     what is filled."""
-    pair = gemma4.PAIRS[model]
+    pair = published.PAIRS[model]
     prefixes = (n for n in pair.prefix_lengths if n >= filled + max(tokens))
     length = min((pair.cache_length, *prefixes))
     shapes = [

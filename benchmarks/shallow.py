@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from mtp_export import cli
-from mtp_export.arch import gemma4
+from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import PairSpec
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     given = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
     path = Path(given["--checkpoint"]) / "config.json"
     target = gemma4.read_target_spec(json.loads(path.read_text(encoding="utf-8")), str(path))
-    pairs = cast(dict[str, PairSpec], gemma4.PAIRS)
+    pairs = cast(dict[str, PairSpec], published.PAIRS)
     pairs[given["--model"]] = dataclasses.replace(pairs[given["--model"]], target=target)
     cli.main()
 

@@ -16,7 +16,7 @@ import msgspec
 
 from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
 from mtp_export import bundle, parameters, sizes
-from mtp_export.arch import gemma4
+from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
 from mtp_export.composites import with_composites
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
@@ -180,7 +180,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
     Raises:
         CheckpointError: one is damaged or of another architecture, or they do not fit each other.
     """
-    model = gemma4.PAIRS[config.model]
+    model = published.PAIRS[config.model]
     target = AdaptedCheckpoint(_folder(config.target, model.target_id, "target", find), "target", config.adapters)
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
     gemma4.check_model(model.name, "target", model.target, target_spec)

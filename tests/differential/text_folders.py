@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer
 
-from mtp_export.arch.gemma4 import PAIRS
+from mtp_export.arch.published import PAIRS
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts

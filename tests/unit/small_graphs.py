@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, WeightFormat
-from mtp_export.arch.gemma4 import NANO
+from mtp_export.arch.published import NANO
 from mtp_export.models.layers import FeedForward
 from mtp_export.trace import GraphBuilder, TracedGraph
 from mtp_export.weights import Parameter

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mtp_export import pipeline
-from mtp_export.arch import gemma4
+from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
 from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
@@ -31,7 +31,7 @@ from tests.parity.tiny import Tiny
 from tests.unit.gemma4_configs import F, S, drafter_config, target_config
 from tests.unit.test_checkpoint import config_of
 
-PUBLISHED = {"e2b": gemma4.E2B, "e4b": gemma4.E4B}
+PUBLISHED = {"e2b": published.E2B, "e4b": published.E4B}
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -62,20 +62,20 @@ def test_the_published_configs_are_the_published_models(model: str) -> None:
 
 
 def test_the_caches_that_the_drafter_reads() -> None:
-    assert [gemma4.E2B.target.shared_cache_index(kind) for kind in (S, F)] == [13, 14]
-    assert [gemma4.E4B.target.shared_cache_index(kind) for kind in (S, F)] == [22, 23]
-    assert gemma4.E2B.target.intermediate_sizes == (6144,) * 15 + (12288,) * 20
+    assert [published.E2B.target.shared_cache_index(kind) for kind in (S, F)] == [13, 14]
+    assert [published.E4B.target.shared_cache_index(kind) for kind in (S, F)] == [22, 23]
+    assert published.E2B.target.intermediate_sizes == (6144,) * 15 + (12288,) * 20
 
 
 def test_the_embedded_pair_is_nano() -> None:
     configs = [json.loads((EMBEDDED / part / "config.json").read_text()) for part in ("target", "drafter")]
-    assert (read_target(configs[0]), read_drafter(configs[1])) == (gemma4.NANO.target, gemma4.NANO.drafter)
+    assert (read_target(configs[0]), read_drafter(configs[1])) == (published.NANO.target, published.NANO.drafter)
 
 
 def test_a_text_config_alone_is_a_target() -> None:
     """As transformers saves a Gemma4ForCausalLM."""
     text = target_config("e2b")["text_config"]
-    assert read_target(text) == dataclasses.replace(gemma4.E2B.target, eos_token_ids=(1,))
+    assert read_target(text) == dataclasses.replace(published.E2B.target, eos_token_ids=(1,))
 
 
 def test_what_transformers_saves_means_what_was_published(tiny_source: Path) -> None:
@@ -96,7 +96,7 @@ def test_of_two_statements_of_the_head_size_that_by_layer_counts() -> None:
     overrides = {str(i): {"head_dim": 512} for i in range(4, 35, 5)}
     config["text_config"]["per_layer_config"] = overrides
     config["text_config"]["global_head_dim"] = 256
-    assert read_target(config) == gemma4.E2B.target
+    assert read_target(config) == published.E2B.target
 
 
 def text(**changes: Any) -> Change:
@@ -185,7 +185,7 @@ def test_a_target_of_another_kind_is_refused(change: Change, message: str) -> No
 
 @pytest.mark.parametrize("value", [-1, 262144, 10**400, [], [-1, 262144]])
 def test_ids_that_are_no_tokens_are_none(value: Any) -> None:
-    config, defaults = target_config("e2b"), gemma4.E2B.target
+    config, defaults = target_config("e2b"), published.E2B.target
     config["text_config"].update(bos_token_id=value, pad_token_id=value)
     config["eos_token_id"] = value
     assert read_target(config) == dataclasses.replace(defaults, eos_token_ids=())
@@ -245,9 +245,9 @@ def test_target_and_drafter_may_not_change_places() -> None:
 )
 def test_a_drafter_that_does_not_fit_its_target(field: str, value: Any, theirs: str) -> None:
     """Both values are named."""
-    drafter = dataclasses.replace(gemma4.E2B.drafter, **{field: value})
+    drafter = dataclasses.replace(published.E2B.drafter, **{field: value})
     with pytest.raises(CheckpointError, match="the drafter does not fit") as caught:
-        gemma4.check_pair(gemma4.E2B.target, drafter)
+        gemma4.check_pair(published.E2B.target, drafter)
     shown = sorted(set(value)) if isinstance(value, tuple) else value
     assert re.search(rf"its {field} (is|are) {re.escape(str(shown))}, ", str(caught.value))
     assert theirs in str(caught.value)
@@ -255,22 +255,22 @@ def test_a_drafter_that_does_not_fit_its_target(field: str, value: Any, theirs: 
 
 def test_the_drafter_of_the_other_model_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"backbone_hidden_size is 2560, the target's hidden_size is 1536"):
-        gemma4.check_pair(gemma4.E2B.target, gemma4.E4B.drafter)
+        gemma4.check_pair(published.E2B.target, published.E4B.drafter)
 
 
 def test_another_model_than_the_one_named() -> None:
     with pytest.raises(CheckpointError, match=r"the target is e4b, and --model is e2b: give --model e4b"):
-        gemma4.check_model("e2b", "target", gemma4.E2B.target, gemma4.E4B.target)
-    small = dataclasses.replace(gemma4.E2B.target, hidden_size=1152)
+        gemma4.check_model("e2b", "target", published.E2B.target, published.E4B.target)
+    small = dataclasses.replace(published.E2B.target, hidden_size=1152)
     with pytest.raises(CheckpointError, match=r"has hidden_size = 1152, but e2b has 1536: this is none of nano, e2b"):
-        gemma4.check_model("e2b", "target", gemma4.E2B.target, small)
-    resized = dataclasses.replace(gemma4.E2B.target, vocab_size=262208)
+        gemma4.check_model("e2b", "target", published.E2B.target, small)
+    resized = dataclasses.replace(published.E2B.target, vocab_size=262208)
     with pytest.raises(
         CheckpointError, match=r"vocabulary has 262208 tokens and that of e2b 262144: one of the pair was"
     ):
-        gemma4.check_model("e2b", "target", gemma4.E2B.target, resized)
-    fine_tuned = dataclasses.replace(gemma4.E2B.target, eos_token_ids=(1,), max_position_embeddings=8192)
-    gemma4.check_model("e2b", "target", gemma4.E2B.target, fine_tuned)
+        gemma4.check_model("e2b", "target", published.E2B.target, resized)
+    fine_tuned = dataclasses.replace(published.E2B.target, eos_token_ids=(1,), max_position_embeddings=8192)
+    gemma4.check_model("e2b", "target", published.E2B.target, fine_tuned)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_another_model_than_the_one_named() -> None:
     [("nano", "cpu", None, 4), ("e2b", "cpu", None, 3), ("e4b", "gpu", None, 3), ("e2b", "gpu", 7, 7)],
 )
 def test_drafts_of_a_round_by_model_and_processor(model: str, delegate: str, given: int | None, drafts: int) -> None:
-    spec = gemma4.PAIRS[model]
+    spec = published.PAIRS[model]
     pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target)
     config = config_of(Path(), model=model, delegate=delegate, num_draft_tokens=given)
     assert pipeline.graph_shape(config, pair).num_draft_tokens == drafts

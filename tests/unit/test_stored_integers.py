@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
 from mtp_calibration.recipes import WeightFormat
-from mtp_export.arch.gemma4 import NANO
+from mtp_export.arch.published import NANO
 from mtp_export.commands.export import command, config_of
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError

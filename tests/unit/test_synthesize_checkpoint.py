@@ -30,7 +30,7 @@ from transformers import (
 
 from mtp_calibration.recipes import RECIPES
 from mtp_export import parameters
-from mtp_export.arch import gemma4
+from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import FULL, SLIDING
 from mtp_export.errors import OutputError
 from mtp_export.source import texts as converter_texts
@@ -43,7 +43,7 @@ from tools.synthesize.layout import StoredTensor
 from tools.synthesize.values import BLOCK, Values, on_q4_0_lattice
 
 FLOATS = (PLAIN, LATTICE) = VARIANTS[:2]
-FULL_SIZE = {"e2b": gemma4.E2B, "e4b": gemma4.E4B}
+FULL_SIZE = {"e2b": published.E2B, "e4b": published.E4B}
 Pair = Callable[[str], Path]
 
 
@@ -140,7 +140,7 @@ def test_the_converter_takes_every_tensor(variant: str, nano: Pair) -> None:
     target, drafter = (Checkpoint(nano(variant) / part, part) for part in ("target", "drafter"))
     spec = gemma4.read_target_spec(target.config, "target")
     drafter_spec = gemma4.read_drafter_spec(drafter.config, "drafter")
-    assert (spec, drafter_spec) == (gemma4.NANO.target, gemma4.NANO.drafter)
+    assert (spec, drafter_spec) == (published.NANO.target, published.NANO.drafter)
     shape = GraphShape(cache_length=32, num_draft_tokens=1, prefill_lengths=(), prefix_lengths=())
     embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
     drafter_graph = trace_drafter(drafter_spec, spec, shape, position_offset=1, row_scales=True)
@@ -152,7 +152,7 @@ def test_the_converter_takes_every_tensor(variant: str, nano: Pair) -> None:
 
 def test_tensors_are_typed_and_ordered_like_published_ones(nano: Pair) -> None:
     drafter = Checkpoint(nano(PLAIN) / "drafter", "drafter")
-    order = read_token_ordering(drafter, layout.TOKEN_ORDERING, gemma4.NANO.target.vocab_size)
+    order = read_token_ordering(drafter, layout.TOKEN_ORDERING, published.NANO.target.vocab_size)
     assert not np.array_equal(order, np.sort(order))
     assert {info.dtype for info in drafter.tensors.values()} == {"BF16", "I64"}
     assert drafter.tensors[layout.TOKEN_ORDERING].dtype == "I64"
@@ -167,7 +167,7 @@ def matrices(folder: Path) -> dict[str, NDArray[np.float32]]:
 @pytest.mark.parametrize("variant", FLOATS)
 @pytest.mark.parametrize("part", ["target", "drafter"])
 def test_rows_are_scaled_by_fan_in_and_all_different(variant: str, part: str, nano: Pair) -> None:
-    pair = gemma4.NANO
+    pair = published.NANO
     tensors = layout.drafter_tensors(pair.drafter)
     if part == "target":
         tensors = layout.target_tensors(pair.target, unused_caches=True)
@@ -246,7 +246,7 @@ def test_shards_hold_the_same_tensors(nano: Pair, tmp_path: Path) -> None:
     assert len(shards) > 4
     assert sorted(set(index["weight_map"].values())) == shards
     sharded = {name: folder / shard for name, shard in index["weight_map"].items()}
-    assert sharded.keys() == shapes(layout.target_tensors(gemma4.NANO.target, unused_caches=True)).keys()
+    assert sharded.keys() == shapes(layout.target_tensors(published.NANO.target, unused_caches=True)).keys()
     size = 0
     with safe_open(nano(PLAIN) / "target" / "model.safetensors", framework="pt") as one_file:
         for name, shard in sharded.items():

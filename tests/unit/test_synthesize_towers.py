@@ -30,14 +30,14 @@ from transformers import (
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-from mtp_export.arch import gemma4
+from mtp_export.arch import published
 from mtp_runtime.errors import UserError
 from tools.synthesize import files, finetune, layout, media, quantised, texts, towers
 from tools.synthesize.__main__ import VARIANTS, Extras, synthesize
 from tools.synthesize.layout import StoredTensor
 
 FACTS = Path(__file__).parents[3] / "shared" / "published"  # of this project; not in a clone
-FULL_SIZE = {"e2b": gemma4.E2B, "e4b": gemma4.E4B}
+FULL_SIZE = {"e2b": published.E2B, "e4b": published.E4B}
 PLAIN, LATTICE = VARIANTS[:2]
 TUNED = Extras(towers=True, leftovers=finetune.UNSLOTH, adapter_rank=4)
 Names = dict[str, tuple[int, ...]]
@@ -113,7 +113,7 @@ def test_the_configs_are_the_published_ones(name: str) -> None:
 
 
 def test_a_drafter_of_quantisation_aware_training_has_stop_ids_too() -> None:
-    plain, qat = (texts.published_drafter_config(gemma4.E2B.drafter, 131072, qat=qat) for qat in (False, True))
+    plain, qat = (texts.published_drafter_config(published.E2B.drafter, 131072, qat=qat) for qat in (False, True))
     assert qat == plain | {"eos_token_id": [1, 106]}
 
 
@@ -140,7 +140,7 @@ def test_transformers_loads_every_tensor(depth: str, tmp_path: Path) -> None:
     assert all(name.startswith(layout.TARGET_PREFIX) for name in unused), unused
     assert set(stored.values()) == {"BF16"}
     config: Any = Gemma4AssistantConfig.from_pretrained(folder / "drafter")
-    assert config.text_config.num_hidden_layers == gemma4.NANO.drafter.num_layers
+    assert config.text_config.num_hidden_layers == published.NANO.drafter.num_layers
 
 
 def soft_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ def test_towers_give_finite_rows_of_the_size_of_embeddings_and_need_their_bounds
     model = load(tuned / "target")
     rows = soft_tokens(model)
     for values in rows:
-        assert values.shape == (values.shape[0], gemma4.NANO.target.hidden_size)
+        assert values.shape == (values.shape[0], published.NANO.target.hidden_size)
         assert bool(values.isfinite().all())
         assert 0.3 < float(values.std()) < 3.0
     for name, bound in model.named_buffers():
@@ -187,7 +187,7 @@ def test_towers_of_other_variants_are_bfloat16(variant: str, tmp_path: Path) -> 
     folder = write(tmp_path / "pair", variant=variant, extras=Extras(towers=True))
     with safe_open(folder / "target" / "model.safetensors", framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        expected = shapes(towers.tensors_of(towers.SMALL, gemma4.NANO.target.hidden_size))
+        expected = shapes(towers.tensors_of(towers.SMALL, published.NANO.target.hidden_size))
         assert stored.items() >= expected.items()
         assert {file.get_slice(name).get_dtype() for name in expected} == {"BF16"}
     assert read(folder / "drafter" / "config.json")["eos_token_id"] == [1, 106]
@@ -222,7 +222,7 @@ def test_media_tokens_have_the_ids_of_the_config(vocab_size: int) -> None:
     assert {token["id"] for token in document["added_tokens"] if token["special"]} >= set(ids.values())
     before = {token_id: token for token, token_id in plain["model"]["vocab"].items()}
     assert all(before[token_id].startswith("<unused") for token_id in ids.values())
-    if vocab_size == gemma4.E2B.target.vocab_size:
+    if vocab_size == published.E2B.target.vocab_size:
         assert ids == {"boi": 255999, "boa": 256000} | {
             name: 258880 + i for i, name in enumerate(("image", "audio", "eoi", "eoa", "video"))
         }
@@ -231,7 +231,7 @@ def test_media_tokens_have_the_ids_of_the_config(vocab_size: int) -> None:
 def test_a_tokenizer_knows_the_media_tokens_by_name(tuned: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tuned / "target")
     config = read(tuned / "target" / "config.json")
-    assert len(tokenizer) == gemma4.NANO.target.vocab_size
+    assert len(tokenizer) == published.NANO.target.vocab_size
     for name in ("image", "audio", "boi", "eoi", "boa", "eoa"):
         token_id = config[f"{name}_token_id"]
         assert getattr(tokenizer, f"{name}_token_id") == token_id

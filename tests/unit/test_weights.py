@@ -14,7 +14,7 @@ from ai_edge_quantizer import qtyping, quantizer, recipe
 from numpy.typing import NDArray
 
 from mtp_calibration.recipes import FLOAT32, INT4, INT8, WeightFormat
-from mtp_export.arch.gemma4 import NANO
+from mtp_export.arch.published import NANO
 from mtp_export.errors import CheckpointError
 from mtp_export.lower import onnx as lower_onnx
 from mtp_export.lower import tflite

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mtp_export import cli
-from mtp_export.arch import gemma4
+from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import PairSpec
 
 CACHE_LENGTH = 48
@@ -33,14 +33,14 @@ def save_pair(folder: Path) -> None:
     (folder / "target" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
 
 
-MODELS = cast(dict[str, PairSpec], gemma4.PAIRS)
+MODELS = cast(dict[str, PairSpec], published.PAIRS)
 
 
 def tiny_model(folder: Path) -> PairSpec:
     """Return the pair in `folder` as a model."""
     configs = [json.loads((folder / part / "config.json").read_text()) for part in ("target", "drafter")]
     return dataclasses.replace(
-        gemma4.NANO,
+        published.NANO,
         name="tiny",
         target=gemma4.read_target_spec(configs[0], "target"),
         drafter=gemma4.read_drafter_spec(configs[1], "drafter"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.machine import ROOT
 from mtp_calibration.recipes import INT8
 from mtp_export import pipeline
-from mtp_export.arch import gemma4
+from mtp_export.arch import published
 from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle import write_litertlm
 from mtp_export.config import ExportConfig
@@ -80,7 +80,7 @@ def bundle_of_two_kv_heads(folder: Path) -> Path:
 @contextlib.contextmanager
 def two_kv_heads() -> Iterator[None]:
     """Within it, nano has two KV heads."""
-    pairs = cast(dict[str, PairSpec], gemma4.PAIRS)
+    pairs = cast(dict[str, PairSpec], published.PAIRS)
     nano = pairs["nano"]
     pairs["nano"] = dataclasses.replace(
         nano,
@@ -175,13 +175,13 @@ def convert_all(models: Sequence[str]) -> None:
     with two_kv_heads():
         _convert("nano", "f32", "gpu")
     for model in models:
-        drafter, spec = _convert(model, "int4", "gpu")[3], gemma4.PAIRS[model]
+        drafter, spec = _convert(model, "int4", "gpu")[3], published.PAIRS[model]
         for graph in (trace_passes(spec), trace_dense_drafter(spec, drafter)):
             tflite.lower([graph], 2)
 
 
 def _convert(model: str, recipe: str, delegate: str) -> list[TracedGraph]:
-    spec, config = gemma4.PAIRS[model], export_config(model, recipe, delegate, Path(), None)
+    spec, config = published.PAIRS[model], export_config(model, recipe, delegate, Path(), None)
     # All that tracing looks at of a pair.
     specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
     pair = cast(pipeline.Pair, specs)

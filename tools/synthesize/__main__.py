@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mtp_export.arch import gemma4
+from mtp_export.arch import published
 from mtp_export.arch.spec import PairSpec, TargetSpec
 from mtp_export.errors import OutputError
 from mtp_export.staging import staged_folder
@@ -67,7 +67,7 @@ def synthesize(
         OutputError: the output exists, cannot be written, or there is not enough disk for it.
         UserError: it is not known how this variant stores towers.
     """
-    plan = _plan(gemma4.PAIRS[model], variant, depth, extras)
+    plan = _plan(published.PAIRS[model], variant, depth, extras)
     total = sum(tensor.size_bytes for tensors in plan.tensors.values() for tensor in tensors)
     with staged_folder(output, force=False) as folder:
         _check_disk(output, total + _SPARE_BYTES)
@@ -139,7 +139,7 @@ def _fraction(context: click.Context, parameter: click.Parameter, value: str) ->
 
 
 @click.command(help=__doc__)
-@click.option("--model", type=click.Choice(sorted(gemma4.PAIRS)), required=True)
+@click.option("--model", type=click.Choice(sorted(published.PAIRS)), required=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--variant", type=click.Choice(VARIANTS), default=VARIANTS[0], show_default=True)
 @click.option("--depth", default="1", callback=_fraction, help="Fraction of the layers of target and towers, as 1/8.")

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from mtp_export.arch import gemma4
+from mtp_export.arch import published
 from tools.synthesize.layout import StoredTensor, matrix, vector
 
 VISION_PREFIX, AUDIO_PREFIX = "model.vision_tower.", "model.audio_tower."
@@ -78,7 +78,7 @@ SMALL = Towers(
 
 def of(model: str) -> Towers:
     """The towers of a model, by the name of its pair."""
-    return SMALL if model == gemma4.NANO.name else PUBLISHED
+    return SMALL if model == published.NANO.name else PUBLISHED
 
 
 def at_depth(towers: Towers, depth: Fraction) -> Towers:

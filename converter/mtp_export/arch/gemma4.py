@@ -11,10 +11,7 @@ from typing import Any
 
 from mtp_export.arch.config_keys import DEFAULT_ROPES, DRAFTER_DEFAULTS, ONE_VALUE, OTHER_MODELS, TEXT_DEFAULTS
 from mtp_export.arch.json_object import JsonObject, shortened
-from mtp_export.arch.published import E2B as E2B
-from mtp_export.arch.published import E4B as E4B
-from mtp_export.arch.published import NANO as NANO
-from mtp_export.arch.published import PAIRS as PAIRS
+from mtp_export.arch.published import PAIRS
 from mtp_export.arch.spec import (
     FULL,
     SLIDING,
