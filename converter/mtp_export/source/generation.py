@@ -7,10 +7,10 @@ text_config; a key that is null or absent has the library's default, which is no
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.tokenizer_settings import read_object
@@ -98,7 +98,6 @@ _KNOWN = frozenset((*OBEYED, *NOT_OBEYED)) | _IGNORED
 _TOP_K = 50  # where nothing is said
 _MAX_TOP_K = 2**31 - 1  # no vocabulary is larger
 _MAX_NUMBER = 1e30
-_REPR = reprlib.Repr()  # shortens what is long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _token_ids(value: Any, where: str) -> list[int]:
     values: list[Any] = value if isinstance(value, list) else [value]
     if any(type(v) is not int for v in values):
-        raise CheckpointError(f"{where} is {_REPR.repr(value)}, expected a token id or a list of them: correct it")
+        raise CheckpointError(f"{where} is {shortened(value)}, expected a token id or a list of them: correct it")
     return values
 
 
@@ -154,7 +153,7 @@ def _sampler(keys: Mapping[str, Any], where: str) -> SamplerDefaults:
     the library refuses when it generates, is no drawing."""
     samples = keys.get("do_sample", False)
     if type(samples) is not bool:
-        raise CheckpointError(f"{where}: do_sample is {_REPR.repr(samples)}, expected true or false: correct it")
+        raise CheckpointError(f"{where}: do_sample is {shortened(samples)}, expected true or false: correct it")
     penalty = _number(keys, "repetition_penalty", where, 1.0)
     if penalty <= 0:
         raise CheckpointError(f"{where}: repetition_penalty is {penalty}, expected more than 0: correct it")
@@ -166,7 +165,7 @@ def _sampler(keys: Mapping[str, Any], where: str) -> SamplerDefaults:
         raise CheckpointError(f"{where}: temperature is {temperature}, expected 0 or more: correct it")
     if type(top_k) is not int or top_k < 0:
         raise CheckpointError(
-            f"{where}: top_k is {_REPR.repr(top_k)}, expected a positive integer, or 0 for all: correct it"
+            f"{where}: top_k is {shortened(top_k)}, expected a positive integer, or 0 for all: correct it"
         )
     if not 0 <= top_p <= 1:
         raise CheckpointError(f"{where}: top_p is {top_p}, expected 0 to 1: correct it")
@@ -183,19 +182,19 @@ def _number(keys: Mapping[str, Any], key: str, where: str, default: float) -> fl
     value = keys.get(key, default)
     # NaN, which JSON files may hold, is not less than anything.
     if type(value) not in (int, float) or not abs(value) < _MAX_NUMBER:
-        raise CheckpointError(f"{where}: {key} is {_REPR.repr(value)}, expected a finite number: correct it")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected a finite number: correct it")
     return float(value)
 
 
 def _left_aside(keys: Mapping[str, Any], stops: list[int], sampler: SamplerDefaults, vocab_size: int) -> Iterator[str]:
     for key, value in sorted(keys.items()):
         if key in NOT_OBEYED and value not in NOT_OBEYED[key]:
-            yield f"{key} = {_REPR.repr(value)}"
+            yield f"{key} = {shortened(value)}"
         elif key not in _KNOWN:
             yield key
     for token in stops:
         if not 0 <= token < vocab_size:
-            yield f"eos_token_id {_REPR.repr(token)}, which is no token"
+            yield f"eos_token_id {shortened(token)}, which is no token"
     if keys.get("do_sample") and not sampler.do_sample:
         yield "do_sample = True, where temperature = 0 leaves nothing to draw"
     if sampler.repetition_penalty != 1:
