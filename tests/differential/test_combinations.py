@@ -26,8 +26,6 @@ EXTRAS = (
 )
 LAYOUTS = ("saved_with_torch_compile", "saved_with_data_parallel", "saved_within_peft_after_merging")
 FILES = ("saved_in_shards", "shards_without_an_index", "a_whole_file_beside_a_stale_index")
-# What transformers does not load, and what it is without.
-NOT_LOADED = {*LAYOUTS, "shards_without_an_index"}
 
 
 def changes(suite: Suite, names: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
