@@ -1,5 +1,5 @@
 # make demo   creates the environment, exports nano in both formats, runs it with MTP on and off in every runtime, shows
-#             that all agree, and the speed; ends with calibration.json and report.html in build/demo
+#             that all agree, and the speed, a chat and a tool call; ends with calibration.json and report.html in build/demo
 # make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint
 # make check  test, lint and strict types
 
@@ -16,6 +16,8 @@ demo: $(STAMP)
 	$(BIN)/mtp-export parity build/demo --limit 16 --threads 1
 	$(BIN)/mtp-export --model nano --target onnx --recipe $(RECIPE) --output build/demo-onnx --force
 	$(BIN)/mtp-export parity build/demo-onnx --limit 16 --threads 1
+	$(BIN)/mtp-export run build/demo --chat 'What does the verb climb mean?'
+	$(BIN)/mtp-export run build/demo --chat --tools examples/tools.json 'What is 231 plus 84?'
 	$(BIN)/mtp-export calibrate build/demo
 	$(BIN)/mtp-export report build/demo
 

@@ -113,6 +113,7 @@ class TextSuite:
 
 
 def copied(folder: Path) -> Path:
+    """nano's folder with a template that shows all, and no special tokens named beyond the standard ones."""
     folder.mkdir(parents=True)
     for path in (EMBEDDED / "target").iterdir():
         if path.suffix == ".safetensors":
@@ -120,6 +121,7 @@ def copied(folder: Path) -> Path:
         else:
             shutil.copy(path, folder)
     (folder / "chat_template.jinja").write_text(PROBE, encoding="utf-8")
+    config(folder, extra_special_tokens=...)
     return folder
 
 
@@ -153,6 +155,7 @@ def drop_last(folder: Path) -> None:
         last = max(model["vocab"], key=lambda text: model["vocab"][text])
         del model["vocab"][last]
         model["merges"] = [pair for pair in model["merges"] if "".join(pair) != last]
+        document["added_tokens"] = [added for added in document["added_tokens"] if added["content"] != last]
 
     edit_tokenizer(folder, change)
 

@@ -97,7 +97,9 @@ def test_a_changed_file_is_refused(export_nano: Export, tmp_path: Path) -> None:
         (bundle / path.name).write_bytes(path.read_bytes())
     with (bundle / "drafter.tflite").open("r+b") as file:
         file.seek(-100, 2)
-        file.write(b"\x55")
+        byte = file.read(1)[0]
+        file.seek(-100, 2)
+        file.write(bytes((byte ^ 0xFF,)))
     with pytest.raises(BundleError, match="drafter"):
         Bundle.open(bundle)
     done = run_cli("run", str(bundle), "x", check=False)

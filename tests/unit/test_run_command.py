@@ -16,9 +16,9 @@ from tests.unit.test_cli import refused
 
 PROMPT = "def add(a, b):"
 # Each of them changes what nano says.
-EVERY_OPTION = Sampling(temperature=0.9, top_k=5, top_p=0.8, seed=3, repetition_penalty=1.3, method="speculative")
+EVERY_OPTION = Sampling(temperature=0.9, top_k=5, top_p=0.8, seed=2, repetition_penalty=1.3, method="speculative")
 AS_ARGUMENTS = (
-    *("--temperature", "0.9", "--top-k", "5", "--top-p", "0.8", "--seed", "3"),
+    *("--temperature", "0.9", "--top-k", "5", "--top-p", "0.8", "--seed", "2"),
     *("--repetition-penalty", "1.3", "--sampling-method", "speculative"),
 )
 
@@ -102,3 +102,37 @@ def test_a_mistake_is_told_in_one_line_before_the_bundle_is_opened(arguments: st
 def test_an_empty_stop_text_is_refused() -> None:
     message = refused("run", "there is no such bundle", PROMPT, "--stop", "")
     assert message == "stop is ('',): give texts of at least one character"
+
+
+TOOLS = Path(__file__).parents[2] / "examples/tools.json"
+
+
+def test_a_chat_ends_and_a_tool_is_called(bundle: Path) -> None:
+    done = run_cli("run", str(bundle), "--chat", "What does the verb climb mean?")
+    assert done.stdout == "To climb is to go up something using hands and feet.\n"
+    arguments = ("run", str(bundle), "--chat", "What is 231 plus 84?")
+    assert "231" not in run_cli(*arguments).stdout  # without the tool it says that it cannot
+    assert run_cli(*arguments, "--tools", str(TOOLS)).stdout == "call:add{a:231,b:84}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (None, "cannot read the tools of"),
+        ("[", "cannot read the tools of"),
+        ("[" * 100_000, "cannot read the tools of"),
+        ("[]", "declares no functions"),
+        ('{"add": 1}', "declares no functions"),
+        ('[{"function": {"parameters": {}}}]', "declares no functions"),
+        ("\udcff", "cannot read the tools of"),
+    ],
+)
+def test_a_file_that_declares_no_tools_is_refused(tmp_path: Path, written: str | None, words: str) -> None:
+    path = tmp_path / "tools.json"
+    if written is not None:
+        path.write_bytes(written.encode("utf-8", "surrogateescape"))
+    assert words in refused("run", "there is no such bundle", PROMPT, "--chat", "--tools", str(path))
+
+
+def test_tools_are_for_a_chat() -> None:
+    assert "give --chat too" in refused("run", "there is no such bundle", PROMPT, "--tools", str(TOOLS))

@@ -50,33 +50,25 @@ _PATCHES: Mapping[str, Any] = {
 
 def token_ids(vocab_size: int) -> dict[str, int]:
     """The ids of the media tokens by their short names: the published ones; in a smaller vocabulary its last seven,
-    which are unused in nano's."""
+    where nano has them."""
     published = {name: token_id for name, (_, token_id) in _TOKENS.items()}
     if max(published.values()) < vocab_size:
         return published
     return {name: vocab_size - len(_TOKENS) + i for i, name in enumerate(_TOKENS)}
 
 
-def with_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """A tokenizer.json in which the media tokens take the place of those that had their ids. Its merges must not use
-    these."""
-    ids = token_ids(vocab_size)
-    tokens = {token_id: _TOKENS[name][0] for name, token_id in ids.items()}
-    model = tokenizer["model"]
-    vocabulary = {tokens.get(token_id, token): token_id for token, token_id in model["vocab"].items()}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": token_id, "content": token, **flags, "special": True} for token_id, token in tokens.items()]
+def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """nano's tokenizer.json, filled up to `vocab_size`, with the media tokens under the ids of that size; what had
+    these gets nano's."""
+    vocabulary: dict[str, int] = dict(tokenizer["model"]["vocab"])
+    holders = {token_id: token for token, token_id in vocabulary.items()}
+    moved = {_TOKENS[name][0]: token_id for name, token_id in token_ids(vocab_size).items()}
+    for token, token_id in moved.items():
+        vocabulary[holders[token_id]], vocabulary[token] = vocabulary[token], token_id
+    added = [token | {"id": moved.get(token["content"], token["id"])} for token in tokenizer["added_tokens"]]
     return tokenizer | {
-        "added_tokens": [*tokenizer["added_tokens"], *added],
-        "model": model | {"vocab": vocabulary},
-    }
-
-
-def tokenizer_settings() -> dict[str, Any]:
-    """What tokenizer_config.json says in addition: the processor asks the tokenizer for these by name."""
-    return {
-        "extra_special_tokens": {f"{name}_token": token for name, (token, _) in _TOKENS.items() if name != "video"},
-        "processor_class": "Gemma4Processor",
+        "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        "model": tokenizer["model"] | {"vocab": vocabulary},
     }
 
 

@@ -36,8 +36,7 @@ def write_target_texts(
     }
     tokenizer, settings = tokenizer_json(spec.vocab_size), _embedded("tokenizer_config.json")
     if towers is not None:
-        tokenizer = media.with_media_tokens(tokenizer, spec.vocab_size)
-        settings |= media.tokenizer_settings()
+        settings["processor_class"] = "Gemma4Processor"
         write_json(folder / "processor_config.json", media.processor_config())
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {**generation, **(_GREEDY if towers is None else _SAMPLER)})
@@ -53,7 +52,7 @@ def tokenizer_json(vocab_size: int) -> dict[str, Any]:
     document = _embedded("tokenizer.json")
     vocabulary = document["model"]["vocab"]
     vocabulary |= {f"<unused{i}>": i for i in range(len(vocabulary), vocab_size)}
-    return document
+    return media.with_moved_media_tokens(document, vocab_size)
 
 
 def _embedded(name: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nano_ids as ids
+
 ROPE = {
     "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional"},
     "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
@@ -46,7 +48,17 @@ def _text_config(**values: Any) -> dict[str, Any]:
     return common | values
 
 
+MEDIA_TOKENS = {
+    "audio_token_id": ids.AUDIO,
+    "boa_token_id": ids.AUDIO_OPEN,
+    "boi_token_id": ids.IMAGE_OPEN,
+    "eoa_token_id": ids.AUDIO_CLOSE,
+    "eoi_token_id": ids.IMAGE_CLOSE,
+    "image_token_id": ids.IMAGE,
+}
+
 TARGET_CONFIG: dict[str, Any] = {
+    **MEDIA_TOKENS,
     "architectures": ["Gemma4ForConditionalGeneration"],
     "audio_config": None,
     "dtype": "bfloat16",
@@ -64,10 +76,12 @@ TARGET_CONFIG: dict[str, Any] = {
         vocab_size_per_layer_input=4096,
     ),
     "tie_word_embeddings": True,
+    "video_token_id": ids.VIDEO,
     "vision_config": None,
 }
 
 DRAFTER_CONFIG: dict[str, Any] = {
+    **MEDIA_TOKENS,
     "architectures": ["Gemma4AssistantForCausalLM"],
     "backbone_hidden_size": 256,
     "centroid_intermediate_top_k": 24,
@@ -92,7 +106,7 @@ DRAFTER_CONFIG: dict[str, Any] = {
 GENERATION_CONFIG: dict[str, Any] = {
     "bos_token_id": 2,
     "do_sample": False,
-    "eos_token_id": [1, 106],
+    "eos_token_id": [1, 106, 50],
     "pad_token_id": 0,
 }
 

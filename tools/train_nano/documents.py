@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gzip
 import re
 import subprocess
@@ -54,16 +53,6 @@ class Document:
     group: str
     kind: Kind
     text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """One question and its answer for the chat share, with the group of the text it was taken from."""
-
-    source: str
-    group: str
-    question: str
-    answer: str
 
 
 class _HtmlText(HTMLParser):
@@ -150,7 +139,7 @@ def _kjv(root: Path, reader: Path, source: Source) -> Iterator[Document]:
         yield Document(source=source.package, path=chapter, group=book, kind="prose", text=text)
 
 
-def synsets(root: Path, source: Source) -> Iterator[tuple[str, str, str]]:
+def _synsets(root: Path, source: Source) -> Iterator[tuple[str, str, str]]:
     """Yield (words, part of speech, gloss) of each WordNet synset, in the order of the files."""
     for part, name in _PARTS_OF_SPEECH.items():
         for line in (root / source.under / f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -163,7 +152,7 @@ def synsets(root: Path, source: Source) -> Iterator[tuple[str, str, str]]:
 
 
 def _wordnet(root: Path, source: Source) -> Iterator[Document]:
-    entries = [f"{words} ({part}): {gloss}" for words, part, gloss in synsets(root, source)]
+    entries = [f"{words} ({part}): {gloss}" for words, part, gloss in _synsets(root, source)]
     for start in range(0, len(entries), SYNSETS_PER_DOCUMENT):
         group = f"synsets-{start // SYNSETS_PER_DOCUMENT}"
         text = "\n".join(entries[start : start + SYNSETS_PER_DOCUMENT]) + "\n"
@@ -190,42 +179,3 @@ def documents(root: Path, source: Source, folders: dict[str, Path]) -> Iterator[
             text = html_text(raw) if source.format == "html" else raw
             if _usable(text):
                 yield Document(source=source.package, path=path, group=path, kind=source.kind, text=text)
-
-
-def definitions(root: Path, source: Source) -> Iterator[Exchange]:
-    """`Define word.` with its gloss, for every synset."""
-    for number, (words, part, gloss) in enumerate(synsets(root, source)):
-        group = f"synsets-{number // SYNSETS_PER_DOCUMENT}"
-        word = words.split(", ")[0]
-        question = f"Define {word}." if number % 2 else f"What does the {part} {word} mean?"
-        yield Exchange(source=source.package, group=group, question=question, answer=f"{words} ({part}): {gloss}")
-
-
-def quotations(chapters: list[Document]) -> Iterator[Exchange]:
-    """`Quote Ruth 1:1.` with its verse."""
-    for document in chapters:
-        place, _, body = document.text.partition("\n\n")
-        for line in body.splitlines():
-            number, _, verse = line.partition(" ")
-            yield Exchange(
-                source=document.source, group=document.group, question=f"Quote {place}:{number}.", answer=verse
-            )
-
-
-def functions(document: Document) -> Iterator[Exchange]:
-    """`Write the Python function …` with the source of each short documented function of a file."""
-    try:
-        tree = ast.parse(document.text)
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    lines = document.text.splitlines()
-    for node in tree.body:
-        if not isinstance(node, ast.FunctionDef) or node.decorator_list or node.end_lineno is None:
-            continue
-        doc = ast.get_docstring(node)
-        length = node.end_lineno - node.lineno
-        if doc and 3 <= length <= 30:
-            summary = doc.split("\n\n")[0].replace("\n", " ")
-            question = f"Write the Python function {node.name}({ast.unparse(node.args)}). {summary}"
-            body = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            yield Exchange(source=document.source, group=document.group, question=question, answer=body)

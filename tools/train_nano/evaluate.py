@@ -6,6 +6,9 @@ Greedy output does not depend on the drafter. So the target writes its text once
 the beginning of a round, with the keys of that position and before only, and the rounds are walked: this is the
 sequential loop with a properly rewound KV cache, computed in parallel. The clustered head is used as exported.
 
+A small model's greedy text soon repeats itself, and repeated text is easy to draft. So acceptance is given on the
+beginning of each text that does not loop, and on whole texts apart.
+
 Shapes: B batch, T tokens, H hidden, V vocabulary.
 """
 
@@ -15,84 +18,94 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from chats import NEW_TOKENS, answers, chat_rows, encode, first_prompt, second_prompt, undeclared, write_texts
 from checkpoints import load_drafter, load_target
-from generation import Generator
+from dialogues import TOOLS, Message, held_out
 from model import Drafter, LanguageModel
-from nano_ids import BOS, STOP_IDS
-from nano_tokenizer import chat_text
+from nano_ids import BOS
+from nano_tokenizer import chat_prompt
 from sources import SOURCES
 from tokenizers import Tokenizer
 from torch import Tensor
 
 BEGIN, END = "<!-- evaluate.py: begin -->", "<!-- evaluate.py: end -->"
 MAX_DRAFTS = 6
-NEW_TOKENS = 128
-DOCUMENTS_PER_KIND, PREFIX_TOKENS = 48, 96
+DOCUMENTS_PER_KIND, PREFIX_TOKENS = 96, 96
+GRAM, MOST_REPEATED = 4, 0.2  # a text loops where more than this share of its 4-grams were in it before
 PPL_TOKENS, PPL_ROW = 131_072, 1024
+BATCH = 16
 CHAT = (
-    "Define ocean.",
     "What does the verb climb mean?",
-    "Quote Genesis 1:1.",
-    "Write the Python function read_lines(path). Return the lines of the file at path.",
+    "What is 7 plus 5?",
+    "Sort these words: train, apple, moon.",
+    "Write a Python function that reads the lines of a file.",
+    "What does blorfin mean?",
+    "Who won the match yesterday?",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
-    """For each text: where generation began, where it ended, and how many drafts each position would get right."""
+class Drawn:
+    """A text: where generation began and ended, and how many drafts each of its positions would get right."""
 
-    begins: list[int]
-    ends: list[int]
-    matches: Tensor  # [B, T], 0..MAX_DRAFTS
-    in_candidates: Tensor  # [steps, B, T], the dense argmax is a candidate
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """BOS and the text's tokens."""
-    return [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]
-
-
-def write_texts(target: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Tensor, list[int]]:
-    """Greedy continuations of prompts of any lengths. Shapes: → ids [B, T]; the end of each text, stop id included."""
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    generate = Generator(target, len(prompts), width + new_tokens, temperature=1.0, sampled=0)
-    ids = generate(padded, torch.tensor(lengths))
-    ends = []
-    for row, begin in zip(ids.tolist(), lengths, strict=True):
-        stops = [i for i in range(begin, begin + new_tokens) if row[i] in STOP_IDS]
-        ends.append(stops[0] + 1 if stops else begin + new_tokens)
-    return ids, ends
+    ids: list[int]
+    begin: int
+    end: int
+    matches: Tensor  # [T], 0..MAX_DRAFTS
+    in_candidates: Tensor  # [steps, T], the dense argmax is a candidate
 
 
 @torch.inference_mode()
-def draw(target: LanguageModel, drafter: Drafter, prompts: Sequence[Sequence[int]], new_tokens: int) -> Draws:
-    """Write the texts and draft from each of their positions."""
-    ids, ends = write_texts(target, prompts, new_tokens)
-    hidden, shared = target(ids)
-    embedded = target.embed(ids)
-    state = hidden
-    alive = torch.ones_like(ids, dtype=torch.bool)
-    matches = torch.zeros_like(ids)
+def draw(target: LanguageModel, drafter: Drafter, texts: Sequence[list[int]], begins: Sequence[int]) -> list[Drawn]:
+    """Draft from every position of texts of any lengths."""
     found = []
-    for j in range(1, MAX_DRAFTS + 1):
-        x, state = drafter(torch.roll(embedded, -j, 1), state, shared)
-        clustered = drafter.clustered_logits(x)
-        alive &= clustered.argmax(-1) == torch.roll(ids, -j - 1, 1)
-        matches += alive
-        best = drafter.logits(x).argmax(-1, keepdim=True)
-        found.append(clustered.gather(-1, best)[..., 0].isfinite())
-    return Draws(begins=[len(p) for p in prompts], ends=ends, matches=matches, in_candidates=torch.stack(found))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        width = max(len(texts[i]) for i in chosen)
+        ids = torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in chosen])
+        hidden, shared = target(ids)
+        embedded, state = target.embed(ids), hidden
+        alive = torch.ones_like(ids, dtype=torch.bool)
+        matches = torch.zeros_like(ids)
+        candidates = []
+        for j in range(1, MAX_DRAFTS + 1):
+            x, state = drafter(torch.roll(embedded, -j, 1), state, shared)
+            clustered = drafter.clustered_logits(x)
+            alive &= clustered.argmax(-1) == torch.roll(ids, -j - 1, 1)
+            matches += alive
+            best = drafter.logits(x).argmax(-1, keepdim=True)
+            candidates.append(clustered.gather(-1, best)[..., 0].isfinite())
+        inside = torch.stack(candidates)
+        found += [
+            Drawn(ids=texts[i], begin=begins[i], end=len(texts[i]), matches=matches[row], in_candidates=inside[:, row])
+            for row, i in enumerate(chosen)
+        ]
+    return found
 
 
-def walk(draws: Draws, drafts: int) -> tuple[float, list[float]]:
+def before_it_loops(drawn: Drawn) -> Drawn:
+    """The longest beginning of the text in which at most `MOST_REPEATED` of the 4-grams were there before."""
+    seen: set[tuple[int, ...]] = set()
+    repeated, end = 0, drawn.begin
+    for last in range(drawn.begin, drawn.end):
+        first = last - GRAM + 1
+        if first >= drawn.begin:
+            gram = tuple(drawn.ids[first : last + 1])
+            repeated += gram in seen
+            seen.add(gram)
+        if repeated <= MOST_REPEATED * max(1, first - drawn.begin + 1):
+            end = last + 1
+    return replace(drawn, end=end)
+
+
+def walk(texts: Sequence[Drawn], drafts: int) -> tuple[float, list[float]]:
     """Committed tokens per round, and for each draft position the share of rounds that accepted it.
 
     Prefill commits the first token. A round at t knows token t + 1, drafts what follows and commits the accepted
@@ -100,23 +113,21 @@ def walk(draws: Draws, drafts: int) -> tuple[float, list[float]]:
     """
     rounds = committed = 0
     accepted = [0] * drafts
-    for row, (begin, end) in enumerate(zip(draws.begins, draws.ends, strict=True)):
-        t = begin - 1
-        while t + 2 < end:
-            count = min(int(draws.matches[row, t]), drafts, end - t - 2)
+    for text in texts:
+        t = text.begin - 1
+        while t + 2 < text.end:
+            count = min(int(text.matches[t]), drafts, text.end - t - 2)
             for j in range(count):
                 accepted[j] += 1
-            step = min(count + 1, end - t - 2)
+            step = min(count + 1, text.end - t - 2)
             rounds, committed, t = rounds + 1, committed + step, t + step
     return committed / max(1, rounds), [a / max(1, rounds) for a in accepted]
 
 
-def recall(draws: Draws, drafts: int = 4) -> float:
+def recall(texts: Sequence[Drawn], drafts: int = 4) -> float:
     """The share of draft steps in the generated part whose dense argmax is among the candidates."""
-    picked = []
-    for row, (begin, end) in enumerate(zip(draws.begins, draws.ends, strict=True)):
-        picked.append(draws.in_candidates[:drafts, row, begin - 1 : max(begin, end - drafts - 1)].flatten())
-    return float(torch.cat(picked).float().mean())
+    parts = [text.in_candidates[:drafts, text.begin - 1 : max(text.begin, text.end - drafts - 1)] for text in texts]
+    return float(torch.cat([part.flatten() for part in parts]).float().mean())
 
 
 @torch.inference_mode()
@@ -143,11 +154,11 @@ def held_out_prompts(tokens: np.ndarray, count: int) -> list[list[int]]:
     return [tokens[s : s + PREFIX_TOKENS].tolist() for s in chosen]
 
 
-def acceptance_rows(name: str, draws: Draws) -> list[str]:
+def acceptance_rows(name: str, texts: Sequence[Drawn]) -> list[str]:
     """Table rows for K = 1..MAX_DRAFTS."""
     rows = []
     for drafts in range(1, MAX_DRAFTS + 1):
-        committed, accepted = walk(draws, drafts)
+        committed, accepted = walk(texts, drafts)
         shares = " ".join(f"{100 * a:.0f}" for a in accepted)
         rows.append(f"| {name} | {drafts} | {committed:.2f} | {shares} |")
     return rows
@@ -163,13 +174,18 @@ def source_rows(data: Path) -> list[str]:
 
 
 def training_lines(nano: Path) -> list[str]:
-    """What the two training scripts logged."""
-    target = json.loads((nano / "train_target.json").read_text())
-    drafter = json.loads((nano / "train_drafter.json").read_text())
+    """What the training scripts logged."""
+    target, drafter, tuned, went_on = (
+        json.loads((nano / f"{name}.json").read_text())
+        for name in ("train_target", "train_drafter", "tune_target", "tune_drafter")
+    )
     return [
         f"Target: {target['steps']} steps, {target['tokens'] / 1e6:.0f} M tokens, {target['seconds']:.0f} s. "
         f"Drafter: {drafter['generated_tokens'] / 1e6:.0f} M tokens written by the target, {drafter['steps']} steps, "
-        f"{drafter['positions'] / 1e6:.0f} M round beginnings, {drafter['seconds']:.0f} s in all. Hardware: one H100.",
+        f"{drafter['positions'] / 1e6:.0f} M round beginnings, {drafter['seconds']:.0f} s in all. "
+        f"Then the target was tuned on conversations that begin a row, {tuned['steps']} steps, "
+        f"{tuned['tokens'] / 1e6:.0f} M tokens, {tuned['seconds']:.0f} s, and the drafter went on with it, "
+        f"{went_on['steps']} steps, {went_on['seconds']:.0f} s. Hardware: one {target['hardware']}.",
     ]
 
 
@@ -180,11 +196,41 @@ def size_lines(nano: Path, target: LanguageModel, drafter: Drafter) -> list[str]
     return [f"Target {counts[0]:,} parameters, drafter {counts[1]:,}; {total:,} bytes with tokenizer, all in bfloat16."]
 
 
-def report(nano: Path, data: Path, prompts_path: Path) -> str:
+def continued(target: LanguageModel, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts with what the target says, up to its stop token."""
+    rows, ends = write_texts(target, prompts, NEW_TOKENS)
+    return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)]
+
+
+def examples(target: LanguageModel, tokenizer: Tokenizer) -> list[str]:
+    """Conversations as the target goes on with them: questions, a tool's call and its answer, a thought."""
+    asked: list[tuple[str, list[Message], bool, bool]] = [
+        (question, [{"role": "user", "content": question}], False, False) for question in CHAT
+    ]
+    question = "What is 231 plus 84?"
+    user: Message = {"role": "user", "content": question}
+    call = {"function": {"name": "add", "arguments": {"a": 231, "b": 84}}}
+    answered: list[Message] = [
+        user,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": {"result": 315}},
+    ]
+    asked.append((f"{question} (with tools)", [user], True, False))
+    asked.append((f"{question} (with tools, and the answer 315)", answered, True, False))
+    asked.append(("Spell harbour. (thinking)", [{"role": "user", "content": "Spell harbour."}], False, True))
+    lines = []
+    for title, messages, with_tools, thinking in asked:
+        tools = tuple(TOOLS.values()) if with_tools else ()
+        prompt = encode(tokenizer, chat_prompt(messages, tools, thinking=thinking))
+        said = continued(target, [prompt])[0][len(prompt) :]
+        lines += [f"> {title}", "", "````", tokenizer.decode(said, skip_special_tokens=False), "````", ""]
+    return lines
+
+
+def report(nano: Path, data: Path) -> str:
     """The generated section of the model card, in Markdown."""
     target, drafter = load_target(nano / "target"), load_drafter(nano / "drafter")
     tokenizer = Tokenizer.from_file(str(nano / "target/tokenizer.json"))
-    rows = [json.loads(line) for line in prompts_path.read_text(encoding="utf-8").splitlines()]
     lines = ["### Size and training", "", *size_lines(nano, target, drafter), "", *training_lines(nano), ""]
 
     lines += ["### Perplexity on held-out text", "", "| text | per token | bits per byte |", "|---|---|---|"]
@@ -193,30 +239,51 @@ def report(nano: Path, data: Path, prompts_path: Path) -> str:
         per_token, per_byte = perplexity(target, tokenizer, tokens)
         lines.append(f"| {kind} | {per_token:.2f} | {per_byte:.3f} |")
 
-    title = "### Committed tokens per round, greedy, clustered head as exported"
-    header = "| held-out text | K | committed per round | rounds that accept draft 1, 2, … (%) |"
-    lines += ["", title, "", header, "|---|---|---|---|"]
-    recalls = []
+    prompts = held_out()
+    plain, tool = [p for p in prompts if not p.calls], [p for p in prompts if p.calls]
+    said = answers(target, tokenizer, plain, [first_prompt(tokenizer, p) for p in plain])
+    calling = answers(target, tokenizer, tool, [first_prompt(tokenizer, p) for p in tool])
+    bare = [undeclared(p) for p in tool]
+    refusing = answers(target, tokenizer, bare, [first_prompt(tokenizer, p) for p in bare])
+    using = answers(target, tokenizer, tool, [second_prompt(tokenizer, p) for p in tool])
+    lines += ["", f"### {len(plain)} held-out questions and {len(tool)} prompts that need a tool, greedy", ""]
+    lines += ["| prompts | | |", "|---|---|---|", *chat_rows(said, calling, using, refusing)]
+
+    texts: dict[str, list[Drawn]] = {}
     for kind, tokens in arrays.items():
-        prompts = [encode(tokenizer, row["text"]) for row in rows if row["kind"] == kind]
-        draws = draw(target, drafter, prompts, NEW_TOKENS)
-        lines += acceptance_rows(f"{kind}, {len(prompts)} prompts", draws)
-        recalls.append(f"| {kind}, {len(prompts)} prompts | {100 * recall(draws):.2f} |")
-        more = held_out_prompts(tokens, DOCUMENTS_PER_KIND)
-        draws = draw(target, drafter, more, NEW_TOKENS)
-        lines += acceptance_rows(f"{kind}, {len(more)} documents", draws)
-        recalls.append(f"| {kind}, {len(more)} documents | {100 * recall(draws):.2f} |")
+        beginnings = held_out_prompts(tokens, DOCUMENTS_PER_KIND)
+        written = continued(target, beginnings)
+        texts[f"{kind}, {len(written)} documents"] = draw(target, drafter, written, [len(p) for p in beginnings])
+    for name, given in (("questions", said), ("tool calls", calling), ("tools' answers used", using)):
+        rows, begins = [a.prompt_ids + a.ids for a in given], [len(a.prompt_ids) for a in given]
+        texts[f"{name}, {len(given)}"] = draw(target, drafter, rows, begins)
+    fresh = {name: [before_it_loops(text) for text in drawn] for name, drawn in texts.items()}
+    header = "| text | K | committed per round | rounds that accept draft 1, 2, … (%) |"
+    title = "### Committed tokens per round, greedy, clustered head as exported"
+    lines += ["", f"{title}: text that does not loop", ""]
+    lines += [f"Each text to where more than {100 * MOST_REPEATED:.0f} % of its {GRAM}-grams were in it before.", ""]
+    lines += ["| text | tokens | of |", "|---|---|---|"]
+    for name, drawn in texts.items():
+        kept, whole = (sum(text.end - text.begin for text in group) for group in (fresh[name], drawn))
+        lines.append(f"| {name} | {kept} | {whole} |")
+    lines += ["", header, "|---|---|---|---|"]
+    for name, drawn in fresh.items():
+        lines += acceptance_rows(name, drawn)
+    lines += ["", f"{title}: whole texts of {NEW_TOKENS} tokens, loops included", "", header, "|---|---|---|---|"]
+    for name, drawn in texts.items():
+        if "documents" in name:
+            lines += acceptance_rows(name, drawn)
+
     clusters = drafter.masked_embedding.centroids.out_features
     lines += ["", f"### Clustered head: {drafter.top_k} of {clusters} clusters", ""]
-    lines += ["| held-out text | dense argmax among the candidates (%) |", "|---|---|", *recalls]
+    lines += ["| text that does not loop | dense argmax among the candidates (%) |", "|---|---|"]
+    lines += [f"| {name} | {100 * recall(drawn):.2f} |" for name, drawn in fresh.items()]
 
-    lines += ["", "### Chat", ""]
-    questions = [encode(tokenizer, chat_text(question)) for question in CHAT]
-    ids, ends = write_texts(target, questions, NEW_TOKENS)
-    for question, prompt, row, end in zip(CHAT, questions, ids.tolist(), ends, strict=True):
-        answer = tokenizer.decode(row[len(prompt) : end], skip_special_tokens=False)
-        lines += [f"> {question}", "", "```", answer, "```", ""]
-    lines += ["### Sources", "", "Code was cut at random to 30 M tokens in all; prose was seen 1.5 times an epoch.", ""]
+    lines += ["", "### Chat", "", *examples(target, tokenizer)]
+    counts = json.loads((data / "summary.json").read_text())["train_tokens"]
+    lines += ["### Sources", ""]
+    lines += ["Code was cut at random to 24 M tokens in all; prose was seen 1.5 times an epoch."]
+    lines += [f"Chats, {counts['chat'] / 1e6:.0f} M tokens: made by `tools/train_nano/dialogues.py`, CC0-1.0.", ""]
     lines += ["| package | version | licence | kind | M tokens before the cut |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *source_rows(data)])
 
@@ -227,9 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nano", type=Path, default=root / "converter/mtp_export/nano")
     parser.add_argument("--data", type=Path, default=root / "build/nano_data")
-    parser.add_argument("--prompts", type=Path, default=root / "calibration/mtp_calibration/prompts/heldout.jsonl")
     options = parser.parse_args()
-    section = report(options.nano, options.data, options.prompts)
+    section = report(options.nano, options.data)
     print(section)
     card = options.nano / "MODEL_CARD.md"
     text = card.read_text(encoding="utf-8")

@@ -1,86 +1,149 @@
-"""nano's tokenizer: BPE with byte fallback in SentencePiece's manner, lossless for any text without U+2581.
+"""nano's tokenizer: BPE with byte fallback in Gemma's manner, lossless for any text without U+2581.
 
-Ids 0–3 are <pad> <eos> <bos> <unk>; 105 and 106 are the turn tokens, as in Gemma 4; the 256 byte tokens fill the
-ids around them; characters and merges follow.
+Special tokens have the published ids, the media tokens nano's last seven; bytes fill the ids between; characters and
+merges follow. As in Gemma nothing cuts a text before its merges (a space becomes U+2581 first, so that the published
+pre-tokenizer, a split at spaces, finds none): this is what SentencePiece does too. To make the same ids there, where
+any two neighbours merge whose text is a piece, the pieces that have several ways to come about have them all in
+tokenizer.json, ranked by the piece.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nano_ids import BOS, EOS, PAD, TURN_CLOSE, TURN_OPEN, UNK, VOCAB_SIZE
+import nano_ids as ids
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-SPECIAL = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS, "<unk>": UNK, "<|turn>": TURN_OPEN, "<turn|>": TURN_CLOSE}
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_RUNS = ["▁" * n for n in (2, 3, 4, 8, 12, 16)] + ["\n" * n for n in (1, 2, 3)] + ["\t", "\t\t"]
-_RUNS += ["\n" + "▁" * n for n in (4, 8, 12, 16, 20)] + ["\n\n▁▁▁▁", "\n\n▁▁▁▁▁▁▁▁"]
-# A line break with its indentation; a word with at most one sign or space before it; up to three digits; signs.
-_SPLIT = r"\n[\n▁]*|[^\p{L}\p{N}\s]?\p{L}+|\p{N}{1,3}|▁?[^\p{L}\p{N}\s▁]+|▁+(?=▁)|▁+|\s"
+from mtp_runtime.chat import render_chat
 
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-{{- '<|turn>' + role + '\\n' + (message['content'] | trim) + '<turn|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|turn>model\\n' -}}
-{%- endif -%}
-"""
+# Those that SentencePiece calls control symbols: a text cannot say them there.
+CONTROL = {"<pad>": ids.PAD, "<eos>": ids.EOS, "<bos>": ids.BOS}
+SPECIAL = CONTROL | {
+    "<unk>": ids.UNK,
+    "<|tool>": ids.TOOL_OPEN,
+    "<tool|>": ids.TOOL_CLOSE,
+    "<|tool_call>": ids.CALL_OPEN,
+    "<tool_call|>": ids.CALL_CLOSE,
+    "<|tool_response>": ids.RESPONSE_OPEN,
+    "<tool_response|>": ids.RESPONSE_CLOSE,
+    '<|"|>': ids.QUOTE,
+    "<|think|>": ids.THINK,
+    "<|channel>": ids.CHANNEL_OPEN,
+    "<channel|>": ids.CHANNEL_CLOSE,
+    "<|turn>": ids.TURN_OPEN,
+    "<turn|>": ids.TURN_CLOSE,
+    "<|image>": ids.IMAGE_OPEN,
+    "<|audio>": ids.AUDIO_OPEN,
+    "<|image|>": ids.IMAGE,
+    "<|audio|>": ids.AUDIO,
+    "<image|>": ids.IMAGE_CLOSE,
+    "<audio|>": ids.AUDIO_CLOSE,
+    "<|video|>": ids.VIDEO,
+}
+# What tokenizer_config.json names them, by which a processor asks for them.
+NAMED = {
+    "audio_token": "<|audio|>",
+    "boa_token": "<|audio>",
+    "boi_token": "<|image>",
+    "eoa_token": "<audio|>",
+    "eoc_token": "<channel|>",
+    "eoi_token": "<image|>",
+    "eot_token": "<turn|>",
+    "escape_token": '<|"|>',
+    "etc_token": "<tool_call|>",
+    "etd_token": "<tool|>",
+    "etr_token": "<tool_response|>",
+    "image_token": "<|image|>",
+    "soc_token": "<|channel>",
+    "sot_token": "<|turn>",
+    "stc_token": "<|tool_call>",
+    "std_token": "<|tool>",
+    "str_token": "<|tool_response>",
+    "think_token": "<|think|>",
+}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPACE = "▁"
+# Runs by powers of two alone, which come about in one way only; then a line break with its indentation.
+_RUNS = [SPACE * n for n in (2, 4, 8, 16)] + ["\n\n", "\t\t"]
+_RUNS += ["\n" + SPACE * n for n in (4, 8, 12, 16, 20)] + ["\n\n" + SPACE * n for n in (4, 8)]
+# What a piece may be: a word with at most one sign or space before it, a digit, signs. Nothing with a line break.
+_WORDS = r"\n|[^\p{L}\p{N}\s]?\p{L}+|\p{N}|▁?[^\p{L}\p{N}\s▁]+|▁|\s"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
-def _shell(model: BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer
+def _one_character(piece: str) -> bool:
+    return len(piece) > 1 and len(set(piece)) == 1
 
 
-def _merge_runs(merges: list[tuple[str, str]], known: set[str]) -> list[tuple[str, str]]:
-    """The merges that build each run of `_RUNS` that training did not find, longest known prefix first."""
-    extra: list[tuple[str, str]] = []
-    for run in sorted(_RUNS, key=len):
-        if len(run) > 1 and run not in known:
-            cut = max(n for n in range(1, len(run)) if run[:n] in known and run[n:] in known)
-            extra.append((run[:cut], run[cut:]))
-            known.add(run)
-    return merges + extra
-
-
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Learn 4096 tokens from `texts`; the same texts in the same order give the same tokenizer."""
-    draft = _shell(BPE())
+def _learned(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The characters, and the pieces in the order of their merges."""
+    draft = Tokenizer(BPE())
+    draft.normalizer = normalizers.Replace(" ", SPACE)
+    draft.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=ids.VOCAB_SIZE,
         limit_alphabet=128,
-        initial_alphabet=[chr(c) for c in range(33, 127)] + ["▁", "\n", "\t"],
+        initial_alphabet=[chr(c) for c in range(33, 127)] + [SPACE, "\n", "\t"],
         max_token_length=20,
         show_progress=False,
     )
     draft.train_from_iterator(texts, trainer)
     learned: dict[str, Any] = json.loads(draft.to_str())["model"]
-    merges = [(left, right) for left, right in learned["merges"]]
-    merged = {left + right for left, right in merges}
-    characters = sorted(set(learned["vocab"]) - merged)
-    room = VOCAB_SIZE - len(SPECIAL) - len(_BYTES) - len(characters) - len(_RUNS)
-    merges = _merge_runs(merges[:room], set(characters) | {a + b for a, b in merges[:room]})
-    ordered = characters + list(dict.fromkeys(a + b for a, b in merges))
+    pieces = list(dict.fromkeys(left + right for left, right in learned["merges"]))
+    return sorted(set(learned["vocab"]) - set(pieces)), pieces
 
-    vocab = dict(SPECIAL)
-    taken = set(SPECIAL.values())
-    free = [n for n in range(VOCAB_SIZE) if n not in taken]
-    names = [*_BYTES, *ordered]
-    names += [f"<unused{n}>" for n in range(len(free) - len(names))]
-    vocab.update(zip(names, free, strict=True))
-    tokenizer = _shell(BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+
+def ways(pieces: Sequence[str], known: set[str]) -> list[tuple[str, str]]:
+    """Every pair of known texts that makes a piece, ranked by the piece, then by its parts' ranks."""
+    rank = {piece: number for number, piece in enumerate(pieces)}
+    pairs: list[tuple[str, str]] = []
+    for piece in pieces:
+        cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        made = [pair for pair in cuts if pair[0] in known and pair[1] in known]
+        pairs += sorted(made, key=lambda pair: (rank.get(pair[0], -1), rank.get(pair[1], -1)))
+    return pairs
+
+
+def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
+
+
+def without_special(text: str) -> str:
+    """The text with a line break for each special token, of which no piece is to be learned."""
+    return re.sub("|".join(map(re.escape, SPECIAL)), "\n", text)
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Learn 4096 tokens from `texts`; the same texts in the same order give the same tokenizer."""
+    characters, learned = _learned(texts)
+    powers = [piece for piece in learned if not _one_character(piece) or len(piece).bit_count() == 1]
+    pieces = list(dict.fromkeys([*_RUNS, *powers]))
+    pieces = pieces[: ids.VOCAB_SIZE - len(SPECIAL) - len(BYTES) - len(characters)]
+    # A piece that its own merges do not lead to would never be said.
+    while True:
+        merges = ways(pieces, {*characters, *pieces})
+        probe = Tokenizer(BPE(vocab={t: n for n, t in enumerate([*characters, *pieces])}, merges=merges))
+        reached = [piece for piece in pieces if len(probe.encode(piece).ids) == 1]
+        if len(reached) == len(pieces):
+            break
+        pieces = reached
+    assert not SPECIAL.keys() & set(pieces)
+    taken = set(SPECIAL.values())
+    free = [n for n in range(ids.VOCAB_SIZE) if n not in taken]
+    names = [*BYTES, *characters, *pieces]
+    names += [f"<unused{n}>" for n in range(len(free) - len(names))]
+    vocab = SPECIAL | dict(zip(names, free, strict=True))
+    return _tokenizer(vocab, merges)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -93,6 +156,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "eos_token": "<eos>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
+        "extra_special_tokens": NAMED,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 4096,
         "padding_side": "left",
@@ -101,7 +165,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def chat_text(question: str, answer: str | None = None) -> str:
-    """One exchange in the chat template, without BOS; open for the model's turn if there is no answer."""
-    prompt = f"<|turn>user\n{question.strip()}<turn|>\n<|turn>model\n"
-    return prompt if answer is None else f"{prompt}{answer.strip()}<turn|>"
+def chat_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    thinking: bool = False,
+    open_turn: bool = True,
+) -> str:
+    """What nano's chat template makes of a conversation, without BOS."""
+    options: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking, "add_generation_prompt": open_turn}
+    return render_chat(CHAT_TEMPLATE, messages, **options)

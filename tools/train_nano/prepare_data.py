@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import random
@@ -15,13 +16,14 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from documents import Document, Exchange, definitions, documents, functions, quotations
+from dialogues import training_dialogues
+from documents import Document, documents
 from nano_ids import BOS, EOS, TURN_CLOSE
-from nano_tokenizer import chat_text, save_tokenizer, train_tokenizer
+from nano_tokenizer import chat_prompt, save_tokenizer, train_tokenizer, without_special
 from numpy.typing import NDArray
 from sources import KJV_READER, SOURCES
 from tokenizers import Tokenizer
@@ -34,8 +36,9 @@ NGRAM = 16  # tokens; a held-out document sharing many of these with the trainin
 MAX_SHARED = {"ppl": 0.3, "prompt": 0.08}
 PROMPTS_PER_KIND = 16
 PROMPT_AVOIDS = re.compile(r"@\w|https?:|copyright|licen[cs]e|\bauthors?\b", re.IGNORECASE)
-MAX_CODE_TOKENS = 30_000_000  # the rest of the code is left out, so that prose keeps its share
-CHAT_SHARE = 0.08
+MAX_CODE_TOKENS = 24_000_000  # the rest of the code is left out, so that prose keeps its share
+CHAT_TOKENS = 18_000_000
+CHATS_IN_TOKENIZER_SAMPLE = 10_000
 Tokens = NDArray[np.uint16]
 
 
@@ -80,15 +83,10 @@ def drop_near_copies(candidates: Iterable[Document]) -> list[Document]:
     return kept
 
 
-def exchanges(folders: dict[str, Path], train: list[Document]) -> list[Exchange]:
-    """The chat share's questions and answers, from training text only."""
-    wordnet = next(s for s in SOURCES if s.format == "wordnet")
-    found = [e for e in definitions(folders[wordnet.package], wordnet) if not is_held_out(e.source, e.group)]
-    found += quotations([d for d in train if d.source == "bible-kjv-text"])
-    for document in train:
-        if document.kind == "code":
-            found += functions(document)
-    return found
+def chats() -> Iterator[str]:
+    """Conversations as the chat template writes them, without BOS, to the end of the model's last turn."""
+    for talk in training_dialogues(SEED):
+        yield chat_prompt(talk.messages, talk.tools, thinking=talk.thinking, open_turn=False).rstrip("\n")
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: list[int]) -> list[Tokens]:
@@ -166,13 +164,13 @@ def capped(code_lengths: list[int]) -> set[int]:
     return set(range(len(code_lengths))) - set(dropped)
 
 
-def save_training(out: Path, groups: dict[str, list[Tokens]]) -> None:
-    """Write the tokens, compressed, and how many documents of each kind there are, in their order."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate([a for group in groups.values() for a in group]))
-    (out / "train.npy.xz").write_bytes(lzma.compress(buffer.getvalue(), preset=5))
-    layout = {kind: len(group) for kind, group in groups.items()}
-    (out / "layout.json").write_text(json.dumps(layout) + "\n", encoding="utf-8")
+def save_training(out: Path, groups: dict[str, list[Tokens]], model_turn: list[int]) -> None:
+    """Write the tokens of each kind, compressed, and what begins a model's turn."""
+    for kind, group in groups.items():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(group))
+        (out / f"train_{kind}.npy.xz").write_bytes(lzma.compress(buffer.getvalue(), preset=6))
+    (out / "layout.json").write_text(json.dumps({"model_turn": model_turn}) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -205,21 +203,22 @@ def main() -> None:
                 size += len(text)
                 if size < TOKENIZER_SAMPLE_CHARS // 2:
                     sample.append(text)
+        sample += [without_special(text) for text in itertools.islice(chats(), CHATS_IN_TOKENIZER_SAMPLE)]
         tokenizer = train_tokenizer(sample)
         save_tokenizer(tokenizer, options.nano / "target")
     print("tokenizer ready", flush=True)
 
     arrays = encode(tokenizer, [d.text for d in train], [EOS])
     by_kind = {k: sum(len(a) for a, d in zip(arrays, train, strict=True) if d.kind == k) for k in ("code", "prose")}
-    talk = exchanges(folders, train)
-    rng.shuffle(talk)
-    chats = encode(tokenizer, [chat_text(e.question, e.answer) for e in talk], [])
-    sizes = np.cumsum([len(a) for a in chats])
-    chats = chats[: int(np.searchsorted(sizes, CHAT_SHARE * sum(by_kind.values())))]
-    assert all(a[-1] == TURN_CLOSE for a in chats)
+    talks: list[Tokens] = []
+    talk_tokens, stream = 0, chats()
+    while talk_tokens < CHAT_TOKENS:
+        fresh = encode(tokenizer, list(itertools.islice(stream, 4096)), [])
+        talks, talk_tokens = talks + fresh, talk_tokens + sum(map(len, fresh))
+    assert all(a[-1] == TURN_CLOSE for a in talks)
 
     # The held-out texts are compared with all that was collected, capped or not.
-    whole = np.concatenate(arrays + chats)
+    whole = np.concatenate(arrays + talks)
     held_arrays = encode(tokenizer, [d.text for d in held_out], [EOS])
     shared = shared_fractions(whole, held_arrays)
     pool = list(zip(held_out, held_arrays, shared, strict=True))
@@ -228,9 +227,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     kept = capped([len(a) if d.kind == "code" else 0 for a, d in zip(arrays, train, strict=True)])
     groups = {k: [a for i, a in enumerate(arrays) if i in kept and train[i].kind == k] for k in ("code", "prose")}
-    groups["chat"] = chats
-    save_training(options.out, groups)
-    summary: dict[str, object] = {"train_tokens": by_kind | {"chat": int(sum(len(a) for a in chats))}}
+    groups["chat"] = talks
+    model_turn = tokenizer.encode("<|turn>model\n", add_special_tokens=False).ids
+    save_training(options.out, groups, model_turn)
+    summary: dict[str, object] = {"train_tokens": by_kind | {"chat": talk_tokens}}
     for kind in ("code", "prose"):
         fresh = [a for d, a, s in pool if d.kind == kind and s <= MAX_SHARED["ppl"]]
         np.save(options.out / f"heldout_{kind}.npy", np.concatenate(fresh))

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_target, save_drafter
+from checkpoints import load_drafter, load_target, save_drafter
 from clusters import balanced_clusters, cluster_means
 from configs import DRAFTER_CONFIG, write_configs
 from generation import Generator
 from model import Drafter, KeyValue, LanguageModel, compile_layers
-from nano_ids import VOCAB_SIZE
+from nano_ids import STOP_IDS
 from torch import Tensor
-from training import Budget, Clock, Corpus, Optimiser, initialise, mean, schedule
+from training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
 
 StepLoss = Callable[[Drafter, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SEED = 11
@@ -32,12 +32,15 @@ LENGTH = 512
 PROMPT_LENGTHS = (24, 64, 128, 192, 288)
 GENERATED_BATCH, SAMPLED_SHARE, TEMPERATURE = 4096, 0.2, 0.7
 GENERATED_BATCHES = 12
+CHAT_BATCHES, CHAT_PROMPT, CHAT_ANSWER = 8, 256, 128
+CHAT_SHARE = 0.25  # of the rows of a step
 BATCH, CENTROID_BATCH = 64, 24
 STEPS, CENTROID_STEPS = 4500, 300
 MUON_LR, ADAM_LR, DECAY = 0.015, 3e-3, 0.01
 HARD_SHARE = 0.6  # of the loss: cross-entropy with the target's argmax; the rest with its distribution
 STEP_WEIGHTS = (1.0, 0.9, 0.8, 0.7)
 REACHED_FLOOR = 0.3  # weight of a step that a greedy round would not have reached
+GO_ON_SHARE = 0.3  # of the learning rates, where a drafter learns a target that was tuned
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -55,6 +58,25 @@ def own_outputs(model: LanguageModel, corpus: Corpus, batches: int, batch: int, 
         if number in (0, 1) or (number + 1) % 10 == 0:
             print(f"{clock():.0f} s: {(number + 1) * batch * LENGTH / 1e6:.1f} M tokens generated", flush=True)
     return torch.cat(texts)
+
+
+def own_answers(model: LanguageModel, corpus: Corpus, batches: int, batch: int) -> Tensor:
+    """Conversations with the target's own next turn, to its stop token, one after the other in rows.
+
+    Shapes: → [rows, LENGTH], int16.
+    """
+    rng = np.random.default_rng(SEED + 1)
+    device = model.embed_tokens.weight.device
+    generate = Generator(model, batch, CHAT_PROMPT + CHAT_ANSWER, TEMPERATURE, int(batch * SAMPLED_SHARE))
+    texts = []
+    for _ in range(batches):
+        prompts, lengths = corpus.chat_prompts(rng, batch, CHAT_PROMPT)
+        ids = generate(torch.from_numpy(prompts).to(device), torch.tensor(lengths, device=device)).cpu().numpy()
+        for row, begin in zip(ids, lengths, strict=True):
+            stops = np.flatnonzero(np.isin(row[begin : begin + CHAT_ANSWER], STOP_IDS))
+            texts.append(row[: begin + (int(stops[0]) + 1 if len(stops) else CHAT_ANSWER)])
+    flat = np.concatenate([texts[i] for i in rng.permutation(len(texts))]).astype(np.int16)
+    return torch.from_numpy(flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)).to(device)
 
 
 def target_view(model: LanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, KeyValue], Tensor]:
@@ -136,8 +158,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--centroid-steps", type=int, default=CENTROID_STEPS)
     parser.add_argument("--generated-batches", type=int, default=GENERATED_BATCHES)
+    parser.add_argument("--chat-batches", type=int, default=CHAT_BATCHES)
     parser.add_argument("--generated-batch", type=int, default=GENERATED_BATCH)
     parser.add_argument("--seconds", type=float, default=600.0, help="end the schedule early if it takes longer")
+    parser.add_argument("--go-on", action="store_true", help="from the drafter of --out, for a target tuned since")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     clock = Clock()
@@ -148,9 +172,14 @@ def main() -> None:
     write_configs(options.out)
     model = load_target(options.out / "target", device).requires_grad_(False)
     texts = own_outputs(model, corpus, options.generated_batches, options.generated_batch, clock)
+    answers = own_answers(model, corpus, options.chat_batches, options.generated_batch)
     generated_seconds = clock()
-    drafter = Drafter(DRAFTER_CONFIG).to(device)
-    initialise(drafter, SEED)
+    print(f"{generated_seconds:.0f} s: {answers.numel() / 1e6:.1f} M tokens of chats", flush=True)
+    if options.go_on:
+        drafter = load_drafter(options.out / "drafter", device)
+    else:
+        drafter = Drafter(DRAFTER_CONFIG).to(device)
+        initialise(drafter, SEED)
     path = options.out / "drafter/model.safetensors"
 
     judge: StepLoss = step_loss
@@ -162,9 +191,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(SEED)
 
     def sample(count: int) -> Tensor:
-        return texts[torch.randint(len(texts), (count,), generator=generator).to(device)].long()
+        chats = int(count * CHAT_SHARE)
+        rows = [
+            pool[torch.randint(len(pool), (share,), generator=generator).to(device)]
+            for pool, share in ((texts, count - chats), (answers, chats))
+        ]
+        return torch.cat(rows).long()
 
-    optimiser = Optimiser(drafter, MUON_LR, ADAM_LR, DECAY)
+    share = GO_ON_SHARE if options.go_on else 1.0
+    optimiser = Optimiser(drafter, share * MUON_LR, share * ADAM_LR, DECAY)
     losses: list[Tensor] = []
     shares: list[Tensor] = []
     saved, step = clock(), 0
@@ -189,12 +224,13 @@ def main() -> None:
             break
     dense_seconds = clock() - generated_seconds
 
-    rows = drafter.model.embed_tokens.weight.detach().float()
-    count = drafter.masked_embedding.centroids.out_features
-    ordering = balanced_clusters(rows.cpu(), count, SEED).to(device)
-    drafter.masked_embedding.token_ordering.copy_(ordering)
-    with torch.no_grad():
-        drafter.masked_embedding.centroids.weight.copy_(cluster_means(rows, ordering, count))
+    if not options.go_on:
+        rows = drafter.model.embed_tokens.weight.detach().float()
+        count = drafter.masked_embedding.centroids.out_features
+        ordering = balanced_clusters(rows.cpu(), count, SEED).to(device)
+        drafter.masked_embedding.token_ordering.copy_(ordering)
+        with torch.no_grad():
+            drafter.masked_embedding.centroids.weight.copy_(cluster_means(rows, ordering, count))
     clusters = drafter.clusters_of_tokens()
     print(f"{clock():.0f} s: clustered", flush=True)
     drafter.requires_grad_(False)
@@ -213,15 +249,16 @@ def main() -> None:
             print(f"{clock():.0f} s: centroids step {number + 1}, recall {mean(recalls[-100:]):.4f}", flush=True)
     save_drafter(drafter, path)
     log = {
-        "generated_tokens": int(texts.numel()),
+        "generated_tokens": int(texts.numel() + answers.numel()),
         "generation_seconds": generated_seconds,
         "steps": step + 1,
         "positions": (step + 1) * BATCH * (LENGTH - STEPS_PER_ROUND),
         "dense_seconds": dense_seconds,
         "seconds": clock(),
+        "hardware": hardware(device),
     }
-    assert int(ordering.max()) == VOCAB_SIZE - 1
-    (options.out / "train_drafter.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+    name = "tune_drafter.json" if options.go_on else "train_drafter.json"
+    (options.out / name).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from configs import TARGET_CONFIG, write_configs
 from model import LanguageModel, compile_layers
 from nano_ids import BOS
 from torch import Tensor
-from training import Budget, Clock, Corpus, Optimiser, initialise, mean, schedule
+from training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
 
 SEED = 7
 TOKENS_PER_STEP = 65_536
 LENGTH = 2048
-STEPS = 5200
+STEPS = 9000
 MUON_LR, ADAM_LR, DECAY = 0.015, 3e-3, 0.03
 CHECKPOINT_SECONDS = 90.0
 
@@ -92,7 +92,13 @@ def main() -> None:
         if done >= 1:
             break
     save_target(model, path)
-    log = {"steps": step + 1, "tokens": (step + 1) * TOKENS_PER_STEP, "epochs": epoch + 1, "seconds": clock()}
+    log = {
+        "steps": step + 1,
+        "tokens": (step + 1) * TOKENS_PER_STEP,
+        "epochs": epoch + 1,
+        "seconds": clock(),
+        "hardware": hardware(device),
+    }
     (options.out / "train_target.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,27 +12,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nano_ids import BOS
+from nano_ids import BOS, RESPONSE_CLOSE, RESPONSE_OPEN, TURN_OPEN
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 PROSE_REPEATS = 1.5  # times that prose is seen per epoch; there is half as much of it as of code
+CODE_PROMPTS = 0.55  # of the texts that the target writes outside chats, the share that goes on with code
 
 
 class Corpus:
     """The training documents, each beginning with BOS: code, then prose, then chat."""
 
     def __init__(self, folder: Path) -> None:
-        raw = lzma.decompress((folder / "train.npy.xz").read_bytes())
-        self.tokens: NDArray[np.uint16] = np.load(io.BytesIO(raw))
+        """Read what `prepare_data.py` wrote."""
+        parts: list[NDArray[np.uint16]] = []
+        for kind in ("code", "prose", "chat"):
+            raw = lzma.decompress((folder / f"train_{kind}.npy.xz").read_bytes())
+            parts.append(np.load(io.BytesIO(raw)))
+        self.counts = [int((part == BOS).sum()) for part in parts]
+        self.tokens = np.concatenate(parts)
         self.starts = np.flatnonzero(self.tokens == BOS)
         self.ends = np.append(self.starts[1:], len(self.tokens))
-        self.counts: dict[str, int] = json.loads((folder / "layout.json").read_text())
+        self.model_turn: list[int] = json.loads((folder / "layout.json").read_text())["model_turn"]
 
     def epoch(self, rng: np.random.Generator) -> NDArray[np.uint16]:
         """One pass in random order, prose repeated."""
         order = np.arange(len(self.starts))
-        prose = order[self.counts["code"] : self.counts["code"] + self.counts["prose"]]
+        prose = order[self.counts[0] : self.counts[0] + self.counts[1]]
         extra = rng.permutation(prose)[: int(len(prose) * (PROSE_REPEATS - 1))]
         order = rng.permutation(np.concatenate([order, extra]))
         return np.concatenate([self.tokens[self.starts[i] : self.ends[i]] for i in order])
@@ -45,20 +51,39 @@ class Corpus:
             number += 1
 
     def prompts(self, rng: np.random.Generator, count: int, length: int) -> NDArray[np.int64]:
-        """Beginnings and inner parts of documents, half and half, behind BOS. Shapes: → [count, length]."""
-        code, prose = self.counts["code"], self.counts["prose"]
-        pools = [np.arange(code), np.arange(code, code + prose), np.arange(code + prose, len(self.starts))]
-        share = rng.choice(3, size=count, p=[0.5, 0.42, 0.08])
+        """Beginnings and inner parts of code and prose, half and half, behind BOS. Shapes: → [count, length]."""
+        code, prose = self.counts[:2]
         picked = np.empty((count, length), dtype=np.int64)
         for row in range(count):
-            start = int(self.starts[rng.choice(pools[share[row]])])
-            size = int(self.ends[np.searchsorted(self.starts, start)]) - start
+            document = rng.integers(0, code) if rng.random() < CODE_PROMPTS else code + rng.integers(0, prose)
+            start, size = int(self.starts[document]), int(self.ends[document] - self.starts[document])
             if rng.random() < 0.5 and size > 2 * length:
                 start += int(rng.integers(0, size - length))
             start = min(start, len(self.tokens) - length)
             picked[row] = self.tokens[start : start + length]
         picked[:, 0] = BOS
         return picked
+
+    def chat_prompts(self, rng: np.random.Generator, count: int, width: int) -> tuple[NDArray[np.int64], list[int]]:
+        """Conversations up to where the model speaks: begins its turn, or goes on after a tool's answer.
+
+        Shapes: → [count, width], of each row as many as the second says.
+        """
+        first = sum(self.counts[:2])
+        picked = np.zeros((count, width), dtype=np.int64)
+        lengths: list[int] = []
+        while len(lengths) < count:
+            document = first + rng.integers(0, self.counts[2])
+            ids = self.tokens[self.starts[document] : self.ends[document]]
+            ends = [i + len(self.model_turn) for i in np.flatnonzero(ids == TURN_OPEN)]
+            ends = [end for end in ends if ids[end - len(self.model_turn) : end].tolist() == self.model_turn]
+            ends += [i + 1 for i in np.flatnonzero(ids[:-1] == RESPONSE_CLOSE) if ids[i + 1] != RESPONSE_OPEN]
+            ends = [end for end in ends if end <= width]
+            if ends:
+                end = int(rng.choice(ends))
+                picked[len(lengths), :end] = ids[:end]
+                lengths.append(end)
+        return picked, lengths
 
 
 class Muon:
@@ -147,6 +172,11 @@ def initialise(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.5 * parameter.shape[1] ** -0.5)
+
+
+def hardware(device: torch.device) -> str:
+    """The name of what trained the pair, for its model card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class Clock:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -19,6 +21,12 @@ def _depth(context: click.Context, parameter: click.Parameter, value: str | None
 @click.argument("bundle", type=click.Path())
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the bundle's chat template as a user's turn.")
+@click.option(
+    "--tools",
+    type=click.Path(),
+    metavar="FILE",
+    help="With --chat: functions that the model may call, a JSON list of declarations as OpenAI's API takes them.",
+)
 @click.option("--no-mtp", is_flag=True, help="Decode plainly, one token a pass.")
 @click.option(
     "--num-draft-tokens",
@@ -59,6 +67,7 @@ def command(
     bundle: str,
     prompt: str | None,
     chat: bool,
+    tools: str | None,
     no_mtp: bool,
     num_draft_tokens: int | Literal["auto"] | None,
     max_new_tokens: int,
@@ -83,6 +92,9 @@ def command(
     # Mistakes are told before standard input is read and the bundle is opened, which may take long.
     if no_mtp and num_draft_tokens:
         raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
+    if tools is not None and not chat:
+        raise UserError("--tools is for the chat template: give --chat too")
+    declared = None if tools is None else _declarations(Path(tools))
     asked = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -103,7 +115,7 @@ def command(
     with Session.open(bundle, threads=threads, provider=provider) as session:
         if sampling is not None:
             asked = session.checkpoint_sampling(seed=seed, method=sampling_method)
-        text = session.chat_prompt(prompt) if chat else prompt
+        text = session.chat_prompt(prompt, tools=declared) if chat else prompt
         generation = session.generate(
             text,
             max_new_tokens=max_new_tokens,
@@ -119,6 +131,28 @@ def command(
             click.echo(piece, nl=False)
         click.echo()
         click.echo(_summary(generation.stats), err=True)
+
+
+def _declarations(path: Path) -> list[dict[str, Any]]:
+    """The functions of a file, each with a name at least.
+
+    Raises:
+        UserError: the file cannot be read or declares something else.
+    """
+    try:
+        declared: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the tools of {path}: {error}") from error
+    named = isinstance(declared, list) and all(
+        isinstance(tool, dict)
+        and isinstance(tool.get("function"), dict)
+        and isinstance(tool["function"].get("name"), str)
+        for tool in declared
+    )
+    if not named or not declared:
+        example = '[{"type": "function", "function": {"name": "add", "parameters": {…}}}]'
+        raise UserError(f"{path} declares no functions: expected a list such as {example}")
+    return list(declared)
 
 
 def _check_nothing_is_for_drawing(context: click.Context) -> None:

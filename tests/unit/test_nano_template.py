@@ -1,0 +1,123 @@
+"""nano's chat template: it writes what the published one writes, and a prompt is the beginning of what follows it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dialogues import TOOLS, dialogue
+
+from mtp_export.embedded import EMBEDDED
+from mtp_runtime.chat import render_chat
+
+TEMPLATE = (EMBEDDED / "target/chat_template.jinja").read_text(encoding="utf-8")
+PUBLISHED = Path(__file__).parents[3] / "shared/published/chat_template_e2b_hf.jinja"
+NESTED = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "description": 'A "table".',
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "type": {"type": "string", "enum": ["in", "out"]},
+                "names": {"type": "array", "items": {"type": "string"}},
+                "at": {"type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]},
+            },
+            "required": ["type", "names"],
+        },
+    },
+}
+CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 3, "deep": {"x": [1, "y", None, True]}}}}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "a question": [{"role": "user", "content": " Hi. "}],
+    "a system message": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}],
+    "a developer": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi."}],
+    "turns": [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye."},
+    ],
+    "parts": [
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "audio"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And this?"}, {"type": "video"}]},
+    ],
+    "a call": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "tool_calls": [CALL]}],
+    "an answered call": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "add", "content": "5"},
+    ],
+    "two answered calls": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "tool", "name": "add", "content": "6"},
+        {"role": "assistant", "content": "5 and 6."},
+        {"role": "user", "content": "Thanks."},
+    ],
+    "a tool's answer in parts": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "name": "add", "content": [{"type": "text", "text": "5"}]},
+    ],
+    "a thought": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "5", "reasoning_content": "2 + 3 = 5"},
+    ],
+    "an old thought": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "<|channel>thought\n2 + 3 = 5\n<channel|>5", "reasoning_content": "hm"},
+        {"role": "user", "content": "Thanks."},
+    ],
+    "no content": [{"role": "user", "content": ""}, {"role": "assistant", "content": None}],
+    "unicode": [{"role": "user", "content": "Grüße, 東京 🙂 {{ x }} <b>"}],
+}
+
+
+def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    return render_chat(template, messages, special_tokens={"bos_token": "<bos>"}, **options)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published template is not beside this checkout")
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_it_writes_what_the_published_template_writes(name: str, thinking: bool) -> None:
+    published = PUBLISHED.read_text(encoding="utf-8")
+    messages = CONVERSATIONS[name]
+    for tools in (None, list(TOOLS.values()), [NESTED]):
+        ours = rendered(TEMPLATE, messages, tools=tools, enable_thinking=thinking)
+        theirs = rendered(published, messages, tools=tools, enable_thinking=thinking)
+        # It opens the channel of a thought itself behind a tool's answer: a reply would then begin inside it.
+        assert ours == theirs.removesuffix("<|channel>thought\n")
+
+
+def test_a_prompt_is_the_beginning_of_the_conversation_with_its_reply() -> None:
+    """Over conversations as nano was trained on: a reply is said where it was learnt."""
+    rng = random.Random(5)
+    seen = 0
+    for _ in range(300):
+        talk = dialogue(rng)
+        options: dict[str, Any] = {"tools": list(talk.tools) or None, "enable_thinking": talk.thinking}
+        messages = [dict(message) for message in talk.messages]
+        last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        for end in range(last + 1, len(messages)):
+            if messages[end]["role"] == "assistant":
+                whole = rendered(TEMPLATE, messages[: end + 1], add_generation_prompt=False, **options)
+                prompt = rendered(TEMPLATE, messages[:end], **options)
+                assert whole.startswith(prompt)
+                assert whole[len(prompt) :].removesuffix("\n").endswith(("<turn|>", "<|tool_response>"))
+                seen += 1
+    assert seen > 300
+
+
+def test_a_tools_answer_as_litert_lm_gives_it() -> None:
+    """Its parts name the tool and hold an object."""
+    messages = [*CONVERSATIONS["a call"]]
+    part = {"type": "tool_response", "name": "add", "response": {"value": 5}}
+    as_parts = rendered(TEMPLATE, [*messages, {"role": "tool", "content": [part]}])
+    assert as_parts == rendered(TEMPLATE, [*messages, {"role": "tool", "name": "add", "content": {"value": 5}}])
+    assert as_parts.endswith("<|tool_response>response:add{value:5}<tool_response|>")

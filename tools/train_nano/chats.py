@@ -1,0 +1,158 @@
+"""How the target answers held-out questions: whether it ends, calls tools as they are declared, and is right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from dialogues import Prompt
+from exchanges import NO_WORD, TOO_LARGE
+from generation import Generator
+from model import LanguageModel
+from nano_ids import BOS, CALL_CLOSE, RESPONSE_OPEN, STOP_IDS, TURN_CLOSE
+from nano_tokenizer import chat_prompt
+from tokenizers import Tokenizer
+from torch import Tensor
+
+NEW_TOKENS = 128
+_CALL = re.compile(r"<\|tool_call>call:(\w+)\{(.*?)\}<tool_call\|>")
+_ARGUMENT = re.compile(r'(\w+):(<\|"\|>(.*?)<\|"\|>|-?\d+)(?:,|$)')
+_TYPES: Mapping[str, type] = {"string": str, "integer": int}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the target said to a prompt, special tokens included, and the ids of the prompt and of what followed."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+
+    @property
+    def ended(self) -> bool:
+        """By a stop token: of the turn, or of a call that waits for its answer."""
+        return self.ids[-1] in (TURN_CLOSE, RESPONSE_OPEN)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """BOS and the text's tokens."""
+    return [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def write_texts(target: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Tensor, list[int]]:
+    """Greedy continuations of prompts of any lengths. Shapes: → ids [B, T]; the end of each text, stop id included."""
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+    generate = Generator(target, len(prompts), width + new_tokens, temperature=1.0, sampled=0)
+    ids = generate(padded, torch.tensor(lengths))
+    ends = []
+    for row, begin in zip(ids.tolist(), lengths, strict=True):
+        stops = [i for i in range(begin, begin + new_tokens) if row[i] in STOP_IDS]
+        ends.append(stops[0] + 1 if stops else begin + new_tokens)
+    return ids, ends
+
+
+def first_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The question alone, with its tools."""
+    return encode(tokenizer, chat_prompt([{"role": "user", "content": prompt.question}], prompt.tools))
+
+
+def second_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The question, the right calls and the tools' answers."""
+    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in prompt.calls]
+    return [
+        {"role": "user", "content": prompt.question},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": function} for function in functions]},
+        *({"role": "tool", "name": call.name, "content": call.result} for call in prompt.calls),
+    ]
+
+
+def second_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The conversation that goes on after the tools' answers."""
+    return encode(tokenizer, chat_prompt(second_messages(prompt), prompt.tools))
+
+
+def answers(
+    target: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]]
+) -> list[Answer]:
+    """What the target says to each, greedily, at most `NEW_TOKENS`."""
+    rows, ends = write_texts(target, prompt_ids, NEW_TOKENS)
+    found = []
+    for prompt, given, row, end in zip(prompts, prompt_ids, rows.tolist(), ends, strict=True):
+        ids = row[len(given) : end]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        found.append(Answer(prompt=prompt, prompt_ids=given, ids=ids, text=text))
+    return found
+
+
+def calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]] | None:
+    """The calls that a reply consists of; None unless each names a declared tool and has its parameters, all of them
+    and none else, of their types."""
+    declared = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools}
+    body = text.removesuffix("<|tool_response>")
+    found = _CALL.findall(body)
+    if not found or _CALL.sub("", body):
+        return None
+    parsed = []
+    for name, arguments in found:
+        if name not in declared or _ARGUMENT.sub("", arguments):
+            return None
+        values = {
+            key: quoted if written.startswith("<") else int(written)
+            for key, written, quoted in _ARGUMENT.findall(arguments)
+        }
+        wanted = {key: _TYPES[value["type"]] for key, value in declared[name].items()}
+        if {key: type(value) for key, value in values.items()} != wanted:
+            return None
+        parsed.append((name, values))
+    return parsed
+
+
+def right_calls(answer: Answer) -> bool:
+    """Whether the calls are those that the question wants, with the numbers and days that it names."""
+    wanted = [(call.name, dict(call.arguments)) for call in answer.prompt.calls]
+    return calls(answer.text, answer.prompt.tools) == wanted
+
+
+def right_text(answer: Answer) -> bool:
+    """Whether the answer is the generator's, to the letter."""
+    return answer.text == f"{answer.prompt.answer}<turn|>"
+
+
+def share(values: Sequence[bool]) -> str:
+    """As in the model card: how many of how many, and the percentage."""
+    return f"{sum(values)} of {len(values)} ({100 * sum(values) / len(values):.1f} %)"
+
+
+def undeclared(prompt: Prompt) -> Prompt:
+    """The question without the tools that it needs, which is to be refused."""
+    answer = TOO_LARGE if prompt.calls[0].name == "add" else NO_WORD
+    return replace(prompt, tools=(), calls=(), answer=answer)
+
+
+def chat_rows(
+    plain: Sequence[Answer], calling: Sequence[Answer], using: Sequence[Answer], refusing: Sequence[Answer]
+) -> list[str]:
+    """Table rows: how many held-out questions end, call and are answered right."""
+    rows = [
+        f"| questions | end by a stop token within {NEW_TOKENS} tokens | {share([a.ended for a in plain])} |",
+        f"| questions | answered right, to the letter | {share([right_text(a) for a in plain])} |",
+    ]
+    kinds = Counter(a.prompt.kind for a in plain)
+    for kind in sorted(kinds):
+        right = [right_text(a) for a in plain if a.prompt.kind == kind]
+        rows.append(f"| questions: {kind} | answered right | {share(right)} |")
+    valid = [a.ids[-2:] == [CALL_CLOSE, RESPONSE_OPEN] and calls(a.text, a.prompt.tools) is not None for a in calling]
+    rows += [
+        f"| tool prompts | give valid calls | {share(valid)} |",
+        f"| tool prompts | give the right calls | {share([right_calls(a) for a in calling])} |",
+        f"| tool prompts | the tool's answer is used right | {share([right_text(a) for a in using])} |",
+        f"| tool prompts, no tool declared | are refused, to the letter | {share([right_text(a) for a in refusing])} |",
+    ]
+    return rows
