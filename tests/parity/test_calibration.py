@@ -46,7 +46,11 @@ def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_p
     options = ("--limit", "4", "--max-new-tokens", "24", "--output", str(tmp_path), "--json", "--max-kl", "1e-4")
     done = run_cli("calibrate", str(export_nano("int8")), *options, check=False)
     assert done.returncode == 1
-    assert re.search(r"expected at most 0.0001; worst layers: (head|layer \d) \(KL", done.stderr)
+    worst = re.search(r"expected at most 0.0001; worst layers: (.*): take a finer", done.stderr)
+    assert worst is not None
+    figures = [float(figure) for figure in re.findall(r"KL (\S+)\)", worst[1])]
+    assert figures == sorted(figures, reverse=True)
+    assert len(figures) == 3
     found = json.loads(done.stdout)
     assert json.loads((tmp_path / "calibration.json").read_text()) == found
     quality = msgspec.convert(found["quality"], Quality)

@@ -3,19 +3,23 @@ and tools are called as they are declared."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import litert_lm
 import pytest
 import torch
-from chats import calls, second_messages, undeclared
-from dialogues import held_out, training_dialogues
-from transformers import Gemma4ForConditionalGeneration
+from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
 
 from mtp_export.embedded import EMBEDDED
 from mtp_runtime import Session
 from mtp_runtime.trace import GenerationTrace
 from tests.conftest import Export
+from tools.train_nano import dialogues
+from tools.train_nano.chats import calls, second_messages, undeclared
+from tools.train_nano.dialogues import SEED, digest, held_out, training_dialogues
+from tools.train_nano.exchanges import PLAIN
 
 PROMPTS = held_out()
 MAX_NEW_TOKENS = 128
@@ -64,18 +68,31 @@ def test_held_out_questions(session: Session, reference: Any) -> None:
 
 def test_held_out_prompts_that_need_a_tool(session: Session, reference: Any) -> None:
     calling = [prompt for prompt in PROMPTS if prompt.calls]
-    valid, used = 0, 0
+    valid, right, used = 0, 0, 0
     for prompt in calling:
-        question = session.chat_prompt(prompt.question, tools=prompt.tools)
-        trace = said(session, question)
+        trace = said(session, session.chat_prompt(prompt.question, tools=prompt.tools))
         assert is_greedy(reference, trace), prompt.question
-        valid += calls(text_of(session, trace), prompt.tools) is not None
+        found = calls(text_of(session, trace), prompt.tools)
+        valid += found is not None and trace.finish_reason == "stop"
+        right += found == [(call.name, dict(call.arguments)) for call in prompt.calls]
         answered = said(session, session.chat_prompt(second_messages(prompt), tools=prompt.tools))
         assert is_greedy(reference, answered), prompt.question
         used += text_of(session, answered) == f"{prompt.answer}<turn|>"
     assert len(calling) == 200
     assert valid >= SHARE * len(calling)
+    assert right >= SHARE * len(calling)
     assert used >= SHARE * len(calling)
+
+
+def test_prompts_are_those_that_transformers_makes(session: Session) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "target")
+    for prompt in PROMPTS:
+        options: dict[str, Any] = {"tools": list(prompt.tools) or None}
+        conversations: list[list[dict[str, Any]]] = [[{"role": "user", "content": prompt.question}]]
+        conversations += [second_messages(prompt)] if prompt.calls else []
+        for messages in conversations:
+            theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+            assert list(session.tokenize(session.chat_prompt(messages, **options))) == theirs["input_ids"]
 
 
 def test_no_tool_is_called_that_is_not_declared(session: Session, reference: Any) -> None:
@@ -89,12 +106,29 @@ def test_no_tool_is_called_that_is_not_declared(session: Session, reference: Any
     assert refused >= SHARE * len(prompts)
 
 
-def test_no_training_conversation_has_a_held_out_question() -> None:
-    held = {prompt.question for prompt in PROMPTS}
-    stream = training_dialogues(1)
-    for _ in range(5000):
-        asked = {message["content"] for message in next(stream).messages if message["role"] == "user"}
-        assert not asked & held
+def test_no_training_conversation_has_a_held_out_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions as they are drawn, before they are typed more casually."""
+    asked: set[str] = set()
+
+    def remember(rng: random.Random, question: str) -> str:
+        asked.add(question)
+        return question
+
+    monkeypatch.setattr(dialogues, "casual", remember)
+    stream = training_dialogues(SEED)
+    for _ in range(20_000):
+        next(stream)
+    assert len(asked) > 10_000
+    assert not asked & {prompt.question for prompt in PROMPTS}
+
+
+def test_no_question_has_two_answers() -> None:
+    rng = random.Random(2)
+    answers: dict[str, str] = {}
+    for maker, _ in PLAIN:
+        for _ in range(10_000):
+            exchange = maker(rng)
+            assert answers.setdefault(exchange.question, exchange.answer) == exchange.answer, exchange.question
 
 
 @pytest.mark.parametrize(
@@ -105,6 +139,9 @@ def test_no_training_conversation_has_a_held_out_question() -> None:
         ("<|tool_call>call:add{a:1}<tool_call|>", None),
         ("<|tool_call>call:add{a:1,b:2,c:3}<tool_call|>", None),
         ('<|tool_call>call:add{a:1,b:<|"|>2<|"|>}<tool_call|>', None),
+        ("<|tool_call>call:add{a:1,b:2,}<tool_call|>", None),
+        ("<|tool_call>call:add{a:1,a:3,b:2}<tool_call|>", None),
+        ("<|tool_call>call:add{a:1b:2}<tool_call|>", None),
         ("<|tool_call>call:divide{a:1,b:2}<tool_call|>", None),
         ("<|tool_call>call:add{a:1,b:2}", None),
         ("Well: <|tool_call>call:add{a:1,b:2}<tool_call|>", None),
@@ -117,7 +154,28 @@ def test_what_counts_as_a_valid_call(text: str, expected: object) -> None:
 
 
 def test_held_out_questions_are_those_of_the_model_card() -> None:
-    """The card's tables are about these very prompts."""
-    card = (EMBEDDED / "MODEL_CARD.md").read_text(encoding="utf-8")
-    plain = sum(not prompt.calls for prompt in PROMPTS)
-    assert f"### {plain} held-out questions and {len(PROMPTS) - plain} prompts that need a tool" in card
+    assert f"sha256 {digest(PROMPTS)}" in (EMBEDDED / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def add(a: int, b: int) -> int:
+    """Add two whole numbers.
+
+    Args:
+        a: the first number
+        b: the second number
+    """
+    return a + b
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_stock_conversation_chats_and_calls_a_tool(export_nano: Export, drafts: bool) -> None:
+    """LiteRT-LM's own, from the bundle alone: its template, its tokenizer and its stop tokens."""
+    path = next(export_nano("int8").glob("*.litertlm"))
+    options: dict[str, Any] = {"backend": litert_lm.Backend.CPU(), "enable_speculative_decoding": drafts}
+    with litert_lm.Engine(str(path), **options) as engine:
+        with engine.create_conversation() as conversation:
+            reply = conversation.send_message("What does the verb climb mean?")
+            assert reply["content"][0]["text"] == "To climb is to go up something using hands and feet."
+        with engine.create_conversation(tools=[add]) as conversation:
+            reply = conversation.send_message("What is 231 plus 84?")
+            assert reply["content"][0]["text"] == "231 plus 84 is 315."

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dialogues import TOOLS, dialogue
 
 from mtp_export.embedded import EMBEDDED
 from mtp_runtime.chat import render_chat
+from mtp_runtime.errors import UserError
+from tools.train_nano.dialogues import TOOLS, dialogue
 
 TEMPLATE = (EMBEDDED / "target/chat_template.jinja").read_text(encoding="utf-8")
 PUBLISHED = Path(__file__).parents[3] / "shared/published/chat_template_e2b_hf.jinja"
@@ -31,6 +32,7 @@ NESTED = {
     },
 }
 CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 3, "deep": {"x": [1, "y", None, True]}}}}
+WORD = {"function": {"name": "w", "arguments": {}}}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "a question": [{"role": "user", "content": " Hi. "}],
     "a system message": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}],
@@ -64,9 +66,53 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "tool_calls": [CALL]},
         {"role": "tool", "name": "add", "content": [{"type": "text", "text": "5"}]},
     ],
+    "answers by the id of their calls": [
+        {"role": "user", "content": "2 + 3, and the word?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", **CALL}, {"id": "y", **WORD}]},
+        {"role": "tool", "tool_call_id": "y", "content": "oak"},
+        {"role": "tool", "tool_call_id": "x", "content": '{"value": 5}'},
+    ],
+    "answers in the model's message": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL], "tool_responses": [{"name": "add", "response": {"value": 5}}]},
+    ],
+    "answers and text in the model's message": [
+        {"role": "user", "content": "2 + 3?"},
+        {
+            "role": "assistant",
+            "content": "5.",
+            "tool_calls": [CALL],
+            "tool_responses": [{"name": "add", "response": {"value": 5}}],
+        },
+        {"role": "user", "content": "Thanks."},
+    ],
+    "a tool's answer with a picture": [
+        {"role": "user", "content": "Draw."},
+        {"role": "assistant", "tool_calls": [WORD]},
+        {"role": "tool", "name": "w", "content": [{"type": "image"}, {"type": "text", "text": " oak "}]},
+    ],
+    "a call that is never answered": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "user", "content": "Never mind."},
+    ],
+    "an answered call that leads nowhere": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "user", "content": "Never mind."},
+    ],
+    "a system message in parts": [
+        {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": "Hi."},
+    ],
     "a thought": [
         {"role": "user", "content": "2 + 3?"},
         {"role": "assistant", "content": "5", "reasoning_content": "2 + 3 = 5"},
+    ],
+    "a thought under its other name": [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": [CALL], "reasoning": "2 + 3 = 5"},
     ],
     "an old thought": [
         {"role": "user", "content": "2 + 3?"},
@@ -85,14 +131,32 @@ def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> s
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published template is not beside this checkout")
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("thinking", [False, True])
-def test_it_writes_what_the_published_template_writes(name: str, thinking: bool) -> None:
+@pytest.mark.parametrize("open_turn", [False, True])
+def test_it_writes_what_the_published_template_writes(name: str, thinking: bool, open_turn: bool) -> None:
     published = PUBLISHED.read_text(encoding="utf-8")
     messages = CONVERSATIONS[name]
     for tools in (None, list(TOOLS.values()), [NESTED]):
-        ours = rendered(TEMPLATE, messages, tools=tools, enable_thinking=thinking)
-        theirs = rendered(published, messages, tools=tools, enable_thinking=thinking)
-        # It opens the channel of a thought itself behind a tool's answer: a reply would then begin inside it.
-        assert ours == theirs.removesuffix("<|channel>thought\n")
+        options: dict[str, Any] = {"tools": tools, "enable_thinking": thinking, "add_generation_prompt": open_turn}
+        theirs = rendered(published, messages, **options)
+        if thinking and theirs.endswith("><|channel>thought\n"):
+            # It opens the channel of a thought itself behind a tool's answer: a reply would then begin inside it.
+            theirs = theirs.removesuffix("<|channel>thought\n")
+        assert rendered(TEMPLATE, messages, **options) == theirs
+
+
+def test_arguments_that_are_a_text_are_refused() -> None:
+    call = {"function": {"name": "add", "arguments": '{"a": 2}'}}
+    with pytest.raises(UserError, match="arguments of a tool call are a text: give them as an object"):
+        rendered(TEMPLATE, [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_what_is_written_otherwise_than_by_the_published_template() -> None:
+    """Text beside calls comes before them, and each message of the model is a turn."""
+    asked = {"role": "user", "content": "?"}
+    beside = rendered(TEMPLATE, [asked, {"role": "assistant", "content": "Let me see.", "tool_calls": [WORD]}])
+    assert beside.endswith("<|turn>model\nLet me see.<|tool_call>call:w{}<tool_call|><|tool_response>")
+    twice = rendered(TEMPLATE, [asked, {"role": "assistant", "content": "A."}, {"role": "assistant", "content": "B."}])
+    assert "<|turn>model\nA.<turn|>\n<|turn>model\nB.<turn|>\n" in twice
 
 
 def test_a_prompt_is_the_beginning_of_the_conversation_with_its_reply() -> None:

@@ -58,13 +58,14 @@ def token_ids(vocab_size: int) -> dict[str, int]:
 
 
 def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """nano's tokenizer.json, filled up to `vocab_size`, with the media tokens under the ids of that size; what had
-    these gets nano's."""
-    vocabulary: dict[str, int] = dict(tokenizer["model"]["vocab"])
-    holders = {token_id: token for token, token_id in vocabulary.items()}
+    """nano's tokenizer.json, filled up to `vocab_size`, with the media tokens under the ids of that size; the tokens
+    that had those ids take nano's."""
+    before: dict[str, int] = tokenizer["model"]["vocab"]
     moved = {_TOKENS[name][0]: token_id for name, token_id in token_ids(vocab_size).items()}
-    for token, token_id in moved.items():
-        vocabulary[holders[token_id]], vocabulary[token] = vocabulary[token], token_id
+    given = set(moved.values())
+    left = iter(sorted({before[token] for token in moved} - given))
+    kept = {t: i if i not in given else next(left) for t, i in before.items() if t not in moved}
+    vocabulary = kept | moved
     added = [token | {"id": moved.get(token["content"], token["id"])} for token in tokenizer["added_tokens"]]
     return tokenizer | {
         "added_tokens": sorted(added, key=lambda token: int(token["id"])),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nano_tokenizer import BYTES, CONTROL, SPECIAL
 from sentencepiece import sentencepiece_model_pb2 as proto
+
+from tools.train_nano.nano_tokenizer import BYTES, CONTROL, SPECIAL
 
 
 def sentencepiece_model(tokenizer_json: Path) -> bytes:

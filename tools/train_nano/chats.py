@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from dialogues import Prompt
-from exchanges import NO_WORD, TOO_LARGE
-from generation import Generator
-from model import LanguageModel
-from nano_ids import BOS, CALL_CLOSE, RESPONSE_OPEN, STOP_IDS, TURN_CLOSE
-from nano_tokenizer import chat_prompt
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tools.train_nano.dialogues import Prompt
+from tools.train_nano.exchanges import NO_WORD, TOO_LARGE
+from tools.train_nano.generation import Generator
+from tools.train_nano.model import LanguageModel
+from tools.train_nano.nano_ids import BOS, CALL_CLOSE, CHANNEL_OPEN, RESPONSE_OPEN, STOP_IDS, TURN_CLOSE
+from tools.train_nano.nano_tokenizer import chat_prompt
+
 NEW_TOKENS = 128
 _CALL = re.compile(r"<\|tool_call>call:(\w+)\{(.*?)\}<tool_call\|>")
-_ARGUMENT = re.compile(r'(\w+):(<\|"\|>(.*?)<\|"\|>|-?\d+)(?:,|$)')
+_ARGUMENT = re.compile(r'(\w+):(<\|"\|>(.*?)<\|"\|>|-?\d+)')
 _TYPES: Mapping[str, type] = {"string": str, "integer": int}
 
 
@@ -58,9 +59,10 @@ def write_texts(target: LanguageModel, prompts: Sequence[Sequence[int]], new_tok
     return ids, ends
 
 
-def first_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def first_prompt(tokenizer: Tokenizer, prompt: Prompt, *, thinking: bool = False) -> list[int]:
     """The question alone, with its tools."""
-    return encode(tokenizer, chat_prompt([{"role": "user", "content": prompt.question}], prompt.tools))
+    asked = [{"role": "user", "content": prompt.question}]
+    return encode(tokenizer, chat_prompt(asked, prompt.tools, thinking=thinking))
 
 
 def second_messages(prompt: Prompt) -> list[dict[str, Any]]:
@@ -101,12 +103,11 @@ def calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
         return None
     parsed = []
     for name, arguments in found:
-        if name not in declared or _ARGUMENT.sub("", arguments):
+        pairs = list(_ARGUMENT.finditer(arguments))
+        values = {m[1]: m[3] if m[2].startswith("<") else int(m[2]) for m in pairs}
+        whole = ",".join(m[0] for m in pairs) == arguments and len(values) == len(pairs)
+        if name not in declared or not whole:
             return None
-        values = {
-            key: quoted if written.startswith("<") else int(written)
-            for key, written, quoted in _ARGUMENT.findall(arguments)
-        }
         wanted = {key: _TYPES[value["type"]] for key, value in declared[name].items()}
         if {key: type(value) for key, value in values.items()} != wanted:
             return None
@@ -137,7 +138,11 @@ def undeclared(prompt: Prompt) -> Prompt:
 
 
 def chat_rows(
-    plain: Sequence[Answer], calling: Sequence[Answer], using: Sequence[Answer], refusing: Sequence[Answer]
+    plain: Sequence[Answer],
+    thinking: Sequence[Answer],
+    calling: Sequence[Answer],
+    using: Sequence[Answer],
+    refusing: Sequence[Answer],
 ) -> list[str]:
     """Table rows: how many held-out questions end, call and are answered right."""
     rows = [
@@ -148,6 +153,8 @@ def chat_rows(
     for kind in sorted(kinds):
         right = [right_text(a) for a in plain if a.prompt.kind == kind]
         rows.append(f"| questions: {kind} | answered right | {share(right)} |")
+    thought = [a.ids[0] == CHANNEL_OPEN for a in thinking]
+    rows.append(f"| questions, with `enable_thinking` | begin with a thought | {share(thought)} |")
     valid = [a.ids[-2:] == [CALL_CLOSE, RESPONSE_OPEN] and calls(a.text, a.prompt.tools) is not None for a in calling]
     rows += [
         f"| tool prompts | give valid calls | {share(valid)} |",

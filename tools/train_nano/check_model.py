@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoints import load_drafter, load_target
 from transformers import AutoTokenizer, Gemma4AssistantForCausalLM, Gemma4ForConditionalGeneration
+
+from tools.train_nano.checkpoints import load_drafter, load_target
 
 TOLERANCE = 2e-4  # float32, other order of sums; logits reach ± 30
 LENGTH, ROUND_STARTS, CHAINED_STEPS = 300, (0, 5, 126, 127, 128, 129, 200, 298), 4

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from model import Drafter, LanguageModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from tools.train_nano.model import Drafter, LanguageModel
 
 _TARGET_PREFIX = "model.language_model."
 

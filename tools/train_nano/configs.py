@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nano_ids as ids
+from tools.train_nano import nano_ids as ids
 
 ROPE = {
     "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional"},
@@ -20,10 +20,10 @@ def _text_config(**values: Any) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attention_k_eq_v": False,
-        "bos_token_id": 2,
+        "bos_token_id": ids.BOS,
         "dtype": "bfloat16",
         "enable_moe_block": False,
-        "eos_token_id": 1,
+        "eos_token_id": ids.EOS,
         "expert_intermediate_size": None,
         "global_head_dim": 128,
         "head_dim": 64,
@@ -35,7 +35,7 @@ def _text_config(**values: Any) -> dict[str, Any]:
         "num_experts": None,
         "num_global_key_value_heads": None,
         "num_key_value_heads": 1,
-        "pad_token_id": 0,
+        "pad_token_id": ids.PAD,
         "rms_norm_eps": 1e-6,
         "rope_parameters": ROPE,
         "sliding_window": 128,
@@ -43,7 +43,7 @@ def _text_config(**values: Any) -> dict[str, Any]:
         "top_k_experts": None,
         "use_bidirectional_attention": None,
         "use_cache": True,
-        "vocab_size": 4096,
+        "vocab_size": ids.VOCAB_SIZE,
     }
     return common | values
 
@@ -62,7 +62,7 @@ TARGET_CONFIG: dict[str, Any] = {
     "architectures": ["Gemma4ForConditionalGeneration"],
     "audio_config": None,
     "dtype": "bfloat16",
-    "eos_token_id": [1, 106],
+    "eos_token_id": [ids.EOS, ids.TURN_CLOSE],
     "model_type": "gemma4",
     "text_config": _text_config(
         final_logit_softcapping=30.0,
@@ -104,10 +104,10 @@ DRAFTER_CONFIG: dict[str, Any] = {
 }
 
 GENERATION_CONFIG: dict[str, Any] = {
-    "bos_token_id": 2,
+    "bos_token_id": ids.BOS,
     "do_sample": False,
-    "eos_token_id": [1, 106, 50],
-    "pad_token_id": 0,
+    "eos_token_id": list(ids.STOP_IDS),
+    "pad_token_id": ids.PAD,
 }
 
 

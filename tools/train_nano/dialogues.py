@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exchanges import PLAIN, WITH_TOOLS, Call, Exchange, Maker, casual, without_tool
+from tools.train_nano.exchanges import PLAIN, WITH_TOOLS, Call, Exchange, Maker, casual, without_tool
 
+SEED = 20260  # of the conversations that nano was trained on
 HELD_OUT_PER_MILLE = 40
 Message = dict[str, Any]
 
@@ -59,6 +60,11 @@ class Prompt:
     answer: str
     tools: tuple[dict[str, Any], ...]
     calls: tuple[Call, ...]
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Names a set of prompts: the SHA-256 of their questions and answers."""
+    return hashlib.sha256("\n".join(f"{p.question}\n{p.answer}" for p in prompts).encode()).hexdigest()
 
 
 def is_held_out(exchange: Exchange) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from sources import KJV_READER, Kind, Source
+from tools.train_nano.sources import KJV_READER, Kind, Source
 
 MIN_CHARS = 200
 MAX_CHARS = 250_000

@@ -1,6 +1,6 @@
 """Measure the pair on held-out text and write the numbers into its model card.
 
-    python tools/train_nano/evaluate.py
+    python -m tools.train_nano.evaluate
 
 Greedy output does not depend on the drafter. So the target writes its text once; then every position is judged as
 the beginning of a round, with the keys of that position and before only, and the rounds are walked: this is the
@@ -24,15 +24,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from chats import NEW_TOKENS, answers, chat_rows, encode, first_prompt, second_prompt, undeclared, write_texts
-from checkpoints import load_drafter, load_target
-from dialogues import TOOLS, Message, held_out
-from model import Drafter, LanguageModel
-from nano_ids import BOS
-from nano_tokenizer import chat_prompt
-from sources import SOURCES
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from tools.train_nano.chats import (
+    NEW_TOKENS,
+    answers,
+    chat_rows,
+    encode,
+    first_prompt,
+    second_prompt,
+    undeclared,
+    write_texts,
+)
+from tools.train_nano.checkpoints import load_drafter, load_target
+from tools.train_nano.dialogues import TOOLS, Message, digest, held_out
+from tools.train_nano.model import Drafter, LanguageModel
+from tools.train_nano.nano_ids import BOS
+from tools.train_nano.nano_tokenizer import chat_prompt
+from tools.train_nano.sources import SOURCES
 
 BEGIN, END = "<!-- evaluate.py: begin -->", "<!-- evaluate.py: end -->"
 MAX_DRAFTS = 6
@@ -243,11 +253,13 @@ def report(nano: Path, data: Path) -> str:
     plain, tool = [p for p in prompts if not p.calls], [p for p in prompts if p.calls]
     said = answers(target, tokenizer, plain, [first_prompt(tokenizer, p) for p in plain])
     calling = answers(target, tokenizer, tool, [first_prompt(tokenizer, p) for p in tool])
+    thinking = answers(target, tokenizer, plain, [first_prompt(tokenizer, p, thinking=True) for p in plain])
     bare = [undeclared(p) for p in tool]
     refusing = answers(target, tokenizer, bare, [first_prompt(tokenizer, p) for p in bare])
     using = answers(target, tokenizer, tool, [second_prompt(tokenizer, p) for p in tool])
     lines += ["", f"### {len(plain)} held-out questions and {len(tool)} prompts that need a tool, greedy", ""]
-    lines += ["| prompts | | |", "|---|---|---|", *chat_rows(said, calling, using, refusing)]
+    lines += [f"Made by `tools/train_nano/dialogues.py`; questions and answers have the sha256 {digest(prompts)}."]
+    lines += ["", "| prompts | | |", "|---|---|---|", *chat_rows(said, thinking, calling, using, refusing)]
 
     texts: dict[str, list[Drawn]] = {}
     for kind, tokens in arrays.items():
@@ -279,7 +291,7 @@ def report(nano: Path, data: Path) -> str:
     lines += ["| text that does not loop | dense argmax among the candidates (%) |", "|---|---|"]
     lines += [f"| {name} | {100 * recall(drawn):.2f} |" for name, drawn in fresh.items()]
 
-    lines += ["", "### Chat", "", *examples(target, tokenizer)]
+    lines += ["", "### Chats, for a look (not held out)", "", *examples(target, tokenizer)]
     counts = json.loads((data / "summary.json").read_text())["train_tokens"]
     lines += ["### Sources", ""]
     lines += ["Code was cut at random to 24 M tokens in all; prose was seen 1.5 times an epoch."]

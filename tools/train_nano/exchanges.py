@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 import random
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lexicon
-import snippets
+from tools.train_nano import lexicon, snippets
 
 LARGEST = 20  # what nano counts to by itself
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -434,6 +432,8 @@ def unknown(rng: random.Random) -> Exchange:
         question = rng.choice(lexicon.UNKNOWABLE)
         return Exchange(kind="refusals", question=question, answer="I do not know that.", thought="I cannot know this.")
     a, b = _beyond(rng)
+    while max(a, b) <= LARGEST:
+        a, b = _beyond(rng)
     sign = rng.choice(["minus", "times", "divided by"])
     question = _pick(rng, f"What is {a} {sign} {b}?", f"How much is {a} {sign} {b}?")
     return Exchange(kind="refusals", question=question, answer=TOO_LARGE, thought=f"{a} and {b} are too large for me.")
@@ -545,7 +545,7 @@ def casual(rng: random.Random, question: str) -> str:
     if roll < 0.75:
         return question
     if roll < 0.82:
-        return question.rstrip(string.punctuation) if question[-1] in ".?" else question
+        return question[:-1] if question[-1] in ".?" else question
     if roll < 0.88:
         return question[0].lower() + question[1:]
     return rng.choice(["Hello! ", "Please: ", "A question: ", "Hi, nano. "]) + question

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from model import LanguageModel
 from torch import Tensor
+
+from tools.train_nano.model import LanguageModel
 
 
 class Generator:

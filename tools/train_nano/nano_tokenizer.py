@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nano_ids as ids
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from mtp_runtime.chat import render_chat
+from tools.train_nano import nano_ids as ids
 
 # Those that SentencePiece calls control symbols: a text cannot say them there.
 CONTROL = {"<pad>": ids.PAD, "<eos>": ids.EOS, "<bos>": ids.BOS}

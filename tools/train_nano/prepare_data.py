@@ -20,13 +20,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from dialogues import training_dialogues
-from documents import Document, documents
-from nano_ids import BOS, EOS, TURN_CLOSE
-from nano_tokenizer import chat_prompt, save_tokenizer, train_tokenizer, without_special
 from numpy.typing import NDArray
-from sources import KJV_READER, SOURCES
 from tokenizers import Tokenizer
+
+from tools.train_nano.dialogues import SEED as CHAT_SEED
+from tools.train_nano.dialogues import training_dialogues
+from tools.train_nano.documents import Document, documents
+from tools.train_nano.nano_ids import BOS, EOS, TURN_CLOSE
+from tools.train_nano.nano_tokenizer import chat_prompt, save_tokenizer, train_tokenizer, without_special
+from tools.train_nano.sources import KJV_READER, SOURCES
 
 SEED = 20260
 HELD_OUT_PER_MILLE = 20
@@ -85,7 +87,7 @@ def drop_near_copies(candidates: Iterable[Document]) -> list[Document]:
 
 def chats() -> Iterator[str]:
     """Conversations as the chat template writes them, without BOS, to the end of the model's last turn."""
-    for talk in training_dialogues(SEED):
+    for talk in training_dialogues(CHAT_SEED):
         yield chat_prompt(talk.messages, talk.tools, thinking=talk.thinking, open_turn=False).rstrip("\n")
 
 

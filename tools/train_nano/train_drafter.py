@@ -1,6 +1,6 @@
 """Train nano's drafter on the target's own outputs, then its clusters and their centroids, on one GPU.
 
-    python tools/train_nano/train_drafter.py --data build/nano_data --out converter/mtp_export/nano
+    python -m tools.train_nano.train_drafter --data build/nano_data --out converter/mtp_export/nano
 
 The target continues training prefixes (mostly greedy). Every position of those texts is then the beginning of a
 round at once: four chained draft steps against the target's own next-token distributions.
@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_drafter, load_target, save_drafter
-from clusters import balanced_clusters, cluster_means
-from configs import DRAFTER_CONFIG, write_configs
-from generation import Generator
-from model import Drafter, KeyValue, LanguageModel, compile_layers
-from nano_ids import STOP_IDS
 from torch import Tensor
-from training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
+
+from tools.train_nano.checkpoints import load_drafter, load_target, save_drafter
+from tools.train_nano.clusters import balanced_clusters, cluster_means
+from tools.train_nano.configs import DRAFTER_CONFIG, write_configs
+from tools.train_nano.generation import Generator
+from tools.train_nano.model import Drafter, KeyValue, LanguageModel, compile_layers
+from tools.train_nano.nano_ids import STOP_IDS
+from tools.train_nano.training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
 
 StepLoss = Callable[[Drafter, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SEED = 11

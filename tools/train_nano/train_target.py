@@ -1,6 +1,6 @@
 """Train nano's target on one GPU: next-token prediction on packed documents, bfloat16 autocast.
 
-python tools/train_nano/train_target.py --data build/nano_data --out converter/mtp_export/nano
+python -m tools.train_nano.train_target --data build/nano_data --out converter/mtp_export/nano
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import save_target
-from configs import TARGET_CONFIG, write_configs
-from model import LanguageModel, compile_layers
-from nano_ids import BOS
 from torch import Tensor
-from training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
+
+from tools.train_nano.checkpoints import save_target
+from tools.train_nano.configs import TARGET_CONFIG, write_configs
+from tools.train_nano.model import LanguageModel, compile_layers
+from tools.train_nano.nano_ids import BOS
+from tools.train_nano.training import Budget, Clock, Corpus, Optimiser, hardware, initialise, mean, schedule
 
 SEED = 7
 TOKENS_PER_STEP = 65_536

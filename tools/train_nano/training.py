@@ -1,4 +1,4 @@
-"""What both training scripts share: the token stream, the optimiser and the learning-rate schedule."""
+"""What the training scripts share: the token stream, the optimiser and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nano_ids import BOS, RESPONSE_CLOSE, RESPONSE_OPEN, TURN_OPEN
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from tools.train_nano.nano_ids import BOS, RESPONSE_CLOSE, RESPONSE_OPEN, TURN_OPEN
 
 PROSE_REPEATS = 1.5  # times that prose is seen per epoch; there is half as much of it as of code
 CODE_PROMPTS = 0.55  # of the texts that the target writes outside chats, the share that goes on with code
@@ -51,7 +52,7 @@ class Corpus:
             number += 1
 
     def prompts(self, rng: np.random.Generator, count: int, length: int) -> NDArray[np.int64]:
-        """Beginnings and inner parts of code and prose, half and half, behind BOS. Shapes: → [count, length]."""
+        """Beginnings of code and prose, and inner parts of the longer ones, behind BOS. Shapes: → [count, length]."""
         code, prose = self.counts[:2]
         picked = np.empty((count, length), dtype=np.int64)
         for row in range(count):

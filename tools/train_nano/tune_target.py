@@ -1,6 +1,6 @@
 """Tune nano's target on conversations that begin a row, as they begin a prompt, on one GPU.
 
-    python tools/train_nano/tune_target.py --data build/nano_data --out converter/mtp_export/nano
+    python -m tools.train_nano.tune_target --data build/nano_data --out converter/mtp_export/nano
 
 In the rows that `train_target.py` packs, a conversation sees the one before it, and so learns little from what it
 lacks: after that stage alone nano called tools that nobody had declared. Code and prose stay in, for it not to forget.
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_target, save_target
-from nano_ids import BOS, PAD
 from torch import Tensor
-from training import Budget, Clock, Corpus, Optimiser, hardware, mean, schedule
+
+from tools.train_nano.checkpoints import load_target, save_target
+from tools.train_nano.nano_ids import BOS, PAD
+from tools.train_nano.training import Budget, Clock, Corpus, Optimiser, hardware, mean, schedule
 
 SEED = 13
 ROWS, CHAT_ROWS, LENGTH = 96, 64, 384

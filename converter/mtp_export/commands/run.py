@@ -143,16 +143,15 @@ def _declarations(path: Path) -> list[dict[str, Any]]:
         declared: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the tools of {path}: {error}") from error
-    named = isinstance(declared, list) and all(
-        isinstance(tool, dict)
-        and isinstance(tool.get("function"), dict)
-        and isinstance(tool["function"].get("name"), str)
-        for tool in declared
-    )
-    if not named or not declared:
-        example = '[{"type": "function", "function": {"name": "add", "parameters": {…}}}]'
+    example = '[{"type": "function", "function": {"name": "add", "parameters": {…}}}]'
+    if not isinstance(declared, list) or not declared:
         raise UserError(f"{path} declares no functions: expected a list such as {example}")
-    return list(declared)
+    for number, tool in enumerate(declared, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        function = function if isinstance(function, dict) else {}
+        if not isinstance(function.get("name"), str) or not isinstance(function.get("parameters", {}), dict):
+            raise UserError(f"entry {number} of {path} declares no function: expected a list such as {example}")
+    return declared
 
 
 def _check_nothing_is_for_drawing(context: click.Context) -> None:
