@@ -18,6 +18,7 @@ demo: $(STAMP)
 	$(BIN)/mtp-export parity build/demo-onnx --limit 16 --threads 1
 	$(BIN)/mtp-export run build/demo --chat 'What does the verb climb mean?'
 	$(BIN)/mtp-export run build/demo --chat --tools examples/tools.json 'What is 231 plus 84?'
+	$(BIN)/python examples/tools.py build/demo
 	$(BIN)/mtp-export calibrate build/demo
 	$(BIN)/mtp-export report build/demo
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from mtp_runtime.errors import UserError
+from mtp_runtime.native_calls import assistant_message
 from mtp_runtime.session import Generation, Session
 from mtp_runtime.stats import GenerationStats
 from mtp_runtime.trace import FinishReason, GenerationTrace, Token
@@ -18,9 +19,10 @@ Message = Mapping[str, Any]
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A message to the model and its reply, as the chat template takes them."""
+    """What was said to the model, one message or the answers of several tools, and its reply, as the chat template
+    takes them."""
 
-    message: dict[str, Any]
+    messages: tuple[dict[str, Any], ...]
     reply: dict[str, Any]
 
 
@@ -37,10 +39,14 @@ class Reply(Iterator[Token]):
     """
 
     def __init__(
-        self, conversation: Conversation, message: Message, prompt_ids: Sequence[int], options: Mapping[str, Any]
+        self,
+        conversation: Conversation,
+        messages: Sequence[Message],
+        prompt_ids: Sequence[int],
+        options: Mapping[str, Any],
     ) -> None:
         """Start nothing yet: the first `next` processes the prompt. Made by `Conversation.say`."""
-        self.message = message
+        self.messages = tuple(messages)
         self.prompt_ids = tuple(prompt_ids)
         self._conversation = conversation
         self._options = options
@@ -120,6 +126,13 @@ class Reply(Iterator[Token]):
             return text[:found] if found >= 0 else generation.text
         return text
 
+    def as_message(self) -> dict[str, Any]:
+        """Return the reply as a message: where the conversation has tools and the reply calls them in Gemma 4's
+        notation, with `tool_calls` as OpenAI's API writes them."""
+        if self._conversation.has_tools:
+            return assistant_message(self.content())
+        return {"role": "assistant", "content": self.content()}
+
     def _started(self) -> Generation:
         """Return the generation; what the cache holds is looked at as late as possible, for others may use it."""
         if self._generation is None:
@@ -156,10 +169,18 @@ class Conversation:
     def messages(self) -> list[dict[str, Any]]:
         """Everything said so far, in order."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*system, *(dict(message) for turn in self.turns for message in (turn.message, turn.reply))]
+        return [*system, *(dict(message) for turn in self.turns for message in (*turn.messages, turn.reply))]
 
-    def say(self, message: str | Message, **options: Any) -> Reply:
-        """Return the reply to a user's text or to any message, as an iterator of its tokens.
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template is given tools."""
+        return bool(self._options.get("tools"))
+
+    def say(self, message: str | Message | Sequence[Message], **options: Any) -> Reply:
+        """Return the reply to a user's text, to any message, or to several, as an iterator of its tokens.
+
+        Tools are answered by messages with the role "tool", their `name` and `content`, one for each of the reply's
+        `tool_calls`, all in one `say`.
 
         `options` are those of `Session.generate`, other than keep_length. A reply under way is closed first. The
         turn is part of the conversation from the reply's first token on: if there is none, it never was.
@@ -171,8 +192,10 @@ class Conversation:
         if "keep_length" in options:
             raise UserError("keep_length is the conversation's own matter: leave it out")
         self._close_reply()
-        said = {"role": "user", "content": message} if isinstance(message, str) else dict(message)
-        prompt = self.session.chat_prompt([*self.messages, said], **self._options)
+        if isinstance(message, str):
+            message = {"role": "user", "content": message}
+        said = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+        prompt = self.session.chat_prompt([*self.messages, *said], **self._options)
         self._reply = Reply(self, said, self.session.tokenize(prompt), options)
         return self._reply
 
@@ -226,7 +249,7 @@ class Conversation:
 
 
 def _turn(reply: Reply) -> Turn:
-    return Turn(message=dict(reply.message), reply={"role": "assistant", "content": reply.content()})
+    return Turn(messages=tuple(dict(message) for message in reply.messages), reply=reply.as_message())
 
 
 def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:

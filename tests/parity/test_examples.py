@@ -17,6 +17,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAYS = {
     "stream.py": r"\[[^\]]+\][\s\S]*\n\d+ tokens, [1-9]\d* of \d+ drafts accepted\n",
     "chat.py": r"\(0 of \d+ prompt tokens [\s\S]*\([1-9]\d* of \d+ prompt tokens reused\)[\s\S]*: the same reply\n",
+    "tools.py": r'"a": 231, "b": 84[\s\S]*: 231 plus 84 is 315\.\n[\s\S]*: The word for Monday is lighthouse: '
+    r"a tower with a bright light that guides ships\.\n[\s\S]*model: 7 plus 5 is 12\.\n",
 }
 
 

@@ -63,7 +63,7 @@ def test_each_turn_says_what_a_fresh_session_would(
         shorter = min(len(before), len(reply.prompt_ids) - 1)
         assert stats.reused_tokens == shorter or reply.prompt_ids[stats.reused_tokens] != before[stats.reused_tokens]
         assert is_consistent(session)
-    assert [turn.message["content"] for turn in conversation.turns] == list(MESSAGES)
+    assert [turn.messages[0]["content"] for turn in conversation.turns] == list(MESSAGES)
     assert len(conversation.messages) == 2 * len(MESSAGES)
 
 
@@ -136,7 +136,7 @@ def test_a_reply_that_never_began_is_no_turn(open_session: OpenSession) -> None:
     never = conversation.say("cd", **OPTIONS)
     reply = conversation.say("e", **OPTIONS)
     reply.finish()
-    assert [turn.message["content"] for turn in conversation.turns] == ["ab", "e"]
+    assert [turn.messages[0]["content"] for turn in conversation.turns] == ["ab", "e"]
     assert list(never) == []
     with pytest.raises(UserError, match="the reply was closed before it began"):
         never.finish()
