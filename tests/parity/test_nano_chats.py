@@ -171,7 +171,8 @@ def add(a: int, b: int) -> int:
 def test_the_stock_conversation_chats_and_calls_a_tool(export_nano: Export, drafts: bool) -> None:
     """LiteRT-LM's own, from the bundle alone: its template, its tokenizer and its stop tokens."""
     path = next(export_nano("int8").glob("*.litertlm"))
-    options: dict[str, Any] = {"backend": litert_lm.Backend.CPU(), "enable_speculative_decoding": drafts}
+    options: dict[str, Any] = {"backend": litert_lm.Backend.CPU(), "cache_dir": ":nocache"}
+    options["enable_speculative_decoding"] = drafts
     with litert_lm.Engine(str(path), **options) as engine:
         with engine.create_conversation() as conversation:
             reply = conversation.send_message("What does the verb climb mean?")
