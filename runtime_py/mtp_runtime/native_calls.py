@@ -111,4 +111,7 @@ def _value(text: str, at: int, level: int) -> tuple[Any, int]:
     word = literal[0]
     if word in _LITERALS:
         return _LITERALS[word], literal.end()
-    return (int(word) if word.lstrip("-").isdigit() else float(word)), literal.end()
+    try:
+        return (int(word) if word.lstrip("-").isdigit() else float(word)), literal.end()
+    except ValueError as error:  # more digits than Python converts
+        raise _NoCallError from error

@@ -66,6 +66,7 @@ def test_what_a_template_writes_is_read_back(calls: list[tuple[str, dict[str, An
         "<|tool_call>add{a:1}<tool_call|>",
         "<|tool_call>call:add{a:" + "[" * 100_000 + "}<tool_call|>",
         "<|tool_call>call:add{a:1}<tool_call|><|tool_call>call:add{",
+        "<|tool_call>call:add{a:" + "1" * 5000 + "}<tool_call|>",
     ],
 )
 def test_what_is_no_call_stays_as_it_is(text: str) -> None:
