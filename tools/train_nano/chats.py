@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tools.train_nano.dialogues import Prompt
+from mtp_runtime.native_calls import assistant_message
+from tools.train_nano.dialogues import Prompt, call_messages
 from tools.train_nano.exchanges import NO_WORD, TOO_LARGE
 from tools.train_nano.generation import Generator
 from tools.train_nano.model import LanguageModel
@@ -20,8 +20,6 @@ from tools.train_nano.nano_ids import BOS, CALL_CLOSE, CHANNEL_OPEN, RESPONSE_OP
 from tools.train_nano.nano_tokenizer import chat_prompt
 
 NEW_TOKENS = 128
-_CALL = re.compile(r"<\|tool_call>call:(\w+)\{(.*?)\}<tool_call\|>")
-_ARGUMENT = re.compile(r'(\w+):(<\|"\|>(.*?)<\|"\|>|-?\d+)')
 _TYPES: Mapping[str, type] = {"string": str, "integer": int}
 
 
@@ -67,12 +65,7 @@ def first_prompt(tokenizer: Tokenizer, prompt: Prompt, *, thinking: bool = False
 
 def second_messages(prompt: Prompt) -> list[dict[str, Any]]:
     """The question, the right calls and the tools' answers."""
-    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in prompt.calls]
-    return [
-        {"role": "user", "content": prompt.question},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": function} for function in functions]},
-        *({"role": "tool", "name": call.name, "content": call.result} for call in prompt.calls),
-    ]
+    return [{"role": "user", "content": prompt.question}, *call_messages(prompt.calls)]
 
 
 def second_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -97,21 +90,17 @@ def calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
     """The calls that a reply consists of; None unless each names a declared tool and has its parameters, all of them
     and none else, of their types."""
     declared = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in tools}
-    body = text.removesuffix("<|tool_response>")
-    found = _CALL.findall(body)
-    if not found or _CALL.sub("", body):
+    said = text.removesuffix("<|tool_response>")
+    message = assistant_message(said)
+    # Nothing beside the calls, and each as the template would write it.
+    written = chat_prompt([message], open_turn=False)
+    if message["content"] or "tool_calls" not in message or written != f"<|turn>model\n{said}<|tool_response>":
         return None
-    parsed = []
-    for name, arguments in found:
-        pairs = list(_ARGUMENT.finditer(arguments))
-        values = {m[1]: m[3] if m[2].startswith("<") else int(m[2]) for m in pairs}
-        whole = ",".join(m[0] for m in pairs) == arguments and len(values) == len(pairs)
-        if name not in declared or not whole:
+    parsed = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    for name, values in parsed:
+        wanted = {key: _TYPES[value["type"]] for key, value in declared.get(name, {}).items()}
+        if name not in declared or {key: type(value) for key, value in values.items()} != wanted:
             return None
-        wanted = {key: _TYPES[value["type"]] for key, value in declared[name].items()}
-        if {key: type(value) for key, value in values.items()} != wanted:
-            return None
-        parsed.append((name, values))
     return parsed
 
 

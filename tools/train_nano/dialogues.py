@@ -86,15 +86,19 @@ def _for_training(rng: random.Random, makers: Sequence[tuple[Maker, float]], *, 
             return exchange
 
 
+def call_messages(calls: Sequence[Call], **thought: str) -> list[Message]:
+    """The calls of one reply, and what the tools give."""
+    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    written = [{"type": "function", "function": function} for function in functions]
+    calling: Message = {"role": "assistant", "content": "", "tool_calls": written, **thought}
+    return [calling, *({"role": "tool", "name": call.name, "content": call.result} for call in calls)]
+
+
 def _messages(exchange: Exchange, question: str, answer: str, thinking: bool) -> Iterator[Message]:
     yield {"role": "user", "content": question}
     thought = {"reasoning_content": exchange.thought} if thinking else {}
     if exchange.calls:
-        functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in exchange.calls]
-        calls = [{"type": "function", "function": function} for function in functions]
-        yield {"role": "assistant", "content": "", "tool_calls": calls, **thought}
-        for call in exchange.calls:
-            yield {"role": "tool", "name": call.name, "content": call.result}
+        yield from call_messages(exchange.calls, **thought)
         yield {"role": "assistant", "content": answer}
     else:
         yield {"role": "assistant", "content": answer, **thought}
