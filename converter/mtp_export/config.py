@@ -30,7 +30,8 @@ class ExportConfig:
     bundle only if it is measured to be the same model still. rounding: of the target's matrices, to the nearest value
     or by GPTQ on `prompts` (None: those of the package). max_size_bytes: of what ships, fewer bits than the recipe's
     where they cost least on `prompts`. centroid_top_k: clusters that the head scores. measured: which of
-    drafter_position_offset and centroid_top_k are what is best on `prompts`.
+    drafter_position_offset and centroid_top_k are what is best on `prompts`. chat_template: a file in place of the
+    target's own.
     """
 
     model: str
@@ -57,6 +58,7 @@ class ExportConfig:
     max_size_bytes: int | None = None
     centroid_top_k: int | None = None
     measured: tuple[str, ...] = ()
+    chat_template: Path | None = None
 
     def check(self) -> None:
         """Check all that can be checked before a checkpoint is opened.

@@ -92,9 +92,10 @@ def _linear_format(name: str, recipe: Recipe) -> WeightFormat:
 
 
 def drafter_parameters(
-    checkpoint: Checkpoint, graph: TracedGraph, spec: DrafterSpec, recipe: Recipe
+    checkpoint: Checkpoint, graph: TracedGraph, spec: DrafterSpec, recipe: Recipe, never_drafted: Sequence[int] = ()
 ) -> dict[str, Parameter]:
     """Parameters of the drafter; its embedding becomes the clustered table, in the form that the graph has it in.
+    Where it would draft a token of `never_drafted`, it drafts the first one that is not among them.
 
     Raises:
         CheckpointError: as for the target.
@@ -105,7 +106,9 @@ def drafter_parameters(
         for name, shape in graph.weights.items()
         if name not in _DERIVED
     }
-    table = _clustered_table(checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights)
+    table = _clustered_table(
+        checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights, never_drafted=never_drafted
+    )
     return {name: value for name, value in (parameters | table).items() if name in graph.weights}
 
 
@@ -131,10 +134,17 @@ def _stored(
 
 
 def _clustered_table(
-    checkpoint: Checkpoint, spec: DrafterSpec, shape: tuple[int, ...], *, row_scales: bool
+    checkpoint: Checkpoint,
+    spec: DrafterSpec,
+    shape: tuple[int, ...],
+    *,
+    row_scales: bool,
+    never_drafted: Sequence[int],
 ) -> dict[str, Parameter]:
     """The embedding in cluster order: float32, or int8 with the tokens' scales apart where the graph multiplies by
     them. A table of three axes holds the tokens of a cluster as columns, one of two axes as rows one after another."""
+    substitute = next((token for token in range(spec.vocab_size) if token not in never_drafted), None)
+    hidden = np.array([] if substitute is None else sorted({*never_drafted}), np.int64)
     clusters, size = spec.head.num_centroids, spec.head.cluster_size
     ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
 
@@ -158,9 +168,15 @@ def _clustered_table(
         return np.concatenate(pieces)
 
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
-        return ordering()[start:stop].astype(np.int32)
+        ids = ordering()[start:stop]
+        return np.where(np.isin(ids, hidden), substitute, ids).astype(np.int32) if len(hidden) else ids.astype(np.int32)
 
-    places = functools.cache(lambda: np.argsort(ordering(), axis=None).astype(np.int32))
+    @functools.cache
+    def places() -> NDArray[np.int32]:
+        found = np.argsort(ordering(), axis=None).astype(np.int32)
+        if len(hidden):
+            found[hidden] = found[substitute]
+        return found
 
     def token_places(start: int, stop: int) -> NDArray[np.int32]:
         return places()[start:stop]

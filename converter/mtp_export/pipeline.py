@@ -32,6 +32,7 @@ from mtp_export.source.checkpoint import Checkpoint, hash_file
 from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
 from mtp_export.source.stored_integers import check_runs
+from mtp_export.source.templates import read_template
 from mtp_export.squares import with_squares_reshaped_first
 from mtp_export.staging import staged_folder
 from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
@@ -91,16 +92,20 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
             _check_floats(pair)
         journal = Journal(folder, _made_of(config, pair))
         shape = graph_shape(config, pair)
+        format = FORMATS[config.export_format]
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
         if config.measured:
             config, pair = _choices().with_measured(config, pair, progress)
             clock.lap("drafts")
-        format = FORMATS[config.export_format]
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         unused = pair_left_aside(pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
+        if format.container and "chat_template" in contents:
+            progress.start("trying the template", 0)
+            _check_template(pair, contents)
+            clock.lap("template")
         bits: Mapping[str, int] = {}
         if config.max_size_bytes is not None:
             values, bits = _choices().within_size(config, pair, graphs, values, config.max_size_bytes, progress)
@@ -127,6 +132,21 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         manifest=manifest,
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
+    )
+
+
+def _check_template(pair: Pair, contents: Mapping[str, str]) -> None:
+    """Raises:
+    CheckpointError: LiteRT-LM does not make of the chat template what transformers makes of it.
+    """
+    from mtp_export.litertlm_metadata import added_pieces, stop_texts
+    from mtp_export.stock_template import check_template
+
+    check_template(
+        contents["chat_template"],
+        special_tokens=texts.special_tokens(pair.target),
+        stops=stop_texts(added_pieces(contents["tokenizer"]), pair.stop_token_ids),
+        tokenizer_json=contents["tokenizer"],
     )
 
 
@@ -181,7 +201,8 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
         CheckpointError: one is damaged or of another architecture, or they do not fit each other.
     """
     model = published.PAIRS[config.model]
-    target = AdaptedCheckpoint(_folder(config.target, model.target_id, "target", find), "target", config.adapters)
+    folder = _folder(config.target, model.target_id, "target", find)
+    target = AdaptedCheckpoint(folder, "target", config.adapters, chat_template=config.chat_template)
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
     gemma4.check_model(model.name, "target", model.target, target_spec)
     stop_ids = texts.stop_token_ids(target, target_spec)
@@ -288,7 +309,10 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
         for name, parameter in part.items():
             if parameter.stored:
                 check_runs(name, parameter.format, config.export_format, looked_up=parameter.looked_up)
-    return values | {"drafter": parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe)}
+    # LiteRT-LM forgets the token that ends a reply, but for one that was drafted: so none is (docs/litert-lm.md).
+    never_drafted = pair.stop_token_ids if FORMATS[config.export_format].container else ()
+    of_drafter = parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe, never_drafted)
+    return values | {"drafter": of_drafter}
 
 
 def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph], *, reads_weights: bool = True) -> tuple[str, ...]:
@@ -508,6 +532,8 @@ def manifest_of(
         suppress_tokens=generation.suppress_tokens,
         sampler=generation.sampler,
         special_tokens=texts.special_tokens(pair.target),
+        chat_template=read_template(pair.target).origin(),
+        images=gemma4.read_image_settings(pair.target.config),
         target=dataclasses.asdict(pair.target_spec),
         drafter=dataclasses.asdict(pair.drafter_spec),
         inputs=tuple(inputs),

@@ -1,4 +1,4 @@
-"""The proof of a bundle: the same prompts through every way of running it, compared token by token."""
+"""The proof of a bundle: the same prompts and chats through every way of running it, compared token by token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import msgspec
 
 from mtp_calibration.corpus import Prompt
 from mtp_calibration.observe import text_of
+from mtp_export.chat_parity import ChatTurn, compare_stock_chat, compare_tokens_of_chat, hold
+from mtp_export.chats import Chat, parity_chats
+from mtp_export.litertlm_metadata import llm_metadata, metadata_differences
 from mtp_export.stock_runtime import StockRun, run_stock
 from mtp_runtime import GenerationTrace, Session
 from mtp_runtime.errors import UserError
+from mtp_runtime.litertlm import read_metadata
 from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
 
 # In logits (soft-capped at ±30). Float graphs differ by reordered sums: some 1e-5. A quantised graph rounds its
@@ -19,6 +23,8 @@ from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_t
 # of 1e-2 were measured between one-token and five-token passes of nano.
 TOLERANCES = {"f32": 1e-3, "int8": 0.05, "int4": 0.05}
 
+_CHAT_TOKENS = 96  # of a reply
+_MOST_CHAT_TOKENS = 2000
 _SLOWEST_TOKEN_S = 1.0  # slower than this, stock LiteRT-LM is taken to hang
 
 
@@ -33,7 +39,8 @@ def prove(
     on_run: Callable[[str], None] = lambda name: None,
 ) -> ParityReport:
     """Compare, against the reference runtime without MTP: itself with every K, transformers with `checkpoint` (float
-    bundles only), and stock LiteRT-LM without and with MTP.
+    bundles only), and stock LiteRT-LM without and with MTP. Where there is a chat template, chats too, in our
+    Conversation, transformers and LiteRT-LM's.
 
     Raises:
         MtpError: the bundle or a runtime fails.
@@ -60,6 +67,13 @@ def prove(
             )
 
         results = [_ours(traces, k, compare([trace.tokens for trace in traces])) for k, traces in enumerate(runs)]
+        chats, held = parity_chats() if session.bundle.has("chat_template") else [], []
+        findings: list[str] = []
+        for chat in chats:
+            on_run(f"reference runtime, chat {chat.name}")
+            held.append(hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=0))
+        if chats:
+            results.append(_our_chats(session, chats, held, tolerance))
         left_out = [] if stock else ["stock LiteRT-LM: --no-stock was given"]
         if stock and not session.bundle.has("litertlm") and path.is_dir():
             stock, left_out = False, [f"stock LiteRT-LM: it runs .litertlm files, and this is {manifest.export_format}"]
@@ -69,22 +83,37 @@ def prove(
             left_out.append("transformers: name the checkpoint that the bundle was made from with --checkpoint")
         else:
             on_run("transformers")
-            results.append(_transformers(checkpoint, plain, compare))
+            turns = [turn.trace for chat in held for turn in chat]
+            said = _greedy(checkpoint, [*plain, *turns])
+            results.append(_transformers("transformers", compare(said[: len(plain)])))
+            if chats:
+                outputs, comparisons = iter(said[len(plain) :]), []
+                for chat, reference in zip(chats, held, strict=True):
+                    replies = [next(outputs) for _ in reference]
+                    comparisons.append(compare_tokens_of_chat(chat, reference, replies, tolerance=tolerance))
+                results.append(_transformers("transformers chats", tuple(comparisons)))
         if stock:
             container = session.bundle.path("litertlm") if path.is_dir() else path
+            expected = llm_metadata(session.bundle.path("tokenizer").parent, manifest)
+            findings = metadata_differences(read_metadata(container), expected)
+            bos = "" if expected.HasField("start_token") else session.tokenizer.bos_token
             for use_mtp in (False, True):
                 on_run("LiteRT-LM, MTP" if use_mtp else "LiteRT-LM")
                 run = run_stock(
                     container,
-                    [prompt.text for prompt in prompts],
+                    [bos + prompt.text for prompt in prompts],
                     max_new_tokens=max_new_tokens,
                     context_length=manifest.context_length,
                     use_mtp=use_mtp,
                     threads=threads,
-                    timeout_s=300.0 + len(prompts) * max_new_tokens * _SLOWEST_TOKEN_S,
+                    timeout_s=300.0 + (len(prompts) * max_new_tokens + _MOST_CHAT_TOKENS) * _SLOWEST_TOKEN_S,
+                    chats=chats,
+                    max_chat_tokens=_CHAT_TOKENS,
                 )
                 drafts = manifest.num_draft_tokens if use_mtp else 0
                 results.append(stock_result(run, drafts, [prompt.id for prompt in prompts], plain, texts, tolerance))
+                if chats:
+                    results.append(_stock_chats(session, run, drafts, chats, held, tolerance))
     return ParityReport(
         model=manifest.model,
         recipe=manifest.recipe,
@@ -93,6 +122,38 @@ def prove(
         max_new_tokens=max_new_tokens,
         results=tuple(results),
         left_out=tuple(left_out),
+        findings=tuple(findings),
+    )
+
+
+def _our_chats(
+    session: Session, chats: Sequence[Chat], held: Sequence[Sequence[ChatTurn]], tolerance: float
+) -> RunnerResult:
+    k, comparisons, traces = session.manifest.num_draft_tokens, [], []
+    for chat, reference in zip(chats, held, strict=True):
+        turns = hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=k)
+        outputs = [turn.trace.tokens for turn in turns]
+        comparisons.append(compare_tokens_of_chat(chat, reference, outputs, tolerance=tolerance))
+        traces += [turn.trace for turn in turns]
+    return msgspec.structs.replace(_ours(traces, k, tuple(comparisons)), runner="mtp_runtime chats")
+
+
+def _stock_chats(
+    session: Session,
+    run: StockRun,
+    k: int,
+    chats: Sequence[Chat],
+    held: Sequence[Sequence[ChatTurn]],
+    tolerance: float,
+) -> RunnerResult:
+    found = zip(chats, held, run.chats, run.chat_errors, strict=True)
+    return RunnerResult(
+        runner="LiteRT-LM chats",
+        num_draft_tokens=k,
+        tokens_per_second=None,
+        acceptance_rate=None,
+        committed_per_round=None,
+        comparisons=tuple(compare_stock_chat(session, *parts, tolerance=tolerance) for parts in found),
     )
 
 
@@ -135,24 +196,23 @@ def _ours(traces: Sequence[GenerationTrace], k: int, comparisons: tuple[Comparis
     )
 
 
-def _transformers(
-    checkpoint: Path,
-    plain: Sequence[GenerationTrace],
-    compare: Callable[[Sequence[Sequence[int]]], tuple[Comparison, ...]],
-) -> RunnerResult:
+def _greedy(checkpoint: Path, plain: Sequence[GenerationTrace]) -> list[list[int]]:
     from mtp_export.reference import greedy  # loads torch
 
     try:
-        said = greedy(checkpoint, [trace.prompt_ids for trace in plain], [trace.tokens for trace in plain])
+        return greedy(checkpoint, [trace.prompt_ids for trace in plain], [trace.tokens for trace in plain])
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot load {checkpoint}: {error}") from error
+
+
+def _transformers(runner: str, comparisons: tuple[Comparison, ...]) -> RunnerResult:
     return RunnerResult(
-        runner="transformers",
+        runner=runner,
         num_draft_tokens=0,
         tokens_per_second=None,
         acceptance_rate=None,
         committed_per_round=None,
-        comparisons=compare(said),
+        comparisons=comparisons,
     )
 
 

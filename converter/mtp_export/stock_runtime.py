@@ -14,10 +14,33 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from mtp_export.chats import MAX_CALLS, Chat
+
 from mtp_runtime.errors import BackendError
+
+
+class StockTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a chat, or the answers of tools: the text that the runtime fed the model, what the app got, and
+    how many tokens the runtime holds then."""
+
+    fed: str
+    reply: dict[str, Any]
+    held_tokens: int
+
+    @property
+    def text(self) -> str:
+        """The text of the reply, without calls and thoughts."""
+        parts = self.reply.get("content", [])
+        return "".join(part.get("text", "") for part in parts)
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The functions that the reply calls, as {"name": …, "arguments": …}."""
+        return [call["function"] for call in self.reply.get("tool_calls", [])]
 
 
 class _Request(msgspec.Struct, kw_only=True):
@@ -30,6 +53,8 @@ class _Request(msgspec.Struct, kw_only=True):
     threads: int
     backend: str
     activations: str | None
+    chats: list[Chat] = []
+    max_chat_tokens: int = 0
 
 
 class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,10 +73,12 @@ class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StockRun(msgspec.Struct, frozen=True, kw_only=True):
-    """All prompts of one engine. `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what
+    """All prompts and chats of one engine; a chat that failed has fewer turns, and `chat_errors` says why. `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what
     creating the engine took. `warnings` say what fell back to another processor, in the runtime's own words."""
 
     outputs: list[StockOutput]
+    chats: list[list[StockTurn]] = []
+    chat_errors: list[str] = []
     load_ms: float = 0.0
     acceptance_rate: float | None = None
     peak_memory_bytes: int | None = None
@@ -75,9 +102,12 @@ def run_stock(
     backend: str = "cpu",
     activations: str | None = None,
     timeout_s: float = 600.0,
+    chats: Sequence[Chat] = (),
+    max_chat_tokens: int = 0,
 ) -> StockRun:
-    """Run stock LiteRT-LM greedily over `prompts`, without a chat template, on the CPU or, with `backend` gpu, on the
-    GPU, there with `activations` in fp32 or fp16 (None: its own choice).
+    """Run stock LiteRT-LM greedily over `prompts`, without a chat template, and over `chats` as its Conversation has
+    them, with replies of `max_chat_tokens` at most; on the CPU or, with `backend` gpu, on the GPU, there with
+    `activations` in fp32 or fp16 (None: its own choice).
 
     With MTP the runtime may say up to K tokens more than `max_new_tokens`, all of its last round: compare prefixes.
 
@@ -96,6 +126,8 @@ def run_stock(
             threads=threads,
             backend=backend,
             activations=activations,
+            chats=list(chats),
+            max_chat_tokens=max_chat_tokens,
         )
         command = [sys.executable, "-m", "mtp_export.stock_runtime"]
         try:
@@ -130,13 +162,55 @@ def last_complaint(log: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
+def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[StockTurn], str]:
+    """Hold a chat; returns what came, and why it ended early if it did."""
+    import litert_lm
+
+    class DeclaredTool(litert_lm.Tool):  # type: ignore[misc]  # the library has no types
+        def __init__(self, declaration: dict[str, Any]) -> None:
+            self._declaration = declaration
+
+        def get_tool_description(self) -> dict[str, Any]:
+            return self._declaration
+
+        def execute(self, param: Any) -> Any:
+            raise NotImplementedError("calls are answered by the chat")
+
+    turns: list[StockTurn] = []
+    try:
+        with engine.create_conversation(
+            system_message=chat.system,
+            tools=[DeclaredTool(tool) for tool in chat.tools] or None,
+            extra_context=chat.variables,
+            automatic_tool_calling=False,
+            sampler_config=greedy,
+            max_output_tokens=max_tokens,
+        ) as conversation:
+            for said in chat.says:
+                message: dict[str, Any] = {"role": "user", "content": said}
+                for _ in range(1 + MAX_CALLS):
+                    fed = conversation.render_message_to_string(message)
+                    reply = dict(conversation.send_message(message))
+                    turns.append(StockTurn(fed=fed, reply=reply, held_tokens=conversation.token_count))
+                    if not turns[-1].calls:
+                        break
+                    answers = [
+                        {"type": "tool_response", "name": call["name"], "response": chat.answer(call["name"])}
+                        for call in turns[-1].calls
+                    ]
+                    message = {"role": "tool", "content": answers}
+    except RuntimeError as error:
+        return turns, str(error)
+    return turns, ""
+
+
 def _main() -> None:
     import litert_lm
 
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.INFO)
     greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
-    outputs = []
+    outputs, turns, errors = [], [], []
     on_gpu = request.backend == "gpu"
     started = time.perf_counter()
     with litert_lm.Engine(
@@ -168,9 +242,13 @@ def _main() -> None:
                         first_token_ms=1000.0 * told.time_to_first_token_in_second,
                     )
                 )
+        for chat in request.chats:
+            said, error = _chat(engine, chat, greedy, request.max_chat_tokens)
+            turns.append(said)
+            errors.append(error)
     peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     peak_bytes = 1024 * int(peak[1]) if peak else None
-    run = StockRun(outputs=outputs, load_ms=load_ms, peak_memory_bytes=peak_bytes)
+    run = StockRun(outputs=outputs, chats=turns, chat_errors=errors, load_ms=load_ms, peak_memory_bytes=peak_bytes)
     Path(request.answer_path).write_bytes(msgspec.json.encode(run))
 
 

@@ -76,13 +76,18 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> Template:
     """Compile once what a conversation renders at every turn."""
+    return chat_environment().from_string(template)
+
+
+def chat_environment() -> ImmutableSandboxedEnvironment:
+    """Return what chat templates are compiled in: the options, filters and functions that transformers gives them."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+    return environment
 
 
 class _GenerationTag(Extension):

@@ -117,6 +117,23 @@ class SamplerDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     repetition_penalty: float = 1.0
 
 
+class ChatTemplateOrigin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a bundle's chat template was, and the hash of its text; where it is one that Google published, of which
+    models and when."""
+
+    source: str
+    sha256: str
+    of: str = ""
+    published: str = ""
+
+
+class ImageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the checkpoint cuts an image: the side of a patch in pixels, and the most patches."""
+
+    patch_size: int
+    max_num_patches: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle holds and how to run it (`manifest.json`).
 
@@ -150,6 +167,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     suppress_tokens: tuple[int, ...] = ()  # never said
     sampler: SamplerDefaults | None = None  # None in bundles that older versions wrote
     special_tokens: Mapping[str, str] | None = None  # by name, as a chat template sees them; None: the bos alone
+    chat_template: ChatTemplateOrigin | None = None
+    images: ImageSettings | None = None  # None where the checkpoint has no vision tower
     target: Mapping[str, Any]
     drafter: Mapping[str, Any]
     inputs: tuple[FileEntry, ...]

@@ -196,7 +196,7 @@ class Conversation:
             message = {"role": "user", "content": message}
         said = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
         prompt = self.session.chat_prompt([*self.messages, *said], **self._options)
-        self._reply = Reply(self, said, self.session.tokenize(prompt), options)
+        self._reply = Reply(self, said, self.session.tokenize(prompt, bos=False), options)
         return self._reply
 
     def rewind(self, turn: int) -> None:

@@ -2,7 +2,8 @@
 
 Layout (LiteRT-LM's schema): magic `LITERTLM`, three version numbers, at byte 24 the end of the header, at byte 32 the
 header, a flatbuffer that lists sections with their kind, properties and byte range. mtp-export stores its manifest as
-the first GenericBinaryData section, so that the one file is a whole bundle.
+the first GenericBinaryData section, so that the one file is a whole bundle, and the chat template, as the checkpoint has
+it, as the second: that of the metadata is written for LiteRT-LM.
 """
 
 from __future__ import annotations
@@ -123,6 +124,22 @@ def _model_type(section: schema.SectionObject) -> str | None:
     return None
 
 
+def read_metadata(path: Path) -> llm_metadata_pb2.LlmMetadata:
+    """Return what a container tells LiteRT-LM of its model.
+
+    Raises:
+        BundleError: the file is no container, damaged, or has none.
+    """
+    try:
+        with path.open("rb") as file:
+            for section in read_sections(file):
+                if section.kind == schema.AnySectionDataType.LlmMetadataProto:
+                    return _parse_metadata(_read_small(file, section))
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    raise BundleError(f"{path} has no metadata of a language model: export it again")
+
+
 def _read_manifest(file: BinaryIO, sections: list[Section]) -> Manifest:
     for section in sections:
         if section.kind == schema.AnySectionDataType.GenericBinaryData:
@@ -148,11 +165,14 @@ def _pieces_of(file: BinaryIO, sections: list[Section], role: str, entry: FileEn
             if section.kind == kinds.TFLiteModel and section.model_type == _MODEL_TYPES[role]:
                 return _pieces(file, section)
         raise BundleError(f"the .litertlm has no {_MODEL_TYPES[role]} section: export it again")
+    generic = [section for section in sections if section.kind == kinds.GenericBinaryData]
+    if role == "chat_template" and len(generic) > 1:
+        return iter((_read_small(file, generic[1]),))
     for section in sections:
         if role == "tokenizer" and section.kind == kinds.HF_Tokenizer_Zlib:
             return iter((_inflate(_read_small(file, section), entry.size_bytes),))
-        if role == "chat_template" and section.kind == kinds.LlmMetadataProto:
-            return iter((_chat_template(_read_small(file, section)),))
+        if role == "chat_template" and section.kind == kinds.LlmMetadataProto:  # as versions before wrote it
+            return iter((_parse_metadata(_read_small(file, section)).jinja_prompt_template.encode(),))
     return None
 
 
@@ -174,13 +194,13 @@ def _inflate(data: bytes, size_bytes: int) -> bytes:
         raise BundleError(f"the .litertlm's tokenizer is damaged ({error}): export it again") from error
 
 
-def _chat_template(data: bytes) -> bytes:
+def _parse_metadata(data: bytes) -> llm_metadata_pb2.LlmMetadata:
     metadata = llm_metadata_pb2.LlmMetadata()
     try:
         metadata.ParseFromString(data)
     except DecodeError as error:
         raise BundleError(f"the .litertlm's metadata is damaged ({error}): export it again") from error
-    return str(metadata.jinja_prompt_template).encode()
+    return metadata
 
 
 def _write_checked(path: Path, role: str, entry: FileEntry, pieces: Iterator[bytes], *, verify: bool) -> None:

@@ -20,7 +20,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One prompt's output held against the reference's.
 
     `agreed` leading tokens of the `compared` ones are equal; `first_difference` is the position of the next, and
-    `margin` the reference's top-1 minus top-2 logit there (None where it had already ended).
+    `margin` the reference's top-1 minus top-2 logit there (None where it had already ended). Of a chat, replies are
+    counted instead of tokens, and `detail` says what is different.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     first_difference: int | None
     margin: float | None
     verdict: Verdict
+    detail: str = ""
 
 
 class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +53,8 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why."""
+    """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why,
+    `findings` what the container says otherwise than its bundle."""
 
     model: str
     recipe: str
@@ -60,11 +63,12 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_new_tokens: int
     results: tuple[RunnerResult, ...]
     left_out: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a stated near-tie."""
-        return all(result.count("different") == 0 for result in self.results)
+        """Whether every difference is a stated near-tie, and nothing was found wrong besides."""
+        return not self.findings and all(result.count("different") == 0 for result in self.results)
 
     def to_json(self) -> str:
         """Serialise, with `passed` spelled out."""
@@ -84,12 +88,14 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             *(_row(result) for result in self.results),
         ]
         differences = [
-            f"- {result.runner}, K = {result.num_draft_tokens}, {comparison.prompt}: token "
-            f"{comparison.first_difference}, {_margin(comparison)}: {comparison.verdict.replace('_', '-')}"
+            f"- {result.runner}, K = {result.num_draft_tokens}, {comparison.prompt}: "
+            f"{comparison.detail or _place(comparison)}: {comparison.verdict.replace('_', '-')}"
             for result in self.results
             for comparison in result.comparisons
             if comparison.verdict != "equal"
         ]
+        if self.findings:
+            lines += ["", "## The container", "", *(f"- {finding}" for finding in self.findings)]
         if self.left_out:
             lines += ["", "## Left out", "", *(f"- {reason}" for reason in self.left_out)]
         if differences:
@@ -177,6 +183,10 @@ def _row(result: RunnerResult) -> str:
         f"| {result.count('different')} | {agreed} of {compared} | {acceptance} | {per_round} "
         f"| {'–' if result.tokens_per_second is None else format(result.tokens_per_second, '.0f')} |"
     )
+
+
+def _place(comparison: Comparison) -> str:
+    return f"token {comparison.first_difference}, {_margin(comparison)}"
 
 
 def _margin(comparison: Comparison) -> str:

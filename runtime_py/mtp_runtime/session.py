@@ -173,9 +173,10 @@ class Session:
             self._tokenizer = Tokenizer.open(self.bundle.path("tokenizer"), self.manifest.bos_token_id)
         return self._tokenizer
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of `text`, the beginning-of-sequence token first."""
-        return self.tokenizer.encode(text)
+    def tokenize(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the token ids of `text`, the beginning-of-sequence token first; without `bos` only if the text has
+        it, as a chat template's text is tokenised."""
+        return self.tokenizer.encode(text, bos=bos)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""

@@ -53,8 +53,9 @@ class Tokenizer:
         """The beginning-of-sequence token as text, as a chat template writes it; empty if the tokenizer has none."""
         return self._tokenizer.id_to_token(self._bos_token_id) or ""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, the beginning-of-sequence token first; special tokens are recognised.
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the token ids of `text`, the beginning-of-sequence token first, without `bos` only if the text has it;
+        special tokens are recognised.
 
         Raises:
             UserError: the text is not valid Unicode.
@@ -64,7 +65,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the prompt is not valid Unicode ({error.reason}): give UTF-8 text") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids if ids[:1] == [self._bos_token_id] else [self._bos_token_id, *ids]
+        return ids if not bos or ids[:1] == [self._bos_token_id] else [self._bos_token_id, *ids]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""

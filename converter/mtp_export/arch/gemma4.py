@@ -23,8 +23,10 @@ from mtp_export.arch.spec import (
     TargetSpec,
 )
 from mtp_export.errors import CheckpointError
+from mtp_runtime.contract import ImageSettings
 
 _MAX_LAYERS = 1024
+_MAX_IMAGE_SIZE = 4096
 
 
 class _Config(JsonObject):
@@ -258,6 +260,18 @@ def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
     if any(type(v) is not int for v in values):
         raise CheckpointError(f"{where} is {shortened(value)}, expected a token id, or a list of them")
     return tuple(v for v in values if 0 <= v < vocab_size)
+
+
+def read_image_settings(config: Mapping[str, Any]) -> ImageSettings | None:
+    """How images are cut, None where there is no vision tower or it does not say."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return None
+    sizes = [vision.get("patch_size"), vision.get("pooling_kernel_size"), config.get("vision_soft_tokens_per_image")]
+    if any(type(size) is not int or not 0 < size < _MAX_IMAGE_SIZE for size in sizes):
+        return None
+    patch, pooled, tokens = sizes
+    return ImageSettings(patch_size=patch, max_num_patches=tokens * pooled * pooled)
 
 
 def check_pair(target: TargetSpec, drafter: DrafterSpec) -> None:

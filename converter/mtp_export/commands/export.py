@@ -44,6 +44,11 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         help="LoRA adapter of the target, as PEFT saves it, to be merged; several add up.",
     ),
+    click.option(
+        "--chat-template",
+        type=click.Path(path_type=Path),
+        help="Jinja file in place of the checkpoint's chat template.  [its own]",
+    ),
     click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]"),
     click.option(
         "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."

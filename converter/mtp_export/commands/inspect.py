@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +18,7 @@ from mtp_export.config import DELEGATES, one_of
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
-    """Say which operators of a bundle a backend would not take, and why; no GPU is needed.
+    """Say what a bundle tells LiteRT-LM of its model, and which operators a backend would not take; no GPU is needed.
 
     A GPU backend runs target and drafter only if it takes every operator of theirs. Ends with exit code 1 if it does
     not. What is said follows from operators that were run on a real one (docs/gpu.md).
@@ -28,14 +29,17 @@ def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
     table = delegate_table(delegate)
     found = inspect_bundle(bundle, table)
     whole = not any(found.values())
+    metadata, origin = _metadata(bundle)
     if as_json:
         graphs = {
             role: [{"form": r.form, "reason": r.reason, "signatures": dict(r.signatures)} for r in refused]
             for role, refused in found.items()
         }
         document = {"bundle": str(bundle), "delegate": delegate, "wholly_delegated": whole, "graphs": graphs}
-        click.echo(json.dumps(document | {"learnt": table.learnt}))
+        told = {"metadata": metadata, "chat_template": origin}
+        click.echo(json.dumps(document | {"learnt": table.learnt} | told))
     else:
+        _print_metadata(metadata, origin)
         for role, refused in found.items():
             count = sum(sum(r.signatures.values()) for r in refused)
             click.echo(f"{role}: {f'{count} operators are left to the CPU' if count else 'wholly delegated'}")
@@ -46,3 +50,28 @@ def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
         click.echo(f"learnt on {machine['gpu']}, driver {machine['driver']}, {table.learnt['forms']} forms")
     if not whole:
         sys.exit(1)
+
+
+def _metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the bundle's container tells LiteRT-LM, by field, and where its chat template is from."""
+    import msgspec
+
+    from mtp_export.litertlm_metadata import fields_of
+    from mtp_runtime.bundle import Bundle
+    from mtp_runtime.litertlm import read_metadata
+
+    with Bundle.open(path, verify=False) as bundle:
+        container = bundle.path("litertlm") if path.is_dir() else path
+        origin = bundle.manifest.chat_template
+    return fields_of(read_metadata(container)), {} if origin is None else msgspec.to_builtins(origin)
+
+
+def _print_metadata(metadata: dict[str, Any], origin: dict[str, Any]) -> None:
+    click.echo("what LiteRT-LM is told:")
+    for name, value in metadata.items():
+        if name != "jinja_prompt_template":
+            click.echo(f"  {name}: {json.dumps(value, ensure_ascii=False)}")
+            continue
+        published = f", of {origin['of']}, published {origin['published']}" if origin.get("published") else ""
+        source = f"from {origin['source']}, SHA-256 {origin['sha256'][:16]}…{published}" if origin else "not said"
+        click.echo(f"  {name}: {len(value)} characters, {source}")

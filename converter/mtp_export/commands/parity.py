@@ -112,6 +112,14 @@ def _print(report, folder: Path) -> None:  # type: ignore[no-untyped-def]  # Par
             f"{speed / base:.2f}x" if speed and base else "–",
         )
     console.print(table)
+    for result in report.results:
+        for found in result.comparisons:
+            if found.verdict == "different":
+                runner = f"{result.runner}{', MTP' if result.num_draft_tokens else ''}"
+                place = found.detail or f"token {found.first_difference}"
+                console.print(f"DIFFERENT: {runner}, {found.prompt}: {place}", soft_wrap=True, markup=False)
+    for finding in report.findings:
+        console.print(f"WRONG: {finding}", soft_wrap=True, markup=False)
     for reason in report.left_out:
         console.print(f"left out: {reason}", soft_wrap=True)
     console.print(

@@ -37,6 +37,7 @@ TEXT_FILES = (
     "added_tokens.json",
     "processor_config.json",
 )
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMED_FILE = "transformers_weights"  # a key of config.json
@@ -66,6 +67,8 @@ class Checkpoint:
 
     `tensors` go by canonical name (names.py): the text model with its head, or all of a drafter.
     """
+
+    chat_template: Path | None = None  # a file in place of the folder's own templates
 
     def __init__(self, folder: Path, part: str) -> None:
         """Open `folder`; `part` ("target" or "drafter") names it in errors.
@@ -277,8 +280,11 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Every file that an export depends on, in a fixed order."""
-        present = [self.folder / name for name in (*TEXT_FILES, *self._index) if self.has(name)]
-        present += sorted(self.folder.glob(MORE_TEMPLATES))
+        names = (name for name in (*TEXT_FILES, *self._index) if self.has(name))
+        if self.chat_template is None:
+            present = [*(self.folder / name for name in names), *sorted(self.folder.glob(MORE_TEMPLATES))]
+        else:
+            present = [*(self.folder / name for name in names if name not in TEMPLATE_FILES), self.chat_template]
         return present + sorted({info.file for info in self.tensors.values()})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:

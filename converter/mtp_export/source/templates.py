@@ -9,26 +9,46 @@ with tools, and `default` the one for all others; both become one text.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.tokenizer_settings import CONFIG, read_object
+from mtp_runtime.contract import ChatTemplateOrigin
 
 NAME = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
 _OF_PROCESSOR = ("processor_config.json", "chat_template.json")
 _KEY = "chat_template"
 _DEFAULT, _TOOLS = "default", "tool_use"
+_MAX_BYTES = 1 << 20
+# Google's templates by SHA-256: whose, and the day of their publication.
+_PUBLISHED = {
+    "3beb16a140a78c7bf71cd86609f58e56f1594e670e95fe58bd6022f941d1cb1e": ("google/gemma-4-E2B-it, google/gemma-4-E4B-it", "2026-07-09"),
+    "df269903ea2e27a6426bf65f34f530a571cc04bf9b92ad8928ffa909eb46ecc5": ("google/gemma-4-31B-it, google/gemma-4-26B-A4B-it", "2026-07-09"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    """One text for all conversations, None where there is none; `left_aside` says which templates are not in it."""
+    """One text for all conversations, None where there is none; `left_aside` says which templates are not in it, and
+    `source` where it was."""
 
     text: str | None
     left_aside: tuple[str, ...]
+    source: str = ""
+
+    def origin(self) -> ChatTemplateOrigin | None:
+        """What a bundle says of the template that it carries."""
+        if self.text is None:
+            return None
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        of, published = _PUBLISHED.get(digest, ("", ""))
+        return ChatTemplateOrigin(source=self.source, sha256=digest, of=of, published=published)
 
 
 def read_template(target: Checkpoint) -> ChatTemplate:
@@ -37,7 +57,12 @@ def read_template(target: Checkpoint) -> ChatTemplate:
     Raises:
         CheckpointError: a file that holds it is not what it should be.
     """
-    named = _of_files(target) or _of_key(target, CONFIG)
+    if target.chat_template is not None:
+        path = target.chat_template
+        return ChatTemplate(text=_read_given(path), left_aside=(), source=f"--chat-template {path.name}")
+    named, source = _of_files(target), NAME
+    if not named:
+        named, source = _of_key(target, CONFIG), CONFIG
     left_aside = []
     for name in _OF_PROCESSOR:
         try:
@@ -48,11 +73,33 @@ def read_template(target: Checkpoint) -> ChatTemplate:
             left_aside.append(f"{name}, in which no chat template can be read")
             continue
         if not named:
-            named = templates
+            named, source = templates, name
         elif templates and templates.get(_DEFAULT) != named.get(_DEFAULT):
             left_aside.append(f"the chat template of {name}")
     left_aside += [f"the chat template named {name!r}" for name in named if name not in (_DEFAULT, _TOOLS)]
-    return ChatTemplate(text=joined(named), left_aside=tuple(left_aside))
+    return ChatTemplate(text=joined(named), left_aside=tuple(left_aside), source=source)
+
+
+def _read_given(path: Path) -> str:
+    """A file that a user names in place of the checkpoint's templates.
+
+    Raises:
+        CheckpointError: it cannot be read, is empty or no text.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
+            raise CheckpointError(f"--chat-template: {path} is not a file")
+        if status.st_size > _MAX_BYTES:
+            raise CheckpointError(f"--chat-template: {path} is larger than {_MAX_BYTES >> 20} MiB: this is no template")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"--chat-template: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise CheckpointError(f"--chat-template: {path} is no UTF-8 text") from None
+    if not text.strip():
+        raise CheckpointError(f"--chat-template: {path} is empty")
+    return text
 
 
 def _of_files(target: Checkpoint) -> dict[str, str]:

@@ -22,13 +22,17 @@ class AdaptedCheckpoint(Checkpoint):
     left_aside: what of the adapters changes nothing, in short phrases.
     """
 
-    def __init__(self, folder: Path, part: str, adapters: Sequence[Path]) -> None:
-        """Open the checkpoint and its adapters, which are merged one after the other.
+    def __init__(
+        self, folder: Path, part: str, adapters: Sequence[Path], *, chat_template: Path | None = None
+    ) -> None:
+        """Open the checkpoint and its adapters, which are merged one after the other; a `chat_template` is a file in
+        place of the folder's own.
 
         Raises:
             CheckpointError: one of them is damaged, of another kind than LoRA, or of another model.
         """
         super().__init__(folder, part)
+        self.chat_template = chat_template
         self._chains: Mapping[str, Chain] = {}
         self._merged_tied: bool | None = None
         self.left_aside: tuple[str, ...] = ()

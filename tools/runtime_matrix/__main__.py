@@ -1,0 +1,151 @@
+"""nano's bundle in several versions of stock LiteRT-LM, each installed into an environment of its own.
+
+python -m tools.runtime_matrix [--output docs/runtime-matrix.md] [VERSION…]
+
+Exports nano with this commit and with an older one, runs probe.py with each version on both, drafts off and on, and
+writes a table. Takes about five minutes; needs a package registry and the history of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PROBE = Path(__file__).with_name("probe.py")
+# The newest stable version that is in the registry, and the newest nightly: 0.19 is not there as a stable one.
+VERSIONS = ("litert-lm-api==0.18.1", "litert-lm-api-nightly==0.19.0.dev20261026")
+OLDER = "c6c73d1"  # before templates were written for the runtime
+_MODES = ("ON", "ADAPTIVE")
+
+
+def main() -> None:
+    """Run every version on both bundles and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", default=VERSIONS, help="requirements, as pip takes them")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/runtime-matrix.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="runtime-matrix-") as folder:
+        work = Path(folder)
+        commit = _git("rev-parse", "--short=7", "HEAD")
+        bundles = {commit: _exported(ROOT, work / "now"), OLDER: _exported(_older(work), work / "before")}
+        found = {}
+        for version in options.versions:
+            python = _installed(version, work)
+            for name, bundle in bundles.items():
+                print(f"{version} on the bundle of {name}", file=sys.stderr, flush=True)
+                found[version, name] = _probed(python, bundle, work / "answer.json")
+        options.output.write_text(_page(found), encoding="utf-8")
+        _git("worktree", "remove", "--force", str(work / "older"))
+    print(f"written: {options.output}")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _older(work: Path) -> Path:
+    _git("worktree", "add", "--detach", str(work / "older"), OLDER)
+    return work / "older"
+
+
+def _exported(checkout: Path, output: Path) -> Path:
+    """nano's float bundle, by the code of a checkout."""
+    paths = os.pathsep.join(str(checkout / part) for part in ("converter", "runtime_py", "calibration"))
+    code = "import sys; from mtp_export.cli import main; sys.exit(main())"
+    options = ["export", "--model", "nano", "--target", "tflite", "--recipe", "f32", "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(output) + "-cache"}
+    subprocess.run([sys.executable, "-c", code, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
+    return output / "nano.litertlm"
+
+
+def _installed(version: str, work: Path) -> Path:
+    """The interpreter of an environment with one version of the runtime."""
+    folder = work / version.replace("=", "-")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([str(folder / "bin/pip"), "install", "--quiet", version], check=True)
+    return folder / "bin/python"
+
+
+def _probed(python: Path, bundle: Path, answer: Path) -> Mapping[str, Any]:
+    done = subprocess.run(
+        [str(python), str(PROBE), str(bundle), str(answer)], capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode != 0:
+        return {"OFF": {"the whole": {"error": f"exit {done.returncode}: {done.stderr.strip()[-200:]}"}}}
+    results: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    answer.unlink()
+    return results
+
+
+def _page(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    lines = [
+        "# Versions of LiteRT-LM",
+        "",
+        "Made by `python -m tools.runtime_matrix`: nano's float bundle, on the CPU, drafts off and on, in each version. "
+        "*Equal*: what drafts give is what plain decoding gives, text by text and token held by token held. What the "
+        "lines mean for an app is in [litert-lm.md](litert-lm.md).",
+        "",
+        f"On {platform.machine()}, Python {platform.python_version()}; bundles of "
+        + " and ".join(dict.fromkeys(name for _, name in found)),
+        "",
+    ]
+    for (version, name), results in found.items():
+        modes = [mode for mode in _MODES if mode in results]
+        lines += [f"## {version}, bundle of {name}", ""]
+        lines += [f"| | plain | {' | '.join(f'drafts {mode}' for mode in modes)} |", "|---" * (len(modes) + 2) + "|"]
+        for check, plain in results["OFF"].items():
+            cells = [_cell(check, results[mode].get(check), plain) for mode in modes]
+            lines.append(f"| {check} | {_plain(check, plain)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _error(result: Any) -> str | None:
+    return result["error"].replace("|", "/") if isinstance(result, dict) and "error" in result else None
+
+
+def _plain(check: str, result: Any) -> str:
+    if error := _error(result):
+        return f"fails: {error}"
+    if check == "sampling":
+        return f"{len(result)} beginnings of {sum(result.values())}"
+    if isinstance(result, dict):
+        return ", ".join(f"{key} {value}" for key, value in result.items())
+    return "works"
+
+
+def _cell(check: str, result: Any, plain: Any) -> str:
+    if _error(result):
+        return _plain(check, result)
+    if check == "sampling" and not _error(plain):
+        return f"{_plain(check, result)}, distance {_distance(result, plain):.2f}"
+    if result == plain:
+        return "equal"
+    return _plain(check, result) if isinstance(result, dict) else f"DIFFERENT: {_first_difference(result, plain)}"
+
+
+def _distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+    """Total variation between two counts."""
+    of_one, of_other = sum(one.values()), sum(other.values())
+    return 0.5 * sum(abs(one.get(t, 0) / of_one - other.get(t, 0) / of_other) for t in {*one, *other})
+
+
+def _first_difference(result: Any, plain: Any) -> str:
+    if isinstance(result, Sequence) and not isinstance(result, str) and isinstance(plain, Sequence):
+        for one, other in zip(result, plain, strict=False):
+            if one != other:
+                return _first_difference(one, other)
+    return f"{json.dumps(result, ensure_ascii=False)} in place of {json.dumps(plain, ensure_ascii=False)}"[:160]
+
+
+if __name__ == "__main__":
+    main()
