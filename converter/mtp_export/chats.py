@@ -32,9 +32,7 @@ def _tool(name: str, description: str, **parameters: tuple[str, str]) -> dict[st
 
 
 _ADD = _tool("add", "Add two whole numbers.", a=("integer", "the first number"), b=("integer", "the second number"))
-_WORD = _tool(
-    "word_of_the_day", "Look up the word of the day.", day=("string", "a day of the week, a date or today")
-)
+_WORD = _tool("word_of_the_day", "Look up the word of the day.", day=("string", "a day of the week, a date or today"))
 _SIX = (
     "What does the verb climb mean?",
     "What does the noun river mean?",

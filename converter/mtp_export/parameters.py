@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ _ORDERING = "masked_embedding.token_ordering"
 _PLACES = "masked_embedding.token_places"
 _TABLE = "masked_embedding.table"
 _ROW_SCALES = "masked_embedding.row_scales"
-_DERIVED = frozenset({_TABLE, _ROW_SCALES, _ORDERING, _PLACES})  # made of the embedding and its ordering
+_MAY_DRAFT = "masked_embedding.may_draft"
+_DERIVED = frozenset({_TABLE, _ROW_SCALES, _ORDERING, _PLACES, _MAY_DRAFT})  # made of the embedding and its ordering
 _CENTROIDS = "masked_embedding.centroids.weight"
 
 
@@ -95,7 +96,7 @@ def drafter_parameters(
     checkpoint: Checkpoint, graph: TracedGraph, spec: DrafterSpec, recipe: Recipe, never_drafted: Sequence[int] = ()
 ) -> dict[str, Parameter]:
     """Parameters of the drafter; its embedding becomes the clustered table, in the form that the graph has it in.
-    Where it would draft a token of `never_drafted`, it drafts the first one that is not among them.
+    It never drafts a token of `never_drafted`.
 
     Raises:
         CheckpointError: as for the target.
@@ -143,8 +144,6 @@ def _clustered_table(
 ) -> dict[str, Parameter]:
     """The embedding in cluster order: float32, or int8 with the tokens' scales apart where the graph multiplies by
     them. A table of three axes holds the tokens of a cluster as columns, one of two axes as rows one after another."""
-    substitute = next((token for token in range(spec.vocab_size) if token not in never_drafted), None)
-    hidden = np.array([] if substitute is None else sorted({*never_drafted}), np.int64)
     clusters, size = spec.head.num_centroids, spec.head.cluster_size
     ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
 
@@ -168,14 +167,17 @@ def _clustered_table(
         return np.concatenate(pieces)
 
     def token_ids(start: int, stop: int) -> NDArray[np.int32]:
-        ids = ordering()[start:stop]
-        return np.where(np.isin(ids, hidden), substitute, ids).astype(np.int32) if len(hidden) else ids.astype(np.int32)
+        return ordering()[start:stop].astype(np.int32)
+
+    def may_draft(start: int, stop: int) -> NDArray[np.float32]:
+        return np.isin(ordering()[start:stop], never_drafted, invert=True).astype(np.float32)
 
     @functools.cache
     def places() -> NDArray[np.int32]:
+        """A token that is never drafted has the score of the first that may be, which wins where they are equal."""
         found = np.argsort(ordering(), axis=None).astype(np.int32)
-        if len(hidden):
-            found[hidden] = found[substitute]
+        first = next((token for token in range(spec.vocab_size) if token not in never_drafted), 0)
+        found[list(never_drafted)] = found[first]
         return found
 
     def token_places(start: int, stop: int) -> NDArray[np.int32]:
@@ -184,6 +186,7 @@ def _clustered_table(
     parameters = {
         _ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids),
         _PLACES: Parameter(shape=(spec.vocab_size,), format=FLOAT32, rows=token_places),
+        _MAY_DRAFT: Parameter(shape=(clusters, size), format=FLOAT32, rows=may_draft),
     }
     if not row_scales:
         return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}

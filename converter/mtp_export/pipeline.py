@@ -206,6 +206,7 @@ def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pai
     target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
     gemma4.check_model(model.name, "target", model.target, target_spec)
     stop_ids = texts.stop_token_ids(target, target_spec)
+    read_template(target)  # a file that cannot be read is told before the drafter is fetched
     drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter", find), "drafter")
     if drafter.formats:
         raise CheckpointError(

@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 
 from mtp_export.chats import MAX_CALLS, Chat
-
 from mtp_runtime.errors import BackendError
 
 

@@ -158,6 +158,7 @@ def drafter_weights(spec: DrafterSpec, model: Gemma4AssistantForCausalLM) -> dic
     order = state["masked_embedding.token_ordering"]
     clusters = spec.head.num_centroids
     state["masked_embedding.token_ordering"] = order.to(torch.int32).reshape(clusters, -1)
+    state["masked_embedding.may_draft"] = torch.ones(clusters, spec.head.cluster_size)
     state["masked_embedding.token_places"] = torch.argsort(order).to(torch.int32)
     state["masked_embedding.table"] = state["model.embed_tokens.weight"][order].reshape(clusters, -1)
     return state

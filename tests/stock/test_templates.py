@@ -138,14 +138,15 @@ def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not render in 3 s"),
         ("{% set ns = namespace(x='a' * 99999) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", ""),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ".__class__"),
-        ("{% for m in messages %}{{ loop.index }}{{ messages | length }}{{ m.content }}{% endfor %}", "goes on behind a reply"),
+        (
+            "{% for m in messages %}{{ loop.index }}{{ messages | length }}{{ m.content }}{% endfor %}",
+            "goes on behind a reply",
+        ),
         ("{{ bos_token if messages | length > 1 }}{% for m in messages %}{{ m.content }}\n{% endfor %}", "begins with"),
     ],
     ids=["unfinished", "no such filter", "endless", "too large", "hostile", "counts messages", "bos at times"],
 )
-def test_a_template_that_is_no_good_is_one_line(
-    template: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_is_no_good_is_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_export.stock_template.check._LIMIT_S", 3)
     with pytest.raises(CheckpointError) as caught:
         check(template)
@@ -171,7 +172,7 @@ CONSTRUCTS = Path(__file__).with_name("constructs.txt").read_text(encoding="utf-
 VARIABLES = {
     "s": "  aXb c ",
     "u": "é\u00a0x\n\ty\u200b",
-    "q": "say \"hi\" <b>&'",
+    "q": 'say "hi" <b>&\'',
     "c": "\x1c\x1f x\x1d y\x1e",
     "n": None,
     "t": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def rows() -> ClusteredHead:
 def columns_of(rows: ClusteredHead, *, quantised: bool) -> BatchedClusteredHead:
     """The same weights, tokens as columns."""
     head = BatchedClusteredHead(SPEC, HIDDEN, quantised=quantised)
-    state = dict(rows.state_dict())
+    state = {name: value for name, value in rows.state_dict().items() if name != "may_draft"}
     tokens = state["table"].reshape(SPEC.vocab_size, HIDDEN)
     if quantised:
         values, scales = quantise(tokens.numpy(), INT8)
@@ -59,7 +60,7 @@ def columns_of(rows: ClusteredHead, *, quantised: bool) -> BatchedClusteredHead:
 def test_every_sequence_has_the_candidates_of_a_row_alone(rows: ClusteredHead, hidden: Tensor) -> None:
     ids, scores, best = columns_of(rows, quantised=False)(hidden)
     for b in range(BATCH):
-        expected_ids, expected = rows.candidates(hidden[b : b + 1])
+        expected_ids, expected, _ = rows.candidates(hidden[b : b + 1])
         assert ids[b].equal(expected_ids)
         torch.testing.assert_close(scores[b], expected, atol=0, rtol=1e-4)  # sums in another order
         assert best[b] == expected_ids[expected.argmax()]
@@ -70,7 +71,7 @@ def test_quantised_scores_are_close_and_each_sequence_s_own(rows: ClusteredHead,
     head = columns_of(rows, quantised=True)
     ids, scores, best = head(hidden)
     for b in range(BATCH):
-        expected_ids, expected = rows.candidates(hidden[b : b + 1])
+        expected_ids, expected, _ = rows.candidates(hidden[b : b + 1])
         assert ids[b].equal(expected_ids)
         # Half a step of x at every weight, half a step of the table at every x, added up as if none cancelled.
         step = hidden[b].abs().max() / 126
@@ -123,3 +124,17 @@ def test_onnx_runtime_computes_the_same(rows: ClusteredHead, hidden: Tensor, tmp
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
     np.testing.assert_array_equal(best, expected_best)
+
+
+@torch.no_grad()
+def test_a_token_that_may_not_be_drafted_scores_as_one_that_is_no_candidate(
+    rows: ClusteredHead, hidden: Tensor
+) -> None:
+    before = rows(hidden[:1])[0, 0]
+    best = int(before.argmax())
+    hides = copy.deepcopy(rows)
+    hides.may_draft.data = (hides.token_ordering != best).float()
+    after = hides(hidden[:1])[0, 0]
+    assert after[best] == 0
+    others = torch.arange(len(before)) != best
+    assert after[others].equal(before[others])

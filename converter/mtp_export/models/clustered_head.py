@@ -15,7 +15,7 @@ class ClusteredHead(nn.Module):
 
     `table` is the drafter's tied embedding with its rows permuted by `token_ordering`, one cluster to a row, so that
     a cluster is one contiguous block. `row_scales` dequantises its tokens after the product: with it the table may
-    be int8, and stays so until the multiplication.
+    be int8, and stays so until the multiplication. `may_draft` is 0 for tokens that are never to be drafted, else 1.
     """
 
     def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, *, row_scales: bool) -> None:
@@ -26,11 +26,12 @@ class ClusteredHead(nn.Module):
         self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
         self.table = nn.Parameter(torch.zeros(clusters, size * hidden_size), requires_grad=False)
         self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if row_scales else None
+        self.may_draft = nn.Parameter(torch.ones(clusters, size), requires_grad=False)
 
-    def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids of the best clusters and their scores.
+    def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids of the best clusters, their scores, and whether they may be drafted (1 or 0).
 
-        Shapes: hidden [1,1,H] -> ids [top_k * cluster_size] int32, scores [top_k * cluster_size]
+        Shapes: hidden [1,1,H] -> ids [top_k * cluster_size] int32, scores and may_draft likewise
         """
         spec = self.spec
         hidden = hidden.reshape(1, self.hidden_size)
@@ -39,17 +40,18 @@ class ClusteredHead(nn.Module):
         scores = F.linear(hidden, rows).reshape(spec.num_candidates)
         if self.row_scales is not None:
             scores = scores * ops.gather(self.row_scales, clusters, 0).reshape(spec.num_candidates)
-        return ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates), scores
+        ids = ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates)
+        return ids, scores, ops.gather(self.may_draft, clusters, 0).reshape(spec.num_candidates)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """A row as long as the vocabulary, for runtimes whose sampler wants one: candidates keep their differences,
-        the worst of them gets 1, every other token 0. transformers fills with min - 1, so this is the same row minus
-        a constant.
+        the worst of them gets 1, every other token 0, and so does a candidate that may not be drafted. transformers
+        fills with min - 1, so this is the same row minus a constant.
 
         Shapes: hidden [1,1,H] -> [1,1,V]
         """
-        ids, scores = self.candidates(hidden)
-        shifted = scores - (scores.min(0, keepdim=True).values - 1.0)
+        ids, scores, may_draft = self.candidates(hidden)
+        shifted = (scores - (scores.min(0, keepdim=True).values - 1.0)) * may_draft
         row: Tensor = ops.scatter(ids, shifted, self.spec.vocab_size)
         return row.reshape(1, 1, self.spec.vocab_size)
 

@@ -28,8 +28,14 @@ _DEFAULT, _TOOLS = "default", "tool_use"
 _MAX_BYTES = 1 << 20
 # Google's templates by SHA-256: whose, and the day of their publication.
 _PUBLISHED = {
-    "3beb16a140a78c7bf71cd86609f58e56f1594e670e95fe58bd6022f941d1cb1e": ("google/gemma-4-E2B-it, google/gemma-4-E4B-it", "2026-07-09"),
-    "df269903ea2e27a6426bf65f34f530a571cc04bf9b92ad8928ffa909eb46ecc5": ("google/gemma-4-31B-it, google/gemma-4-26B-A4B-it", "2026-07-09"),
+    "3beb16a140a78c7bf71cd86609f58e56f1594e670e95fe58bd6022f941d1cb1e": (
+        "google/gemma-4-E2B-it, google/gemma-4-E4B-it",
+        "2026-07-09",
+    ),
+    "df269903ea2e27a6426bf65f34f530a571cc04bf9b92ad8928ffa909eb46ecc5": (
+        "google/gemma-4-31B-it, google/gemma-4-26B-A4B-it",
+        "2026-07-09",
+    ),
 }
 
 

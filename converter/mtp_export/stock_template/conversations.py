@@ -198,9 +198,7 @@ def _tools() -> list[Conversation]:
         Conversation(name="a tool without parameters", messages=[ask], tools=[_NOTHING]),
         Conversation(name="all tools", messages=[ask], tools=[_WEATHER, _ADD, _NESTED, _KEYWORDS, _NOTHING]),
         Conversation(name="tools in the second turn", messages=[_user("A"), _model("B"), ask], tools=[_ADD]),
-        Conversation(
-            name="tools and thinking", messages=[ask], tools=[_WEATHER], variables={"enable_thinking": True}
-        ),
+        Conversation(name="tools and thinking", messages=[ask], tools=[_WEATHER], variables={"enable_thinking": True}),
     ]
 
 
@@ -218,7 +216,9 @@ def _answers() -> list[Conversation]:
         "small and large numbers": {"large": 1e20, "small": 1.5e-7, "whole": 10000000000},
     }
     answered = [
-        Conversation(name=f"an answer that is {name}", messages=[ask, call, _answer("weather", value)], tools=[_WEATHER])
+        Conversation(
+            name=f"an answer that is {name}", messages=[ask, call, _answer("weather", value)], tools=[_WEATHER]
+        )
         for name, value in values.items()
     ]
     arguments = {"days": 2, "exact": True, "list": [1, "two", None, {"k": False}], "none": None, "share": 0.25}

@@ -22,9 +22,7 @@ class AdaptedCheckpoint(Checkpoint):
     left_aside: what of the adapters changes nothing, in short phrases.
     """
 
-    def __init__(
-        self, folder: Path, part: str, adapters: Sequence[Path], *, chat_template: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, part: str, adapters: Sequence[Path], *, chat_template: Path | None = None) -> None:
         """Open the checkpoint and its adapters, which are merged one after the other; a `chat_template` is a file in
         place of the folder's own.
 
