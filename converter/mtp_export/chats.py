@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +24,17 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MAX_CALLS = 4  # answered one after the other before the user goes on
+
+
+def user_message(text: str) -> dict[str, Any]:
+    """What a user says, as it is handed to LiteRT-LM's Conversation."""
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
+def answers_message(answers: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The answers to all calls of a reply, by the tools' names, likewise."""
+    parts = [{"type": "tool_response", "name": name, "response": response} for name, response in answers]
+    return {"role": "tool", "content": parts}
 
 
 def _tool(name: str, description: str, **parameters: tuple[str, str]) -> dict[str, Any]:

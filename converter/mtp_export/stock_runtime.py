@@ -18,14 +18,15 @@ from typing import Any
 
 import msgspec
 
-from mtp_export.chats import MAX_CALLS, Chat
+from mtp_export.chats import MAX_CALLS, Chat, answers_message, user_message
 from mtp_runtime.errors import BackendError
 
 
 class StockTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a chat, or the answers of tools: the text that the runtime fed the model, what the app got, and
-    how many tokens the runtime holds then."""
+    """One message of a chat, or the answers of tools: what the app handed over, the text that the runtime fed the
+    model, what the app got, and how many tokens the runtime holds then."""
 
+    message: dict[str, Any]
     fed: str
     reply: dict[str, Any]
     held_tokens: int
@@ -72,8 +73,9 @@ class StockOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StockRun(msgspec.Struct, frozen=True, kw_only=True):
-    """All prompts and chats of one engine; a chat that failed has fewer turns, and `chat_errors` says why. `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what
-    creating the engine took. `warnings` say what fell back to another processor, in the runtime's own words."""
+    """All prompts and chats of one engine; a chat that failed has fewer turns, and `chat_errors` says why.
+    `acceptance_rate` is accepted per drafted tokens, None without MTP; `load_ms` is what creating the engine took.
+    `warnings` say what fell back to another processor, in the runtime's own words."""
 
     outputs: list[StockOutput]
     chats: list[list[StockTurn]] = []
@@ -186,18 +188,15 @@ def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[S
             max_output_tokens=max_tokens,
         ) as conversation:
             for said in chat.says:
-                message: dict[str, Any] = {"role": "user", "content": said}
+                message = user_message(said)
                 for _ in range(1 + MAX_CALLS):
                     fed = conversation.render_message_to_string(message)
                     reply = dict(conversation.send_message(message))
-                    turns.append(StockTurn(fed=fed, reply=reply, held_tokens=conversation.token_count))
+                    held = conversation.token_count
+                    turns.append(StockTurn(message=message, fed=fed, reply=reply, held_tokens=held))
                     if not turns[-1].calls:
                         break
-                    answers = [
-                        {"type": "tool_response", "name": call["name"], "response": chat.answer(call["name"])}
-                        for call in turns[-1].calls
-                    ]
-                    message = {"role": "tool", "content": answers}
+                    message = answers_message([(c["name"], chat.answer(c["name"])) for c in turns[-1].calls])
     except RuntimeError as error:
         return turns, str(error)
     return turns, ""

@@ -2,8 +2,8 @@
 
 Layout (LiteRT-LM's schema): magic `LITERTLM`, three version numbers, at byte 24 the end of the header, at byte 32 the
 header, a flatbuffer that lists sections with their kind, properties and byte range. mtp-export stores its manifest as
-the first GenericBinaryData section, so that the one file is a whole bundle, and the chat template, as the checkpoint has
-it, as the second: that of the metadata is written for LiteRT-LM.
+the first GenericBinaryData section, so that the one file is a whole bundle, and the checkpoint's chat template as the
+second: that of the metadata is written for LiteRT-LM.
 """
 
 from __future__ import annotations

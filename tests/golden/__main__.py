@@ -9,9 +9,23 @@ import msgspec
 
 from benchmarks.bundles import exported
 from mtp_calibration.corpus import read_prompts
+from mtp_export.chats import parity_chats
+from mtp_export.stock_runtime import run_stock
 from mtp_runtime import Session
+from mtp_runtime.contract import read_manifest
 from mtp_runtime.parity import Comparison, compare_text, compare_tokens
-from tests.golden.files import CASES, MAX_NEW_TOKENS, PROMPTS, RECIPES, TRACES, GoldenTrace, ParityCase
+from tests.golden.files import (
+    CASES,
+    CHATS,
+    MAX_NEW_TOKENS,
+    PROMPTS,
+    RECIPES,
+    TRACES,
+    GoldenChat,
+    GoldenTrace,
+    GoldenTurn,
+    ParityCase,
+)
 
 _CASES = (
     ParityCase(
@@ -101,10 +115,36 @@ def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
     return found
 
 
+def chats_of(bundle: Path) -> list[GoldenChat]:
+    """Parity's chats in stock LiteRT-LM, with drafts."""
+    chats = parity_chats()
+    container = next(bundle.glob("*.litertlm"))
+    run = run_stock(
+        container,
+        [],
+        max_new_tokens=1,
+        context_length=read_manifest(bundle).context_length,
+        use_mtp=True,
+        threads=1,
+        chats=chats,
+        max_chat_tokens=96,
+    )
+    return [
+        GoldenChat(
+            name=chat.name,
+            says=chat.says,
+            answers=chat.answers,
+            turns=tuple(GoldenTurn(message=turn.message, reply=turn.reply) for turn in turns),
+        )
+        for chat, turns in zip(chats, run.chats, strict=True)
+    ]
+
+
 def _write(path: Path, values: Sequence[msgspec.Struct]) -> None:
     path.write_text("".join(msgspec.json.encode(value).decode() + "\n" for value in values), encoding="utf-8")
 
 
 if __name__ == "__main__":
     _write(CASES, [msgspec.structs.replace(case, expected=judge(case)) for case in _CASES])
+    _write(CHATS, chats_of(exported(1024, "int8")))
     _write(TRACES, [trace for recipe in RECIPES for trace in traces_of(recipe, exported(1024, recipe))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +16,7 @@ PROMPTS = FOLDER / "prompts.jsonl"
 TRACES = FOLDER / "traces.jsonl"
 CASES = FOLDER / "parity_cases.jsonl"
 LOG = FOLDER / "runtime_log.jsonl"
+CHATS = FOLDER / "chats.jsonl"
 RECIPES = ("int8", "int4")
 MAX_NEW_TOKENS = 24
 
@@ -31,6 +33,22 @@ class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     margins: tuple[float, ...]
     pieces: tuple[str, ...]
     finish_reason: FinishReason
+
+
+class GoldenTurn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an app hands to LiteRT-LM's Conversation, and what it gets."""
+
+    message: dict[str, Any]
+    reply: dict[str, Any]
+
+
+class GoldenChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A chat of parity's in the stock runtime."""
+
+    name: str
+    says: tuple[str, ...]
+    answers: dict[str, Any]
+    turns: tuple[GoldenTurn, ...]
 
 
 class ParityCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +68,11 @@ class ParityCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def read_traces() -> list[GoldenTrace]:
     """Every golden trace."""
     return [msgspec.json.decode(line, type=GoldenTrace) for line in TRACES.read_text(encoding="utf-8").splitlines()]
+
+
+def read_chats() -> list[GoldenChat]:
+    """Every golden chat."""
+    return [msgspec.json.decode(line, type=GoldenChat) for line in CHATS.read_text(encoding="utf-8").splitlines()]
 
 
 def read_cases() -> list[ParityCase]:

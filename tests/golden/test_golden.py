@@ -8,8 +8,8 @@ import pytest
 from mtp_export.stock_runtime import parse_acceptance_rate, parse_warnings
 from mtp_runtime.parity import compare_tokens
 from tests.conftest import Export
-from tests.golden.__main__ import judge, traces_of
-from tests.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_traces
+from tests.golden.__main__ import chats_of, judge, traces_of
+from tests.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_chats, read_traces
 
 # Another processor's kernels round differently; the same tolerance as between any two places (mtp_export/proof.py).
 TOLERANCE = 0.05
@@ -29,6 +29,11 @@ def test_the_log_of_the_stock_runtime() -> None:
         assert parse_warnings(case["line"]) == case["warnings"]
     everything = "\n".join(case["line"] for case in [*cases, *cases])
     assert parse_warnings(everything) == [warning for case in cases for warning in case["warnings"]]
+
+
+def test_chats_in_the_stock_runtime(export_nano: Export) -> None:
+    """What Kotlin's core is held to: the messages that are handed over, and nano's replies."""
+    assert chats_of(export_nano("int8")) == read_chats()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

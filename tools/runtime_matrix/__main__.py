@@ -90,9 +90,9 @@ def _page(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     lines = [
         "# Versions of LiteRT-LM",
         "",
-        "Made by `python -m tools.runtime_matrix`: nano's float bundle, on the CPU, drafts off and on, in each version. "
-        "*Equal*: what drafts give is what plain decoding gives, text by text and token held by token held. What the "
-        "lines mean for an app is in [litert-lm.md](litert-lm.md).",
+        "Made by `python -m tools.runtime_matrix`: nano's float bundle, on the CPU, drafts off and on, in each "
+        "version. *Equal*: what drafts give is what plain decoding gives, text by text and token held by token held. "
+        "What the lines mean for an app is in [litert-lm.md](litert-lm.md).",
         "",
         f"On {platform.machine()}, Python {platform.python_version()}; bundles of "
         + " and ".join(dict.fromkeys(name for _, name in found)),

@@ -60,7 +60,7 @@ TOOL = {
 }
 
 
-class Add(litert_lm.Tool):
+class Add(litert_lm.Tool):  # type: ignore[misc]  # the library has no types
     """A tool that is declared, and answered by hand."""
 
     def get_tool_description(self) -> dict[str, Any]:

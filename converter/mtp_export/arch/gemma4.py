@@ -267,8 +267,9 @@ def read_image_settings(config: Mapping[str, Any]) -> ImageSettings | None:
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return None
-    sizes = [vision.get("patch_size"), vision.get("pooling_kernel_size"), config.get("vision_soft_tokens_per_image")]
-    if any(type(size) is not int or not 0 < size < _MAX_IMAGE_SIZE for size in sizes):
+    values = [vision.get("patch_size"), vision.get("pooling_kernel_size"), config.get("vision_soft_tokens_per_image")]
+    sizes = [value for value in values if type(value) is int and 0 < value < _MAX_IMAGE_SIZE]
+    if len(sizes) < len(values):
         return None
     patch, pooled, tokens = sizes
     return ImageSettings(patch_size=patch, max_num_patches=tokens * pooled * pooled)

@@ -165,7 +165,7 @@ class _Writer:
         again = f"{{% if not {flag}.stop %}}{{% set {flag}.skip = false %}}{body}{{% endif %}}"
         return f"{start}{head}{again}{other}{{% endfor %}}"
 
-    def _write_continue(self, node: nodes.Continue) -> str:
+    def _write_continue(self, node: nodes.Continue | nodes.Break) -> str:
         return f"{{% set {self._loops[-1]}.skip = true %}}"
 
     def _write_break(self, node: nodes.Break) -> str:
@@ -195,7 +195,7 @@ class _Writer:
         values = [f"{name}={self.expression(value)}" for name, value in zip(names[plain:], node.defaults, strict=True)]
         return ", ".join(names[:plain] + values)
 
-    def _target(self, node: nodes.Expr) -> str:
+    def _target(self, node: nodes.Node) -> str:
         if isinstance(node, nodes.Tuple):
             return f"({', '.join(self._target(item) for item in node.items)})"
         if isinstance(node, nodes.NSRef):
@@ -335,7 +335,8 @@ class _Writer:
     def _json_options(self, node: nodes.Filter) -> str:
         """json.dumps's arguments for stock_json."""
         names = ("ensure_ascii", "indent", "separators", "sort_keys")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | {k.key: k.value for k in node.kwargs}
+        given: dict[str, nodes.Expr] = dict(zip(names, node.args, strict=False))
+        given |= {str(pair.key): pair.value for pair in node.kwargs}
         try:
             options = {name: value.as_const() for name, value in given.items()}
         except nodes.Impossible:

@@ -2,6 +2,8 @@ package io.mtpexport.app
 
 import com.google.ai.edge.litertlm.Backend
 import com.google.ai.edge.litertlm.Capabilities
+import com.google.ai.edge.litertlm.Content
+import com.google.ai.edge.litertlm.Contents
 import com.google.ai.edge.litertlm.Conversation
 import com.google.ai.edge.litertlm.ConversationConfig
 import com.google.ai.edge.litertlm.Engine
@@ -15,6 +17,10 @@ import com.google.ai.edge.litertlm.MessageCallback
 import com.google.ai.edge.litertlm.SamplerConfig
 import io.mtpexport.core.Bundle
 import io.mtpexport.core.BundleException
+import io.mtpexport.core.Call
+import io.mtpexport.core.ChatMessage
+import io.mtpexport.core.ChatReply
+import io.mtpexport.core.Chats
 import io.mtpexport.core.Generator
 import io.mtpexport.core.Notes
 import io.mtpexport.core.Output
@@ -72,17 +78,28 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
             output(text, it)
         }
 
-    /** Answer in the chat that goes on until this is closed; [onPiece] gets the text as it comes. */
-    fun answer(message: String, onPiece: (String) -> Unit): Output {
-        val conversation = chat ?: conversation(null, ConversationConfig(samplerConfig = GREEDY)).also { chat = it }
+    /**
+     * Answer in the chat that goes on until this is closed; [onPiece] gets the text as it comes. The bundle's own chat
+     * template and sampler are used, and nothing has to be said for drafts: what the cache holds is the same with them.
+     */
+    fun answer(text: String, onPiece: (String) -> Unit): Output {
+        val config = ConversationConfig(automaticToolCalling = false)
+        val conversation = chat ?: conversation(null, config).also { chat = it }
+        val replies = Chats.say({ send(conversation, it, onPiece) }, text) { NO_TOOL }
+        return output(replies.last().text, conversation)
+    }
+
+    private fun send(conversation: Conversation, message: ChatMessage, onPiece: (String) -> Unit): ChatReply {
         val done = CountDownLatch(1)
         val text = StringBuilder()
+        val calls = mutableListOf<Call>()
         var failure: Throwable? = null
         conversation.sendMessageAsync(
-            message,
+            handed(message),
             object : MessageCallback {
                 override fun onMessage(message: Message) {
                     text.append(message.toString())
+                    calls += message.toolCalls.map { Call(it.name, it.arguments) }
                     onPiece(message.toString())
                 }
 
@@ -96,7 +113,15 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         )
         done.await()
         failure?.let { throw it }
-        return output(text.toString(), conversation)
+        return ChatReply(text.toString(), calls)
+    }
+
+    /** The message that the AAR writes as [ChatMessage.toJson] does. */
+    private fun handed(message: ChatMessage): Message = when (message) {
+        is ChatMessage.User -> Message.user(message.text)
+        is ChatMessage.Answers -> Message.tool(
+            Contents.of(message.answers.map { Content.ToolResponse(it.name, it.response ?: "null") }),
+        )
     }
 
     override fun close() {
@@ -124,6 +149,9 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         /** The prompt as it is: what the host's reference runtime is given. */
         const val RAW = "{% for message in messages %}{% if message.content is string %}{{ message.content }}" +
             "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+
+        /** The chat declares no tool; a model that calls one all the same is told. */
+        val NO_TOOL = mapOf("error" to "there is no such tool")
 
         val GREEDY = SamplerConfig(topK = 1, topP = 1.0, temperature = 1.0)
     }

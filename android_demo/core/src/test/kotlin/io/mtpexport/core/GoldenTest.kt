@@ -72,4 +72,41 @@ class GoldenTest {
             assertTrue("accepted" in drafted.strings("origins"))
         }
     }
+
+    @Test
+    fun `a chat hands Conversation what Python hands it`() {
+        val chats = lines("chats.jsonl")
+        assertTrue(chats.size >= 3)
+        for (chat in chats) {
+            val turns = chat.need<List<*>>("turns").map { it as Map<*, *> }
+            val handed = mutableListOf<Any?>()
+            val runtime = ChatRuntime { message ->
+                handed += Json.parse(Json.write(message.toJson()))
+                reply(turns[handed.size - 1].need("reply"))
+            }
+            val answers = chat.need<Map<*, *>>("answers")
+            val replies = chat.strings("says").flatMap { said -> Chats.say(runtime, said) { answers[it.name] } }
+            assertEquals(turns.map { it["message"] }, handed, chat.need("name"))
+            assertEquals(turns.size, replies.size)
+        }
+        assertTrue(chats.any { chat -> "tool_response" in Json.write(chat) })
+    }
+
+    private fun reply(json: Map<*, *>): ChatReply {
+        val parts = (json["content"] as List<*>? ?: emptyList<Any?>()).map { it as Map<*, *> }
+        val calls = (json["tool_calls"] as List<*>? ?: emptyList<Any?>()).map { (it as Map<*, *>).need<Map<*, *>>("function") }
+        @Suppress("UNCHECKED_CAST")
+        return ChatReply(
+            parts.joinToString("") { it["text"] as String? ?: "" },
+            calls.map { Call(it.need("name"), it.need<Map<*, *>>("arguments") as Map<String, Any?>) },
+        )
+    }
+
+    @Test
+    fun `a model that calls for ever is left after some calls`() {
+        var sent = 0
+        val replies = Chats.say({ sent++; ChatReply("", listOf(Call("again", emptyMap()))) }, "go") { null }
+        assertEquals(1 + Chats.MAX_CALLS, sent)
+        assertEquals(sent, replies.size)
+    }
 }

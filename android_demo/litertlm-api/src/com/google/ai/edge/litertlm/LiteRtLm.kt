@@ -42,7 +42,11 @@ class EngineConfig(
 
 class SamplerConfig(val topK: Int, val topP: Double, val temperature: Double, val seed: Int = 0)
 
-class ConversationConfig(val samplerConfig: SamplerConfig? = null, val maxOutputToken: Int? = null)
+class ConversationConfig(
+    val samplerConfig: SamplerConfig? = null,
+    val automaticToolCalling: Boolean = true,
+    val maxOutputToken: Int? = null,
+)
 
 class Engine(val engineConfig: EngineConfig) : AutoCloseable {
     fun initialize(): Unit = signatureOnly()
@@ -60,7 +64,7 @@ enum class LogSeverity { INFO }
 
 abstract class Conversation : AutoCloseable {
     abstract fun sendMessage(text: String): Message
-    abstract fun sendMessageAsync(text: String, callback: MessageCallback)
+    abstract fun sendMessageAsync(message: Message, callback: MessageCallback)
     abstract fun cancelProcess()
 
     @ExperimentalApi
@@ -74,7 +78,27 @@ interface MessageCallback {
 }
 
 /** Its `toString` is the text of its contents. */
-abstract class Message
+class Message private constructor() {
+    val toolCalls: List<ToolCall>
+        get() = signatureOnly()
+
+    companion object {
+        fun user(text: String): Message = signatureOnly()
+        fun tool(contents: Contents): Message = signatureOnly()
+    }
+}
+
+class ToolCall(val name: String, val arguments: Map<String, Any?>)
+
+class Contents private constructor() {
+    companion object {
+        fun of(contents: List<Content>): Contents = signatureOnly()
+    }
+}
+
+sealed class Content {
+    class ToolResponse(val name: String, val response: Any) : Content()
+}
 
 class BenchmarkInfo(
     val initTimeInSecond: Double,
