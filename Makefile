@@ -1,5 +1,6 @@
 # make demo   creates the environment, exports nano in both formats, runs it with MTP on and off in every runtime, shows
-#             that all agree, and the speed, a chat and a tool call; ends with calibration.json and report.html in build/demo
+#             that all agree, and the speed, a chat and a tool call, in our runtime and in stock LiteRT-LM; ends with
+#             calibration.json and report.html in build/demo
 # make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint
 # make check  test, lint and strict types
 
@@ -19,6 +20,7 @@ demo: $(STAMP)
 	$(BIN)/mtp-export run build/demo --chat 'What does the verb climb mean?'
 	$(BIN)/mtp-export run build/demo --chat --tools examples/tools.json 'What is 231 plus 84?'
 	$(BIN)/python examples/tools.py build/demo
+	$(BIN)/python examples/litert_lm_chat.py build/demo/nano.litertlm 2>/dev/null
 	$(BIN)/mtp-export calibrate build/demo
 	$(BIN)/mtp-export report build/demo
 

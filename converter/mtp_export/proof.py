@@ -12,7 +12,7 @@ from mtp_calibration.observe import text_of
 from mtp_export.chat_parity import ChatTurn, compare_stock_chat, compare_tokens_of_chat, hold
 from mtp_export.chats import Chat, parity_chats
 from mtp_export.litertlm_metadata import llm_metadata, metadata_differences
-from mtp_export.stock_runtime import StockRun, run_stock
+from mtp_export.stock_runtime import StockRun, known_faults, run_stock
 from mtp_runtime import GenerationTrace, Session
 from mtp_runtime.errors import UserError
 from mtp_runtime.litertlm import read_metadata
@@ -123,6 +123,7 @@ def prove(
         results=tuple(results),
         left_out=tuple(left_out),
         findings=tuple(findings),
+        notes=tuple(note for note in (known_faults() if stock else None,) if note),
     )
 
 

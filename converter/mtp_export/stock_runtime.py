@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ import msgspec
 
 from mtp_export.chats import MAX_CALLS, Chat, answers_message, user_message
 from mtp_runtime.errors import BackendError
+
+
+# What a version does wrong with drafts, whatever the bundle; docs/litert-lm.md says what an app can do.
+_FAULTS = {
+    "0.18": "with drafts it samples the first token only, fails at constrained decoding, and gives up to K tokens more "
+    "than max_output_tokens",
+    "0.19": "with drafts it samples from another distribution, and gives up to K tokens more than max_output_tokens",
+}
+
+
+def known_faults() -> str | None:
+    """What the installed version of LiteRT-LM is known to do wrong with drafts, in one line; None if nothing is."""
+    installed = version("litert-lm-api")
+    found = _FAULTS.get(".".join(installed.split(".")[:2]))
+    return None if found is None else f"LiteRT-LM {installed}: {found} (docs/litert-lm.md)"
 
 
 class StockTurn(msgspec.Struct, frozen=True, kw_only=True):

@@ -54,7 +54,7 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why,
-    `findings` what the container says otherwise than its bundle."""
+    `findings` what the container says otherwise than its bundle, `notes` what a runtime is known to do wrong."""
 
     model: str
     recipe: str
@@ -64,6 +64,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     results: tuple[RunnerResult, ...]
     left_out: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -96,6 +97,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ]
         if self.findings:
             lines += ["", "## The container", "", *(f"- {finding}" for finding in self.findings)]
+        if self.notes:
+            lines += ["", "## Known of the runtimes", "", *(f"- {note}" for note in self.notes)]
         if self.left_out:
             lines += ["", "## Left out", "", *(f"- {reason}" for reason in self.left_out)]
         if differences:

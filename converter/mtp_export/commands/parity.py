@@ -120,6 +120,8 @@ def _print(report, folder: Path) -> None:  # type: ignore[no-untyped-def]  # Par
                 console.print(f"DIFFERENT: {runner}, {found.prompt}: {place}", soft_wrap=True, markup=False)
     for finding in report.findings:
         console.print(f"WRONG: {finding}", soft_wrap=True, markup=False)
+    for note in report.notes:
+        console.print(f"known of {note}", soft_wrap=True, markup=False)
     for reason in report.left_out:
         console.print(f"left out: {reason}", soft_wrap=True)
     console.print(
