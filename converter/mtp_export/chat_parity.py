@@ -15,6 +15,7 @@ from mtp_runtime.native_calls import assistant_message
 from mtp_runtime.parity import Comparison, Verdict, compare_tokens
 
 _THOUGHT = re.compile(r"<\|channel>thought\n.*?<channel\|>", re.DOTALL)
+_UNFINISHED = re.compile(r"(?:<\|channel>thought\n|<\|tool_call>).*|\ufffd+\Z", re.DOTALL)  # where a reply was cut
 _SHOWN = 60  # characters of a text that differs
 
 
@@ -42,6 +43,11 @@ class ChatTurn:
         return _THOUGHT.search(self.content) is not None
 
     @property
+    def is_cut(self) -> bool:
+        """Whether the reply ended at a limit: behind it a runtime that keeps its last drafts holds other tokens."""
+        return self.trace.finish_reason != "stop"
+
+    @property
     def _message(self) -> dict[str, Any]:
         return assistant_message(self.content)
 
@@ -50,13 +56,14 @@ def hold(session: Session, chat: Chat, *, max_new_tokens: int, num_draft_tokens:
     """Hold a chat in the reference runtime; margins are recorded without drafts.
 
     Raises:
+        ContextFullError: a prompt of the chat does not fit the context.
         MtpError: the chat template or the bundle fails.
     """
     options = {**chat.variables, **({"tools": list(chat.tools)} if chat.tools else {})}
     conversation = Conversation(session, system=chat.system, **options)
     turns: list[ChatTurn] = []
-    for said in chat.says:
-        messages: list[dict[str, Any]] = [{"role": "user", "content": said}]
+    for text in chat.says:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
         for _ in range(1 + MAX_CALLS):
             reply = conversation.say(
                 messages,
@@ -80,7 +87,7 @@ def compare_tokens_of_chat(
 ) -> Comparison:
     """Hold the replies of another run against the reference's, token by token, as far as they agree."""
     for number, (turn, output) in enumerate(zip(reference, outputs, strict=False)):
-        found = compare_tokens(
+        comparison = compare_tokens(
             chat.name,
             turn.trace.tokens,
             output,
@@ -88,9 +95,9 @@ def compare_tokens_of_chat(
             tolerance=tolerance,
             max_new_tokens=len(turn.trace.tokens),
         )
-        if found.verdict != "equal":
-            detail = f"reply {number + 1}, token {found.first_difference}"
-            return _comparison(chat, reference, number, found.verdict, detail, found.margin)
+        if comparison.verdict != "equal":
+            detail = f"reply {number + 1}, token {comparison.first_difference}"
+            return _comparison(chat, reference, number, comparison.verdict, detail, comparison.margin)
     return _whole(chat, reference, len(outputs))
 
 
@@ -104,11 +111,17 @@ def compare_stock_chat(
     tolerance: float,
 ) -> Comparison:
     """Hold a chat in LiteRT-LM's Conversation against ours: what it fed the model, what the app got, and how many
-    tokens it holds behind each reply."""
+    tokens it holds behind each reply.
+
+    The comparison ends with a reply that was cut at a limit: there LiteRT-LM with drafts gives and holds up to K tokens
+    more, and whatever follows has another beginning.
+    """
     for number, (ours, theirs) in enumerate(zip(reference, stock, strict=False)):
         if not _is_fed(session, ours.prompt, theirs.fed, first=number == 0):
             detail = f"prompt {number + 1}: expected …{_end(ours.prompt)}, fed {_end(theirs.fed)}"
             return _comparison(chat, reference, number, "different", detail)
+        if ours.is_cut and _begins(ours, theirs):
+            return _cut(chat, number + 1)
         if (ours.text, ours.calls) != (theirs.text, theirs.calls):
             smallest = min(ours.trace.margins, default=None)
             tie = smallest is not None and smallest <= tolerance
@@ -124,6 +137,11 @@ def compare_stock_chat(
     return _whole(chat, reference, len(stock))
 
 
+def _begins(ours: ChatTurn, theirs: StockTurn) -> bool:
+    """Whether a reply that was cut is the beginning of another, up to an unfinished thought, call or character."""
+    return theirs.text.startswith(_UNFINISHED.sub("", ours.text))
+
+
 def _is_fed(session: Session, prompt: str, fed: str, *, first: bool) -> bool:
     """Whether a text is what the prompt adds to what is in the cache; the first is all but the start token."""
     bos = session.tokenizer.bos_token
@@ -136,8 +154,19 @@ def _held(session: Session, turn: ChatTurn) -> tuple[int, ...]:
     prompt, whole = len(turn.trace.prompt_ids), len(turn.trace.tokens)
     if not turn.thinks or turn.calls:
         return (prompt + whole,)
-    stop = 1 if turn.trace.finish_reason == "stop" else 0
-    return (prompt + whole, prompt + len(session.tokenize(turn.text, bos=False)) + stop)
+    return (prompt + whole, prompt + len(session.tokenize(turn.text, bos=False)) + 1)  # and what ended it
+
+
+def _cut(chat: Chat, count: int) -> Comparison:
+    return Comparison(
+        prompt=f"chat: {chat.name}",
+        compared=count,
+        agreed=count,
+        first_difference=None,
+        margin=None,
+        verdict="equal",
+        detail=f"compared up to reply {count}, which was cut at the limit",
+    )
 
 
 def _whole(chat: Chat, reference: Sequence[ChatTurn], count: int) -> Comparison:

@@ -1,4 +1,4 @@
-"""The conversations that parity runs: what a user says, and what tools answer."""
+"""The conversations that parity runs: the user's messages, and the answers of tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     variables: dict[str, Any] = {}
 
     def answer(self, name: str) -> Any:
-        """What a tool of that name says."""
+        """Return the answer of the tool of that name."""
         return self.answers.get(name, {"error": "there is no such tool"})
 
 
@@ -27,12 +27,12 @@ MAX_CALLS = 4  # answered one after the other before the user goes on
 
 
 def user_message(text: str) -> dict[str, Any]:
-    """What a user says, as it is handed to LiteRT-LM's Conversation."""
+    """Return a user's text as LiteRT-LM's Conversation takes it."""
     return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
 def answers_message(answers: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The answers to all calls of a reply, by the tools' names, likewise."""
+    """Return the answers to all calls of a reply, by the tools' names, likewise."""
     parts = [{"type": "tool_response", "name": name, "response": response} for name, response in answers]
     return {"role": "tool", "content": parts}
 

@@ -174,11 +174,12 @@ def _clustered_table(
 
     @functools.cache
     def places() -> NDArray[np.int32]:
-        """A token that is never drafted has the score of the first that may be, which wins where they are equal."""
-        found = np.argsort(ordering(), axis=None).astype(np.int32)
+        """A token that is never drafted has the score of the first that may be, which wins where they are equal; those
+        before it are left as they are."""
+        by_token = np.argsort(ordering(), axis=None).astype(np.int32)
         first = next((token for token in range(spec.vocab_size) if token not in never_drafted), 0)
-        found[list(never_drafted)] = found[first]
-        return found
+        by_token[[token for token in never_drafted if token > first]] = by_token[first]
+        return by_token
 
     def token_places(start: int, stop: int) -> NDArray[np.int32]:
         return places()[start:stop]

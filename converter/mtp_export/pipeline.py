@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
@@ -95,17 +96,18 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         format = FORMATS[config.export_format]
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
+        try_template = functools.cache(lambda: _check_template(pair, contents, format))
         if config.measured:
+            try_template()  # prompts may have messages, which the template is rendered with here
             config, pair = _choices().with_measured(config, pair, progress)
             clock.lap("drafts")
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         unused = pair_left_aside(pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
-        if format.container and "chat_template" in contents:
-            progress.start("trying the template", 0)
-            _check_template(pair, contents)
-            clock.lap("template")
+        progress.start("trying the template", 0)
+        try_template()
+        clock.lap("template")
         bits: Mapping[str, int] = {}
         if config.max_size_bytes is not None:
             values, bits = _choices().within_size(config, pair, graphs, values, config.max_size_bytes, progress)
@@ -135,19 +137,21 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     )
 
 
-def _check_template(pair: Pair, contents: Mapping[str, str]) -> None:
+def _check_template(pair: Pair, contents: Mapping[str, str], format: _Format) -> None:
     """Raises:
-    CheckpointError: LiteRT-LM does not make of the chat template what transformers makes of it.
+    CheckpointError: the chat template does not render, or not in LiteRT-LM as in transformers.
     """
     from mtp_export.litertlm_metadata import added_pieces, stop_texts
-    from mtp_export.stock_template import check_template
+    from mtp_export.stock_template import check_renders, check_template
 
-    check_template(
-        contents["chat_template"],
-        special_tokens=texts.special_tokens(pair.target),
-        stops=stop_texts(added_pieces(contents["tokenizer"]), pair.stop_token_ids),
-        tokenizer_json=contents["tokenizer"],
-    )
+    if "chat_template" not in contents:
+        return
+    template, names = contents["chat_template"], texts.special_tokens(pair.target)
+    stops = stop_texts(added_pieces(contents["tokenizer"]), pair.stop_token_ids)
+    if format.container:
+        check_template(template, special_tokens=names, stops=stops, tokenizer_json=contents["tokenizer"])
+    else:
+        check_renders(template, special_tokens=names, stops=stops)
 
 
 def _choices() -> ModuleType:
@@ -310,7 +314,7 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
         for name, parameter in part.items():
             if parameter.stored:
                 check_runs(name, parameter.format, config.export_format, looked_up=parameter.looked_up)
-    # LiteRT-LM forgets the token that ends a reply, but for one that was drafted: so none is (docs/litert-lm.md).
+    # LiteRT-LM forgets a stop token that was drafted and accepted, so none is drafted (docs/litert-lm.md).
     never_drafted = pair.stop_token_ids if FORMATS[config.export_format].container else ()
     of_drafter = parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe, never_drafted)
     return values | {"drafter": of_drafter}

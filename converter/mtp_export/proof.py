@@ -14,7 +14,7 @@ from mtp_export.chats import Chat, parity_chats
 from mtp_export.litertlm_metadata import llm_metadata, metadata_differences
 from mtp_export.stock_runtime import StockRun, known_faults, run_stock
 from mtp_runtime import GenerationTrace, Session
-from mtp_runtime.errors import UserError
+from mtp_runtime.errors import ContextFullError, UserError
 from mtp_runtime.litertlm import read_metadata
 from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
 
@@ -67,16 +67,15 @@ def prove(
             )
 
         results = [_ours(traces, k, compare([trace.tokens for trace in traces])) for k, traces in enumerate(runs)]
-        chats, held = parity_chats() if session.bundle.has("chat_template") else [], []
         findings: list[str] = []
-        for chat in chats:
-            on_run(f"reference runtime, chat {chat.name}")
-            held.append(hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=0))
+        chats, held, left_out = _reference_chats(session, on_run)
         if chats:
             results.append(_our_chats(session, chats, held, tolerance))
-        left_out = [] if stock else ["stock LiteRT-LM: --no-stock was given"]
-        if stock and not session.bundle.has("litertlm") and path.is_dir():
-            stock, left_out = False, [f"stock LiteRT-LM: it runs .litertlm files, and this is {manifest.export_format}"]
+        if not stock:
+            left_out.append("stock LiteRT-LM: --no-stock was given")
+        elif not session.bundle.has("litertlm") and path.is_dir():
+            stock = False
+            left_out.append(f"stock LiteRT-LM: it runs .litertlm files, and this is {manifest.export_format}")
         if manifest.recipe != "f32":
             left_out.append(f"transformers: it runs float weights, and this bundle is {manifest.recipe}")
         elif checkpoint is None:
@@ -84,12 +83,12 @@ def prove(
         else:
             on_run("transformers")
             turns = [turn.trace for chat in held for turn in chat]
-            said = _greedy(checkpoint, [*plain, *turns])
-            results.append(_transformers("transformers", compare(said[: len(plain)])))
+            outputs = _greedy(checkpoint, [*plain, *turns])
+            results.append(_transformers("transformers", compare(outputs[: len(plain)])))
             if chats:
-                outputs, comparisons = iter(said[len(plain) :]), []
+                of_chats, comparisons = iter(outputs[len(plain) :]), []
                 for chat, reference in zip(chats, held, strict=True):
-                    replies = [next(outputs) for _ in reference]
+                    replies = [next(of_chats) for _ in reference]
                     comparisons.append(compare_tokens_of_chat(chat, reference, replies, tolerance=tolerance))
                 results.append(_transformers("transformers chats", tuple(comparisons)))
         if stock:
@@ -127,6 +126,28 @@ def prove(
     )
 
 
+def _reference_chats(
+    session: Session, on_run: Callable[[str], None]
+) -> tuple[list[Chat], list[list[ChatTurn]], list[str]]:
+    """Hold parity's chats without drafts, where there is a chat template.
+
+    Returns:
+        The chats that fit the context, their turns, and a line for each chat that does not.
+    """
+    chats: list[Chat] = []
+    held: list[list[ChatTurn]] = []
+    left_out: list[str] = []
+    for chat in parity_chats() if session.bundle.has("chat_template") else ():
+        on_run(f"reference runtime, chat {chat.name}")
+        try:
+            held.append(hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=0))
+            chats.append(chat)
+        except ContextFullError:
+            length = session.manifest.context_length
+            left_out.append(f"chat {chat.name}: it does not fit the context of {length} tokens")
+    return chats, held, left_out
+
+
 def _our_chats(
     session: Session, chats: Sequence[Chat], held: Sequence[Sequence[ChatTurn]], tolerance: float
 ) -> RunnerResult:
@@ -147,14 +168,14 @@ def _stock_chats(
     held: Sequence[Sequence[ChatTurn]],
     tolerance: float,
 ) -> RunnerResult:
-    found = zip(chats, held, run.chats, run.chat_errors, strict=True)
+    rows = zip(chats, held, run.chats, run.chat_errors, strict=True)
     return RunnerResult(
         runner="LiteRT-LM chats",
         num_draft_tokens=k,
         tokens_per_second=None,
         acceptance_rate=None,
         committed_per_round=None,
-        comparisons=tuple(compare_stock_chat(session, *parts, tolerance=tolerance) for parts in found),
+        comparisons=tuple(compare_stock_chat(session, *row, tolerance=tolerance) for row in rows),
     )
 
 
@@ -240,11 +261,11 @@ def stock_result(
         read = output.prompt_ids
         if read is not None and read != list(trace.prompt_ids)[-len(read) :]:
             raise UserError(f"prompt {prompt}: LiteRT-LM reads it as other tokens than we do: report this tokenizer")
-        found = compare_text(prompt, parts, output.text, margins=trace.margins, tolerance=tolerance)
-        if found.verdict == "equal" and trace.finish_reason == "stop" and output.text != "".join(parts):
+        comparison = compare_text(prompt, parts, output.text, margins=trace.margins, tolerance=tolerance)
+        if comparison.verdict == "equal" and trace.finish_reason == "stop" and output.text != "".join(parts):
             # It went on where the model stops: the bundle's metadata has other stop tokens than its manifest.
-            found = msgspec.structs.replace(found, first_difference=len(parts), verdict="different")
-        comparisons.append(found)
+            comparison = msgspec.structs.replace(comparison, first_difference=len(parts), verdict="different")
+        comparisons.append(comparison)
     return RunnerResult(
         runner="LiteRT-LM",
         num_draft_tokens=k,

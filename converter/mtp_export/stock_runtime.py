@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,27 @@ import msgspec
 from mtp_export.chats import MAX_CALLS, Chat, answers_message, user_message
 from mtp_runtime.errors import BackendError
 
-
+_DISTRIBUTIONS = ("litert-lm-api", "litert-lm-api-nightly")
 # What a version does wrong with drafts, whatever the bundle; docs/litert-lm.md says what an app can do.
 _FAULTS = {
-    "0.18": "with drafts it samples the first token only, fails at constrained decoding, and gives up to K tokens more "
-    "than max_output_tokens",
-    "0.19": "with drafts it samples from another distribution, and gives up to K tokens more than max_output_tokens",
+    "0.18": "it samples the first token only, fails at constrained decoding, and gives up to K tokens more than "
+    "max_output_tokens",
+    "0.19": "it samples from another distribution, and gives up to K tokens more than max_output_tokens",
 }
 
 
 def known_faults() -> str | None:
-    """What the installed version of LiteRT-LM is known to do wrong with drafts, in one line; None if nothing is."""
-    installed = version("litert-lm-api")
-    found = _FAULTS.get(".".join(installed.split(".")[:2]))
-    return None if found is None else f"LiteRT-LM {installed}: {found} (docs/litert-lm.md)"
+    """Return the faults that the installed version of LiteRT-LM is known for with drafts, in one line; None if it is
+    known for none, or none is installed."""
+    for name in _DISTRIBUTIONS:
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        faults = _FAULTS.get(".".join(installed.split(".")[:2]))
+        if faults is not None:
+            return f"LiteRT-LM {installed} has known faults with drafts: {faults} (docs/litert-lm.md)"
+    return None
 
 
 class StockTurn(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,8 +169,8 @@ def run_stock(
 
 def parse_acceptance_rate(log: str) -> float | None:
     """Return the acceptance that the engine logs as it closes, None where it logs none. 0.18.1 tells no counts."""
-    found = re.findall(r"MTP Drafter - Success rate: ([0-9.e+-]+)$", log, re.MULTILINE)
-    return float(found[-1]) if found else None
+    rates = re.findall(r"MTP Drafter - Success rate: ([0-9.e+-]+)$", log, re.MULTILINE)
+    return float(rates[-1]) if rates else None
 
 
 def parse_warnings(log: str) -> list[str]:
@@ -203,8 +210,8 @@ def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[S
             sampler_config=greedy,
             max_output_tokens=max_tokens,
         ) as conversation:
-            for said in chat.says:
-                message = user_message(said)
+            for text in chat.says:
+                message = user_message(text)
                 for _ in range(1 + MAX_CALLS):
                     fed = conversation.render_message_to_string(message)
                     reply = dict(conversation.send_message(message))
@@ -246,19 +253,19 @@ def _main() -> None:
                 started = time.perf_counter()
                 responses = session.run_decode()
                 decode_ms = 1000.0 * (time.perf_counter() - started)
-                told = session.get_benchmark_info()
+                benchmark = session.get_benchmark_info()
                 outputs.append(
                     StockOutput(
                         text=responses.texts[0] if responses.texts else "",
                         prompt_ids=engine.tokenize(prompt),
-                        num_tokens=told.last_decode_token_count,
+                        num_tokens=benchmark.last_decode_token_count,
                         decode_ms=decode_ms,
-                        first_token_ms=1000.0 * told.time_to_first_token_in_second,
+                        first_token_ms=1000.0 * benchmark.time_to_first_token_in_second,
                     )
                 )
         for chat in request.chats:
-            said, error = _chat(engine, chat, greedy, request.max_chat_tokens)
-            turns.append(said)
+            replies, error = _chat(engine, chat, greedy, request.max_chat_tokens)
+            turns.append(replies)
             errors.append(error)
     peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     peak_bytes = 1024 * int(peak[1]) if peak else None

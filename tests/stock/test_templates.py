@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ REPORTED = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_a_reported_template(name: str) -> None:
-    assert check(REPORTED[name]) > 100
+    assert check(REPORTED[name]) >= 100
 
 
 # What MiniJinja has no counterpart of, and what the refusal names.
@@ -120,6 +119,22 @@ UNSUPPORTED = {
     "{{ dict(*messages) }}": "* or ** in a call",
     "{{ messages | tojson(ensure_ascii=True) }}": "tojson with ensure_ascii",
     "{% set stock_x = 1 %}": "the name stock_x",
+    "{% macro stock_text(v) %}x{% endmacro %}": "the name stock_text",
+    "{{ stock_mark }}": "the name stock_mark",
+    "{% macro m(a, b=a) %}{{ b }}{% endmacro %}{{ m(1) }}": "the name a in the value of another name beside it",
+    "{% with a = 1, b = a %}{{ b }}{% endwith %}": "the name a in the value of another name beside it",
+    "{% for m in messages recursive %}{% continue %}{% endfor %}": "continue or break in a recursive loop",
+    "{% continue %}": "continue or break outside a loop",
+    "{{ messages[0].content.rsplit('x') }}": "the method .rsplit(…)",
+    "{{ messages[0].content.find('x', 3) }}": "the method .find(…, …)",
+    "{{ messages[0].content.split(none, 1) }}": "the method .split(…, …)",
+    "{{ messages[0].get() }}": "the method .get()",
+    "{{ messages[0].content.title() }}": "the method .title()",
+    "{{ 'a' | indent(2) }}": "the filter 'indent'",
+    "{{ 'a' | replace('a', 'b', 1) }}": "the filter 'replace' with other arguments",
+    "{{ messages | max(attribute='x') }}": "the filter 'max' with other arguments",
+    "{{ '5' | int }}": "the filter 'int'",
+    "{{ messages[0]['items'] is defined }}": "the test 'defined' of the key 'items'",
 }
 
 
@@ -137,8 +152,14 @@ def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
     [
         ("{% for m in messages %}", "cannot be read"),
         ("{{ messages | nothing }}", "the filter 'nothing'"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not render in 3 s"),
-        ("{% set ns = namespace(x='a' * 99999) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", ""),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end within 3 s"),
+        (
+            "{% set ns = namespace(x='a' * 99999) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "the chat template does",
+        ),
+        ("{{ raise_exception('never') }}", "does not render a user's question"),
+        ("{{ messages[0].content }}" + "{{ (" + "not " * 900 + "messages) }}", "nested too deeply"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ".__class__"),
         (
             "{% for m in messages %}{{ loop.index }}{{ messages | length }}{{ m.content }}{% endfor %}",
@@ -146,7 +167,7 @@ def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
         ),
         ("{{ bos_token if messages | length > 1 }}{% for m in messages %}{{ m.content }}\n{% endfor %}", "begins with"),
     ],
-    ids=["unfinished", "no such filter", "endless", "too large", "hostile", "counts messages", "bos at times"],
+    ids=["unfinished", "no such filter", "endless", "too large", "refuses all", "nested", "surrogate", "hostile", "counts messages", "bos at times"],
 )
 def test_a_template_that_is_no_good_is_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_export.stock_template.check._LIMIT_S", 3)
@@ -217,7 +238,7 @@ def test_a_text_alone_stays_a_text_and_parts_stay_parts() -> None:
     assert check(kinds) > 100
 
 
-def test_conversations_are_not_changed_by_checking() -> None:
-    before = [dataclasses.asdict(conversation) for conversation in conversations()]
-    check(NANO.read_text(encoding="utf-8"))
-    assert [dataclasses.asdict(conversation) for conversation in conversations()] == before
+def test_code_in_a_text_stays_as_it_is() -> None:
+    """LiteRT-LM rewrites calls of methods by patterns over the template's text, its literals too."""
+    code = "d.items() s.strip() s.startswith('x') a.split('b')[0] q.replace('a', 'b') ', '.join(x) t.endswith(y)"
+    assert check(loop(f'{code} {{{{ "{code}" if m.role == "user" }}}}{{{{ m.content }}}}<turn|>')) > 100

@@ -15,32 +15,32 @@ from mtp_export.config import DELEGATES, one_of
 @click.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--delegate", default="gpu", show_default=True, help="Backend that is to take the graphs: gpu.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
-    """Say what a bundle tells LiteRT-LM of its model, and which operators a backend would not take; no GPU is needed.
+    """Print the metadata that a bundle has for LiteRT-LM, and the operators that a backend would not take.
 
     A GPU backend runs target and drafter only if it takes every operator of theirs. Ends with exit code 1 if it does
-    not. What is said follows from operators that were run on a real one (docs/gpu.md).
+    not. The verdict rests on operators that were run on a real one (docs/gpu.md).
     """
     one_of("--delegate", delegate, [name for name in DELEGATES if name != "cpu"])
     from mtp_export.delegation import delegate_table, inspect_bundle
 
     table = delegate_table(delegate)
-    found = inspect_bundle(bundle, table)
-    whole = not any(found.values())
+    refused_by_role = inspect_bundle(bundle, table)
+    whole = not any(refused_by_role.values())
     metadata, origin = _metadata(bundle)
     if as_json:
         graphs = {
             role: [{"form": r.form, "reason": r.reason, "signatures": dict(r.signatures)} for r in refused]
-            for role, refused in found.items()
+            for role, refused in refused_by_role.items()
         }
         document = {"bundle": str(bundle), "delegate": delegate, "wholly_delegated": whole, "graphs": graphs}
-        told = {"metadata": metadata, "chat_template": origin}
-        click.echo(json.dumps(document | {"learnt": table.learnt} | told))
+        container = {"metadata": metadata, "chat_template": origin}
+        click.echo(json.dumps(document | {"learnt": table.learnt} | container))
     else:
         _print_metadata(metadata, origin)
-        for role, refused in found.items():
+        for role, refused in refused_by_role.items():
             count = sum(sum(r.signatures.values()) for r in refused)
             click.echo(f"{role}: {f'{count} operators are left to the CPU' if count else 'wholly delegated'}")
             for r in refused:
@@ -53,7 +53,7 @@ def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
 
 
 def _metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the bundle's container tells LiteRT-LM, by field, and where its chat template is from."""
+    """The metadata of the bundle's container, by field, and where its chat template is from."""
     import msgspec
 
     from mtp_export.litertlm_metadata import fields_of
@@ -67,11 +67,11 @@ def _metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _print_metadata(metadata: dict[str, Any], origin: dict[str, Any]) -> None:
-    click.echo("what LiteRT-LM is told:")
+    click.echo("metadata for LiteRT-LM:")
     for name, value in metadata.items():
         if name != "jinja_prompt_template":
             click.echo(f"  {name}: {json.dumps(value, ensure_ascii=False)}")
             continue
         published = f", of {origin['of']}, published {origin['published']}" if origin.get("published") else ""
-        source = f"from {origin['source']}, SHA-256 {origin['sha256'][:16]}…{published}" if origin else "not said"
+        source = f"from {origin['source']}, SHA-256 {origin['sha256'][:16]}…{published}" if origin else "unknown"
         click.echo(f"  {name}: {len(value)} characters, {source}")

@@ -113,17 +113,17 @@ def _print(report, folder: Path) -> None:  # type: ignore[no-untyped-def]  # Par
         )
     console.print(table)
     for result in report.results:
-        for found in result.comparisons:
-            if found.verdict == "different":
+        for comparison in result.comparisons:
+            if comparison.verdict == "different":
                 runner = f"{result.runner}{', MTP' if result.num_draft_tokens else ''}"
-                place = found.detail or f"token {found.first_difference}"
-                console.print(f"DIFFERENT: {runner}, {found.prompt}: {place}", soft_wrap=True, markup=False)
+                place = comparison.detail or f"token {comparison.first_difference}"
+                console.print(f"DIFFERENT: {runner}, {comparison.prompt}: {place}", soft_wrap=True, markup=False)
     for finding in report.findings:
         console.print(f"WRONG: {finding}", soft_wrap=True, markup=False)
     for note in report.notes:
-        console.print(f"known of {note}", soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=True, markup=False)
     for reason in report.left_out:
-        console.print(f"left out: {reason}", soft_wrap=True)
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False)
     console.print(
         f"{'PASSED' if report.passed else 'FAILED'}; near-tie: the two best logits within {report.tolerance:g} where "
         f"outputs part. Written: {folder}/parity.json, parity.md",

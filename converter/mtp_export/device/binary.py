@@ -11,11 +11,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.protocol import Request, StockAnswer
 from mtp_export.device.transfer import Sent, send
 from mtp_export.stock_runtime import StockOutput, StockRun, last_complaint, parse_acceptance_rate, parse_warnings
 from mtp_runtime.errors import BackendError, UserError
+from mtp_runtime.litertlm import read_metadata
 
 # Packed weights and compiled kernels, which it keeps beside the model: neither variant may profit of the other's.
 _CACHES = ("*.xnnpack_cache*", "*_mldrift_*cache*.bin", "*.mtp_drafter*")
@@ -50,6 +53,24 @@ def run_with_binary(
     return tuple(answers)
 
 
+def as_the_program_feeds(request: Request) -> Request:
+    """Return the request with its prompts as the program's session feeds them to the model: between what the container
+    has around a user's turn, and with the beginning of a reply.
+
+    Raises:
+        BundleError: the container cannot be read.
+    """
+    if request.container is None:
+        return request
+    affixes = read_metadata(Path(request.container)).prompt_templates
+    user, reply = affixes.user, affixes.model
+    prompts = (
+        msgspec.structs.replace(prompt, text=f"{user.prefix}{prompt.text}{user.suffix}{reply.prefix}")
+        for prompt in request.prompts
+    )
+    return msgspec.structs.replace(request, prompts=tuple(prompts))
+
+
 def parse_output(output: str, log: str) -> StockOutput:
     """Read what the program printed and logged for one prompt.
 
@@ -76,7 +97,7 @@ def _command(program: str, request: Request, prompt: str, depth: int, context_le
         "backend": request.backend,
         "model_path": request.container,
         "input_prompt_file": prompt,
-        "use_session": "true",  # the prompt as it is, without a chat template
+        "use_session": "true",  # the prompt as one turn, without the chat template: see `as_the_program_feeds`
         "async": "false",
         "max_num_tokens": context_length,
         "max_output_tokens": request.max_new_tokens,

@@ -12,7 +12,7 @@ import msgspec
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.app import run_with_app
 from mtp_export.device.bench import schedule, without_warm_up
-from mtp_export.device.binary import run_with_binary
+from mtp_export.device.binary import as_the_program_feeds, run_with_binary
 from mtp_export.device.parity import reference_request, request_for
 from mtp_export.device.places import check_where, describe, run_here, run_with_python
 from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Processor, Request, StockAnswer, Where
@@ -86,7 +86,8 @@ def answers(asked: Asked, on_line: OnLine) -> tuple[Answer, Answer]:
     else:
         there = _by_shell(adb, place, asked, lambda folder: greedy_runs(asked, asked.request(folder)), on_line)
     on_line("on this machine")
-    return run_here(reference_request(asked.request(str(asked.bundle)))), there
+    reference = reference_request(asked.request(str(asked.bundle)))
+    return run_here(as_the_program_feeds(reference) if asked.binary else reference), there
 
 
 def measured(

@@ -19,6 +19,8 @@ from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
 from mtp_runtime.errors import UserError
 
 _PIECE_BYTES = 1 << 20
+# Of mtp_export, what mtp_export.device.on_device imports.
+_NEEDED_THERE = ("__init__.py", "chats.py", "stock_runtime.py", "device")
 
 
 class Sent(NamedTuple):
@@ -98,7 +100,7 @@ def code_archive(folder: Path) -> Sent:
 
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for package, names in ((mtp_runtime, None), (mtp_export, ("__init__.py", "stock_runtime.py", "device"))):
+        for package, names in ((mtp_runtime, None), (mtp_export, _NEEDED_THERE)):
             root = Path(str(package.__file__)).parent
             for path in sorted(root.rglob("*.py")):
                 inside = path.relative_to(root)

@@ -90,8 +90,10 @@ def _read_given(path: Path) -> str:
     """A file that a user names in place of the checkpoint's templates.
 
     Raises:
-        CheckpointError: it cannot be read, is empty or no text.
+        CheckpointError: it cannot be read, is empty or no text, or its name is not Unicode.
     """
+    if not _is_unicode(path.name):  # the bundle's manifest, which is JSON, names it
+        raise CheckpointError(f"--chat-template: the name of the file {path.name!a} is not Unicode: rename it")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end

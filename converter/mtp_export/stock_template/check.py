@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,7 @@ import msgspec
 from mtp_export.errors import CheckpointError
 from mtp_export.stock_template.compose import NEXT, habits_of, stock_template
 from mtp_export.stock_template.conversations import Conversation, Message, conversations
-from mtp_export.stock_template.rendering import Rendered, render_in_stock
+from mtp_export.stock_template.rendering import Rendered, limit_memory, render_in_stock
 from mtp_export.stock_template.stub import write_stub
 from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import BackendError, MtpError, UserError
@@ -29,13 +29,15 @@ from mtp_runtime.errors import BackendError, MtpError, UserError
 _LIMIT_S = 60
 _LIMIT_BYTES = 4 << 30
 _CONTEXT = 60  # characters that are shown around a difference
-_ENDLESS = "it does not end: correct it, or give another with --chat-template"
+_REMEDY = "correct it, or give another with --chat-template"
+_NEEDED = "a question"  # the conversation without which a template is none
 
 
 class _Request(msgspec.Struct):
     template: str
     special_tokens: dict[str, str]
     stops: list[str]
+    for_stock: bool
 
 
 class _Expected(msgspec.Struct):
@@ -53,26 +55,34 @@ def check_template(
     of the tokens that end a reply.
 
     Returns:
-        How many conversations were compared, the beginnings of longer ones included.
+        How many conversations came out equal, the beginnings of longer ones included; those that transformers' side
+        refuses, as LiteRT-LM then must, are not counted.
 
     Raises:
         CheckpointError: a conversation differs, with both texts, or the template cannot be written for LiteRT-LM.
         BackendError: LiteRT-LM fails.
     """
-    tried = every_conversation()
-    expected = _expected(_Request(template=template, special_tokens=dict(special_tokens), stops=list(stops)))
-    if expected.refusal:
-        raise CheckpointError(expected.refusal)
+    every = every_conversation()
+    expected = _expected(template, special_tokens, stops, for_stock=True)
     with tempfile.TemporaryDirectory(prefix="mtp-template-") as folder:
         tokenizer, stub = Path(folder) / "tokenizer.json", Path(folder) / "stub.litertlm"
         tokenizer.write_text(tokenizer_json, encoding="utf-8")
         write_stub(stub, expected.stock, tokenizer)
         try:
-            found = render_in_stock(stub, tried, timeout_s=_LIMIT_S)
+            rendered = render_in_stock(stub, every, timeout_s=_LIMIT_S)
         except BackendError as error:
-            raise BackendError(f"{error}: the chat template could not be tried in LiteRT-LM") from error
-    _compare(tried, expected.texts, found)
-    return len(tried)
+            raise BackendError(f"the chat template cannot be tried in LiteRT-LM: {error}: {_REMEDY}") from error
+    _compare(every, expected.texts, rendered)
+    return sum(text.text is not None for text in expected.texts)
+
+
+def check_renders(template: str, *, special_tokens: Mapping[str, str], stops: Sequence[str]) -> None:
+    """Check that transformers' side renders a template within limits, whatever runtime it is for.
+
+    Raises:
+        CheckpointError: it cannot be read, does not end, takes too much memory, or renders no question.
+    """
+    _expected(template, special_tokens, stops, for_stock=False)
 
 
 def every_conversation() -> list[Conversation]:
@@ -96,8 +106,8 @@ def _histories(whole: Conversation) -> Iterator[Conversation]:
         )
 
 
-def _compare(tried: Sequence[Conversation], expected: Sequence[Rendered], found: Sequence[Rendered]) -> None:
-    for conversation, ours, theirs in zip(tried, expected, found, strict=True):
+def _compare(every: Sequence[Conversation], expected: Sequence[Rendered], rendered: Sequence[Rendered]) -> None:
+    for conversation, ours, theirs in zip(every, expected, rendered, strict=True):
         if ours.text == theirs.text or (ours.text is None and conversation.going_on):
             continue
         raise CheckpointError(
@@ -120,8 +130,13 @@ def _shown(one: Rendered, other: Rendered) -> str:
     return f"{cut[0]}{json.dumps(one.text[start:end], ensure_ascii=False)}{cut[1]}"
 
 
-def _expected(request: _Request) -> _Expected:
-    """Render transformers' side in a process of its own."""
+def _expected(
+    template: str, special_tokens: Mapping[str, str], stops: Sequence[str], *, for_stock: bool
+) -> _Expected:
+    """Render transformers' side in a process of its own, with the clock that LiteRT-LM has."""
+    request = _Request(
+        template=template, special_tokens=dict(special_tokens), stops=list(stops), for_stock=for_stock
+    )
     with tempfile.TemporaryDirectory(prefix="mtp-expected-") as folder:
         answer = Path(folder) / "answer.json"
         try:
@@ -131,18 +146,27 @@ def _expected(request: _Request) -> _Expected:
                 capture_output=True,
                 timeout=_LIMIT_S,
                 check=False,
+                env={**os.environ, "TZ": "UTC"},
             )
         except subprocess.TimeoutExpired:
-            raise CheckpointError(f"the chat template did not render in {_LIMIT_S} s: {_ENDLESS}") from None
+            raise CheckpointError(f"the chat template does not end within {_LIMIT_S} s: {_REMEDY}") from None
         if done.returncode != 0 or not answer.exists():
             last = done.stderr.decode("utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise CheckpointError(f"the chat template could not be rendered ({last or 'killed'}): {_ENDLESS}")
-        return msgspec.json.decode(answer.read_bytes(), type=_Expected)
+            raise CheckpointError(f"the chat template cannot be rendered ({last or 'killed'}): {_REMEDY}")
+        expected = msgspec.json.decode(answer.read_bytes(), type=_Expected)
+    if expected.refusal:
+        raise CheckpointError(expected.refusal)
+    for conversation, text in zip(every_conversation(), expected.texts, strict=True):
+        if conversation.name == _NEEDED and text.text is None:
+            raise CheckpointError(f"the chat template does not render a user's question ({text.error}): {_REMEDY}")
+    return expected
 
 
 def _render(request: _Request) -> _Expected:
     try:
-        stock = stock_template(request.template, special_tokens=request.special_tokens, stops=request.stops)
+        stock = ""
+        if request.for_stock:
+            stock = stock_template(request.template, special_tokens=request.special_tokens, stops=request.stops)
         renderer = _Transformers(request)
         return _Expected(stock=stock, texts=[renderer.rendered(conversation) for conversation in every_conversation()])
     except CheckpointError as error:
@@ -165,7 +189,7 @@ class _Transformers:
             CheckpointError: LiteRT-LM could not go on behind its beginning.
         """
         further = self._text_or_none(conversation, [*conversation.messages, *conversation.going_on])
-        if further.text is None or not conversation.going_on:
+        if further.text is None or not conversation.going_on or not self._request.for_stock:
             return further
         history = self._history(conversation)
         if not further.text.startswith(history):
@@ -196,7 +220,7 @@ class _Transformers:
             further = {"role": "tool", "name": name, "tool_call_id": calls[0].get("id"), "content": NEXT}
         text = self._text(conversation, [*messages, further], add_generation_prompt=False).partition(NEXT)[0]
         if calls or habits.replies_close:
-            return text[: max(text.rfind(stop) + len(stop) for stop in self._request.stops if stop in text)]
+            return text[: max((text.rfind(s) + len(s) for s in self._request.stops if s in text), default=0)]
         if not text.endswith(habits.between):
             raise CheckpointError(
                 f"the chat template goes on behind a reply with {json.dumps(text[-_CONTEXT:])} in the conversation "
@@ -206,15 +230,17 @@ class _Transformers:
         return text.removesuffix(habits.between) + habits.closing
 
     def _text(self, conversation: Conversation, messages: Sequence[Message], **variables: Any) -> str:
+        in_call = self._habits.answers_in_call
+        if in_call and any(m["role"] == "tool" and isinstance(m["content"], dict | list) for m in messages):
+            messages = _with_answers_in_calls(messages)
+        elif not in_call:
+            messages = [_with_wrapped_list(message) for message in messages]
         if self._habits.joins_texts:
             messages = [_with_joined_texts(message) for message in messages]
             if any(isinstance(message.get("content"), list) and message["content"] for message in messages):
                 raise UserError("the chat template takes texts alone")
-        objects = any(m["role"] == "tool" and isinstance(m["content"], dict) for m in messages)
-        if objects and self._habits.answers_in_call:
-            messages = _with_answers_in_calls(messages)
         text = self._rendered(conversation, messages, variables)
-        if not text.startswith(self._bos):
+        if self._request.for_stock and not text.startswith(self._bos):
             raise CheckpointError(
                 f"the chat template begins with {self._bos!r} in some conversations and not in {conversation.name!r}, "
                 "and LiteRT-LM writes it always or never: give another with --chat-template"
@@ -238,6 +264,13 @@ def _with_joined_texts(message: Message) -> Message:
     return message | {"content": "".join(part["text"] for part in content)}
 
 
+def _with_wrapped_list(message: Message) -> Message:
+    """The answer of a tool that is a list: as a content it would be a list of parts."""
+    if message["role"] == "tool" and isinstance(message["content"], list):
+        return message | {"content": {"value": message["content"]}}
+    return message
+
+
 def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
     """Answers of tools as `tool_responses` of the message that called them."""
     moved: list[Message] = []
@@ -251,7 +284,7 @@ def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_BYTES, _LIMIT_BYTES))
+    limit_memory(_LIMIT_BYTES)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     Path(sys.argv[1]).write_bytes(msgspec.json.encode(_render(request)))
 

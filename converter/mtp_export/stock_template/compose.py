@@ -23,8 +23,8 @@ class Habits:
     `starts_with_bos`: it writes the start token itself.
     `joins_texts`: it knows contents that are texts alone, and gets the texts of a list of parts as one.
     `answers_in_call`: it takes a tool's answer that is an object only as `tool_responses` of the message that called.
-    `calls_close` and `replies_close`: between a call and its answer, and between a reply and the next message, it
-    writes a token that ends a reply, and the latter only one.
+    `calls_close`: it writes a stop token between a call and its answer.
+    `replies_close`: it writes exactly one stop token between a reply and the next message.
     `between` is what it writes between a reply and the next message's text, and `closing` the beginning of that which
     ends with the token that ended the reply, empty where there is none. The affixes
     stand before and behind a message of the user and of the model, None where they depend on more than that.

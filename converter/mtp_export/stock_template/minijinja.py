@@ -3,16 +3,20 @@
 jinja2 parses the template, with the options that transformers gives it, and its syntax tree is written anew: what
 MiniJinja lacks (methods of maps and of most texts, `continue`, arguments of `tojson`) in terms of what it has, and what
 it does otherwise (how `True` and `None` and lists are printed, the test `none`, which LiteRT-LM's build answers for
-undefined values alone) by helpers.jinja. What has no counterpart is refused by name. Measured on litert-lm 0.18.1 and
-0.19.0.dev20261026: docs/litert-lm.md has the table.
+undefined values alone) by helpers.jinja. What has no counterpart is refused by name.
+
+LiteRT-LM also rewrites calls of methods, such as `.strip()` and `.items()`, by patterns over a template's text, its
+literals too, before it is parsed. So what is written here calls no method, and has no full stop in a literal.
+Measured on litert-lm 0.18.1 and 0.19.0.dev20261026: docs/litert-lm.md has the table.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -23,14 +27,19 @@ from mtp_runtime.chat import chat_environment
 
 # What str.strip() takes away in Python; Rust's trim leaves the four separators \x1c to \x1f.
 _WHITESPACE = "".join(chr(c) for c in range(0x110000) if chr(c).isspace())
-# Filters that do the same in both as they are called here; of texts, and of anything.
-_TEXT_FILTERS = frozenset(["upper", "lower", "capitalize", "trim", "replace", "indent"])
-_FILTERS = frozenset(
-    [
-        *("first", "last", "list", "map", "select", "reject", "selectattr", "rejectattr", "reverse", "sort", "unique"),
-        *("int", "float", "abs", "sum", "max", "min", "safe", "default", "d", "batch", "dictsort"),
-    ]
-)
+# Filters that do the same in both, and the arguments with which they do; of texts, and of anything.
+_TEXT_FILTERS: Mapping[str, tuple[str, ...]] = {
+    "upper": (),
+    "lower": (),
+    "capitalize": (),
+    "trim": ("chars",),
+    "replace": ("old", "new"),
+}
+_FILTERS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("first", "last", "list", "reverse", "unique", "abs", "sum", "max", "min", "safe", "dictsort"), ()),
+    **dict.fromkeys(("default", "d"), ("default_value", "boolean")),
+}
+_APPLYING = {"map": 0, "select": 0, "reject": 0, "selectattr": 1, "rejectattr": 1}  # where the applied one's name is
 _TESTS = frozenset(
     [
         *("defined", "undefined", "string", "mapping", "boolean", "integer", "float", "true", "false", "sameas"),
@@ -50,7 +59,7 @@ _OPERATORS: Mapping[type[nodes.BinExpr], str] = {
     nodes.And: "and",
     nodes.Or: "or",
 }
-_OF_MAPS = frozenset(dir(dict)) - frozenset(["get", "items", "keys", "values"])
+_OF_MAPS = frozenset(dir(dict))  # which jinja2 takes for attributes of a map
 _PREFIX = "stock_"  # of names that helpers.jinja defines
 
 
@@ -79,17 +88,19 @@ def translated(template: str) -> str:
     environment: ImmutableSandboxedEnvironment = chat_environment()
     try:
         tree = environment.parse(template)
+        return _Writer().body(tree.body)
     except TemplateError as error:
         raise CheckpointError(f"the chat template cannot be read ({error}): correct it") from error
     except RecursionError:
         raise CheckpointError("the chat template is nested too deeply: take the base model's") from None
-    return _Writer().body(tree.body)
 
 
 def literal(value: Any) -> str:
     """A constant as MiniJinja reads it."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UnsupportedTemplateError("the chat template has half of a surrogate pair in a text: correct it")
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").replace(".", "\\u002e")
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
@@ -140,7 +151,7 @@ class _Writer:
     def _write_assignblock(self, node: nodes.AssignBlock) -> str:
         if node.filter is not None:
             raise _refusal(node, "a filter in a set block")
-        return f"{{% set {self._target(node.target)} %}}{self.body(node.body)}{{% endset %}}"
+        return f"{{% set {self._target(node.target)} %}}{self._scoped(node.body)}{{% endset %}}"
 
     def _write_if(self, node: nodes.If) -> str:
         written = f"{{% if {self.expression(node.test)} %}}{self.body(node.body)}"
@@ -152,6 +163,8 @@ class _Writer:
 
     def _write_for(self, node: nodes.For) -> str:
         flag = f"{_PREFIX}loop_{next(self._numbers)}" if any(map(_leaves_loop, node.body)) else None
+        if flag and node.recursive:
+            raise _refusal(node, "continue or break in a recursive loop")
         condition = f" if {self.expression(node.test)}" if node.test is not None else ""
         recursive = " recursive" if node.recursive else ""
         head = f"{{% for {self._target(node.target)} in {self.expression(node.iter)}{condition}{recursive} %}}"
@@ -166,12 +179,15 @@ class _Writer:
         return f"{start}{head}{again}{other}{{% endfor %}}"
 
     def _write_continue(self, node: nodes.Continue | nodes.Break) -> str:
+        if not self._loops or self._loops[-1] is None:
+            raise _refusal(node, "continue or break outside a loop")
         return f"{{% set {self._loops[-1]}.skip = true %}}"
 
     def _write_break(self, node: nodes.Break) -> str:
         return f"{self._write_continue(node)}{{% set {self._loops[-1]}.stop = true %}}"
 
     def _write_macro(self, node: nodes.Macro) -> str:
+        self._check_name(node, node.name)
         loops, self._loops = self._loops, []
         written = f"{{% macro {node.name}({self._parameters(node)}) %}}{self.body(node.body)}{{% endmacro %}}"
         self._loops = loops
@@ -182,16 +198,34 @@ class _Writer:
         return f"{{% call{parameters} {self.expression(node.call)} %}}{self.body(node.body)}{{% endcall %}}"
 
     def _write_with(self, node: nodes.With) -> str:
+        # jinja2 evaluates all values before any name is set.
+        self._check_apart(node, node.values, {name for target in node.targets for name in _names(target)})
         pairs = zip(node.targets, node.values, strict=True)
         values = ", ".join(f"{self._target(name)} = {self.expression(value)}" for name, value in pairs)
         return f"{{% with {values} %}}{self.body(node.body)}{{% endwith %}}"
 
     def _write_scope(self, node: nodes.Scope) -> str:
-        return self.body(node.body)  # {% generation %}
+        return self._scoped(node.body)  # {% generation %}
+
+    def _scoped(self, statements: Iterable[nodes.Node]) -> str:
+        """Statements whose names are not seen behind them."""
+        return f"{{% with {_PREFIX}scope = none %}}{self.body(statements)}{{% endwith %}}"
+
+    def _check_apart(self, node: nodes.Node, values: Iterable[nodes.Node], names: Set[str]) -> None:
+        used = {name for value in values for name in _names(value)}
+        if used & names:
+            raise _refusal(node, f"the name {min(used & names)} in the value of another name beside it")
+
+    def _check_name(self, node: nodes.Node, name: str) -> None:
+        if name.startswith(_PREFIX):
+            raise _refusal(node, f"the name {name}")
 
     def _parameters(self, node: nodes.Macro | nodes.CallBlock) -> str:
         plain = len(node.args) - len(node.defaults)
         names = [name.name for name in node.args]
+        for name in names:
+            self._check_name(node, name)
+        self._check_apart(node, node.defaults, set(names))
         values = [f"{name}={self.expression(value)}" for name, value in zip(names[plain:], node.defaults, strict=True)]
         return ", ".join(names[:plain] + values)
 
@@ -201,8 +235,7 @@ class _Writer:
         if isinstance(node, nodes.NSRef):
             return f"{node.name}.{node.attr}"
         assert isinstance(node, nodes.Name)
-        if node.name.startswith(_PREFIX):
-            raise _refusal(node, f"the name {node.name}")
+        self._check_name(node, node.name)
         return node.name
 
     # Expressions
@@ -232,10 +265,11 @@ class _Writer:
     def _as_name(self, node: nodes.Name) -> str:
         if node.name in ("varargs", "kwargs", "self", "cycler", "joiner", "lipsum"):
             raise _refusal(node, node.name)
+        self._check_name(node, node.name)
         return node.name
 
     def _as_getattr(self, node: nodes.Getattr) -> str:
-        if node.attr in dir(dict):
+        if node.attr in _OF_MAPS:
             raise _refusal(node, f".{node.attr} without a call")
         return f"{self.expression(node.node)}.{node.attr}"
 
@@ -280,6 +314,9 @@ class _Writer:
 
     def _as_test(self, node: nodes.Test) -> str:
         value = self.expression(node.node)
+        key = node.node.arg if isinstance(node.node, nodes.Getitem) else None
+        if node.name in ("defined", "undefined") and isinstance(key, nodes.Const) and key.value in _OF_MAPS:
+            raise _refusal(node, f"the test {node.name!r} of the key {key.value!r}")  # in jinja2 also an attribute
         match node.name:
             case "none":
                 return f"({value} == none)"
@@ -292,7 +329,7 @@ class _Writer:
                 return f"({value} is number or {value} is boolean)"
         if node.name not in _TESTS:
             raise _refusal(node, f"the test {node.name!r}")
-        return f"({value} is {node.name}{self._arguments(node, between=True)})"
+        return f"({value} is {node.name}{self._arguments(node)})"
 
     def _as_filter(self, node: nodes.Filter) -> str:
         if node.node is None:
@@ -314,17 +351,32 @@ class _Writer:
                 return f"stock_join({value}, {between})"
             case "tojson":
                 return f"stock_json({value}{self._json_options(node)})"
+            case "sort" if not node.args and {pair.key for pair in node.kwargs} <= {"reverse", "attribute"}:
+                return f"({value} | sort{self._arguments(node)})"
             case name if name in _TEXT_FILTERS:
-                return f"({self.text(node.node)} | {name}{self._arguments(node)})"
-            case "map" | "select" | "reject" | "selectattr" | "rejectattr":
+                return f"({self.text(node.node)} | {name}{self._positional(node, _TEXT_FILTERS[name])})"
+            case name if name in _APPLYING:
                 self._check_applied(node)
-        if node.name not in _FILTERS:
-            raise _refusal(node, f"the filter {node.name!r}")
-        return f"({value} | {node.name}{self._arguments(node)})"
+                return f"({value} | {name}{self._arguments(node)})"
+            case name if name in _FILTERS:
+                return f"({value} | {name}{self._positional(node, _FILTERS[name])})"
+        raise _refusal(node, f"the filter {node.name!r}")
+
+    def _positional(self, node: nodes.Filter, names: Sequence[str]) -> str:
+        """A filter's arguments in their order, those that have names too."""
+        values = [self.expression(argument) for argument in node.args]
+        named = {str(pair.key): self.expression(pair.value) for pair in node.kwargs}
+        rest = names[len(values) :]
+        if len(values) > len(names) or not named.keys() <= set(rest[: len(named)]):
+            raise _refusal(node, f"the filter {node.name!r} with other arguments than {', '.join(names) or 'none'}")
+        values += [named[name] for name in rest[: len(named)]]
+        return f"({', '.join(values)})" if values else ""
 
     def _check_applied(self, node: nodes.Filter) -> None:
         """`map` and its like apply filters and tests by name: those that are translated otherwise cannot be."""
-        place = {"map": 0, "select": 0, "reject": 0, "selectattr": 1, "rejectattr": 1}[node.name]
+        place = _APPLYING[node.name]
+        if {pair.key for pair in node.kwargs} - {"attribute"}:
+            raise _refusal(node, f"the filter {node.name!r} with {node.kwargs[0].key}")
         if len(node.args) <= place:
             return
         applied = node.args[place]
@@ -359,13 +411,15 @@ class _Writer:
     def _method(self, node: nodes.Call, owner: nodes.Expr, name: str) -> str:
         value = self.expression(owner)
         arguments = [self.expression(argument) for argument in node.args]
-        writer: Callable[..., str | None] | None = _METHODS.get(name)
-        written = writer(value, *arguments) if writer and not node.kwargs and len(arguments) < 4 else None
-        if written is None:
+        writer = _METHODS.get(name)
+        written = None
+        if writer is not None and not node.kwargs and _takes(writer, 1 + len(arguments)):
+            written = writer(value, *arguments)
+        if written is None or node.dyn_args is not None or node.dyn_kwargs is not None:
             raise _refusal(node, f"the method .{name}({', '.join('…' for _ in arguments)})")
         return written
 
-    def _arguments(self, node: Any, *, between: bool = False) -> str:
+    def _arguments(self, node: Any) -> str:
         written = [self.expression(argument) for argument in node.args]
         written += [f"{pair.key}={self.expression(pair.value)}" for pair in node.kwargs]
         return f"({', '.join(written)})" if written else ""
@@ -377,20 +431,22 @@ def _get(value: str, key: str, default: str = "none") -> str:
 
 def _strip(name: str) -> Callable[..., str]:
     def write(value: str, characters: str | None = None) -> str:
-        return f"{value}.{name}({characters or literal(_WHITESPACE)})"
+        return f"({value} | {name}({characters or literal(_WHITESPACE)}))"
 
     return write
 
 
-def _split(value: str, separator: str | None = None, most: str | None = None) -> str:
+def _split(value: str, separator: str | None = None, most: str | None = None) -> str | None:
     if separator in (None, "none"):
-        spaced = "".join(f".replace({literal(chr(c))}, ' ')" for c in range(0x1C, 0x20))
-        return f"({value}{spaced} | split | list)"
-    return f"({value}.split({separator}{'' if most in (None, '-1', '(-1)') else f', {most}'}) | list)"
+        spaced = "".join(f" | replace({literal(chr(c))}, ' ')" for c in range(0x1C, 0x20))
+        return f"({value}{spaced} | split | list)" if most is None else None
+    return f"({value} | split({separator}{'' if most in (None, '-1', '(-1)') else f', {most}'}) | list)"
 
 
 def _rsplit(value: str, separator: str, most: str) -> str | None:
     """Only the last place is split at, which is what reasoning models' templates do."""
+    if separator == "none":
+        return None
     parts = _split(value, separator)
     parted = f"[{parts}[:-1] | join({separator}), {parts}[-1]]"
     return f"({parted} if {separator} in {value} else [{value}])" if most == "1" else None
@@ -398,7 +454,7 @@ def _rsplit(value: str, separator: str, most: str) -> str | None:
 
 def _replace(value: str, old: str, new: str, count: str | None = None) -> str:
     if count is None:
-        return f"{value}.replace({old}, {new})"
+        return f"({value} | replace({old}, {new}))"
     return f"({_split(value, old, count)} | join({new}))"
 
 
@@ -412,29 +468,30 @@ _METHODS: Mapping[str, Callable[..., str | None]] = {
     "items": lambda value: f"({value} | items)",
     "keys": lambda value: f"({value} | list)",
     "values": lambda value: f"({value} | items | map('last') | list)",
-    "strip": _strip("strip"),
+    "strip": _strip("trim"),
     "lstrip": _strip("lstrip"),
     "rstrip": _strip("rstrip"),
-    "startswith": lambda value, start: None if start.startswith("[") else f"{value}.startswith({start})",
-    "endswith": lambda value, end: None if end.startswith("[") else f"{value}.endswith({end})",
+    "startswith": lambda value, start: None if start.startswith("[") else f"({value} is startingwith({start}))",
+    "endswith": lambda value, end: None if end.startswith("[") else f"({value} is endingwith({end}))",
     "split": _split,
     "rsplit": _rsplit,
     "replace": _replace,
     "upper": lambda value: f"({value} | upper)",
     "lower": lambda value: f"({value} | lower)",
     "capitalize": lambda value: f"({value} | capitalize)",
-    "title": lambda value: f"({value} | title)",
     "join": lambda value, parts: f"({parts} | join({value}))",
     "find": _find,
     "count": lambda value, part: f"(({_split(value, part)} | length) - 1)",
-    "removeprefix": lambda value, part: f"({value}[{part} | length:] if {value}.startswith({part}) else {value})",
+    "removeprefix": lambda value, part: (
+        f"({value}[({part} | length):] if ({value} is startingwith({part})) else {value})"
+    ),
     "removesuffix": lambda value, part: (
-        f"({value}[:({value} | length) - ({part} | length)] if {value}.endswith({part}) else {value})"
+        f"({value}[:(({value} | length) - ({part} | length))] if ({value} is endingwith({part})) else {value})"
     ),
 }
 _TEXT_METHODS = frozenset(
     [
-        *("strip", "lstrip", "rstrip", "replace", "upper", "lower", "capitalize", "title", "join", "removeprefix"),
+        *("strip", "lstrip", "rstrip", "replace", "upper", "lower", "capitalize", "join", "removeprefix"),
         "removesuffix",
     ]
 )
@@ -448,7 +505,7 @@ def is_text(node: nodes.Expr) -> bool:
         case nodes.TemplateData() | nodes.Concat():
             return True
         case nodes.Filter():
-            return node.name in _TEXT_FILTERS | {"string", "title", "join", "tojson"}
+            return node.name in _TEXT_FILTERS or node.name in ("string", "title", "join", "tojson")
         case nodes.Add():
             return is_text(node.left) or is_text(node.right)  # of a text and another kind there is no sum
         case nodes.CondExpr():
@@ -456,6 +513,23 @@ def is_text(node: nodes.Expr) -> bool:
         case nodes.Call(node=nodes.Getattr(attr=name)):
             return name in _TEXT_METHODS
     return False
+
+
+def _takes(writer: Callable[..., object], count: int) -> bool:
+    """Whether a function takes so many arguments."""
+    try:
+        inspect.signature(writer).bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _names(node: nodes.Node) -> Iterator[str]:
+    """The names in an expression."""
+    if isinstance(node, nodes.Name):
+        yield node.name
+    for child in node.find_all(nodes.Name):
+        yield child.name
 
 
 def _is_loop(node: nodes.Expr) -> bool:
@@ -466,7 +540,9 @@ def _leaves_loop(node: nodes.Node) -> bool:
     """Whether a statement may `continue` or `break` the loop that it stands in."""
     if isinstance(node, nodes.Continue | nodes.Break):
         return True
-    if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
+    if isinstance(node, nodes.For):
+        return any(map(_leaves_loop, node.else_))  # its own body leaves itself
+    if isinstance(node, nodes.Macro | nodes.CallBlock):
         return False
     return any(_leaves_loop(child) for child in node.iter_child_nodes())
 

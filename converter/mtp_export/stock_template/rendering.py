@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import msgspec
 from mtp_export.stock_template.conversations import Conversation, as_stock
 from mtp_runtime.errors import BackendError
 
+_LIMIT_BYTES = 8 << 30
 _FAILED = re.compile(r"(?:Failed to apply template|Failed to render message|Template creation failed): (.+)")
 
 
@@ -40,6 +42,11 @@ class _Request(msgspec.Struct):
     model_path: str
     answer_path: str
     tasks: list[_Task]
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Let this process have so much address space at most: a template may ask for any amount."""
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
 
 def render_in_stock(model_path: Path, conversations: Sequence[Conversation], *, timeout_s: float) -> list[Rendered]:
@@ -89,6 +96,7 @@ def _main() -> None:
         def execute(self, param: Any) -> Any:
             raise NotImplementedError
 
+    limit_memory(_LIMIT_BYTES)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
     rendered = []
