@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -40,7 +40,12 @@ from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embed
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
+from mtp_runtime.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from mtp_export.reply_ends import ReplyEnds
+
+EMBEDDERS = ("embedder", "per_layer_embedder")
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
 
@@ -120,7 +125,8 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
             values = _choices().rounded_by_gptq(config, pair, values, folder, progress)
             clock.lap("gptq")
-        files = format.write(config, graphs, values, folder, journal, progress, clock)
+        ends = _reply_ends(pair, contents)
+        files = format.write(config, graphs, values, folder, journal, progress, clock, ends)
         files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, bits, folder, journal, progress)
         clock.lap("bundle")
@@ -152,6 +158,31 @@ def _check_template(pair: Pair, contents: Mapping[str, str], format: _Format) ->
         check_template(template, special_tokens=names, stops=stops, tokenizer_json=contents["tokenizer"])
     else:
         check_renders(template, special_tokens=names, stops=stops)
+
+
+def _reply_ends(pair: Pair, contents: Mapping[str, str]) -> ReplyEnds | None:
+    """What ends replies and calls in the checkpoint's chats; None where the template or its stop tokens do not say."""
+    from mtp_export.litertlm_metadata import added_pieces, stop_texts
+    from mtp_export.reply_ends import ReplyEnds
+    from mtp_export.stock_template import habits_of
+
+    if "chat_template" not in contents:
+        return None
+    pieces = added_pieces(contents["tokenizer"])
+    stops = stop_texts(pieces, pair.stop_token_ids)
+    names = texts.special_tokens(pair.target)
+    habits = habits_of(contents["chat_template"], special_tokens=names, stops=stops)
+    ids = {text: token_id for token_id, text in pieces.items()}
+    reply, call = (
+        next((ids[stop] for stop in stops if closing.endswith(stop)), None)
+        for closing in (habits.closing, habits.call_closing)
+    )
+    behind = habits.between.removeprefix(habits.closing)
+    if reply is None or not behind:
+        return None
+    tokenizer = Tokenizer.parse(contents["tokenizer"], pair.target_spec.bos_token_id, str(pair.target.folder))
+    behind_reply = tokenizer.encode(behind, bos=False)[0]
+    return ReplyEnds(reply=reply, call=reply if call is None else call, behind_reply=behind_reply)
 
 
 def _choices() -> ModuleType:
@@ -370,8 +401,10 @@ def _write_tflite(
     journal: Journal,
     progress: Progress,
     clock: _Clock,
+    ends: ReplyEnds | None,
 ) -> dict[str, Path]:
     from mtp_export.lower import tflite
+    from mtp_export.reply_ends import with_reply_ends
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
@@ -379,7 +412,9 @@ def _write_tflite(
     clock.lap("lower")
     progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
-    for graph in lowered:
+    for graph in sorted(lowered, key=lambda graph: graph.role == "target"):  # which needs rows of the embedders
+        if graph.role == "target" and ends is not None and config.delegate == "cpu":
+            graph = with_reply_ends(graph, ends, [files[role] for role in EMBEDDERS])
         if files[graph.role].name in journal.files:
             progress.advance(sizes.stored_bytes("tflite", values[graph.role]))
             continue
@@ -417,6 +452,7 @@ def _write_onnx(
     journal: Journal,
     progress: Progress,
     clock: _Clock,
+    ends: ReplyEnds | None,
 ) -> dict[str, Path]:
     from mtp_export.lower import onnx
     from mtp_export.lower.onnx_batch import write_batched

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ CODES = schema.BuiltinOperator
 _TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
 
 
-def rewrite(lowered: LoweredGraph, rewriting: type[Rewriting]) -> LoweredGraph:
+def rewrite(lowered: LoweredGraph, rewriting: Callable[[Any, Any, Shared], Rewriting]) -> LoweredGraph:
     """Rewrite every signature of a graph, in place. The result is the graph with the places that its parameters have
     then."""
     model, shared = lowered.model, Shared()

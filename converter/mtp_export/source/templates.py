@@ -111,14 +111,14 @@ def _read_given(path: Path) -> str:
 
 
 def _of_files(target: Checkpoint) -> dict[str, str]:
-    found = {_DEFAULT: target.read_text(NAME)} if target.has(NAME) else {}
+    named = {_DEFAULT: target.read_text(NAME)} if target.has(NAME) else {}
     for path in sorted((target.folder / FOLDER).glob("*.jinja")):
         if not _is_unicode(path.name):
             raise CheckpointError(
                 f"{target.folder / FOLDER}: the name of the file {path.name!a} is not Unicode: rename or remove it"
             )
-        found[path.name.removesuffix(".jinja")] = target.read_text(f"{FOLDER}/{path.name}")
-    return found
+        named[path.name.removesuffix(".jinja")] = target.read_text(f"{FOLDER}/{path.name}")
+    return named
 
 
 def _is_unicode(name: str) -> bool:

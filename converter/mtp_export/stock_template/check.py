@@ -130,13 +130,9 @@ def _shown(one: Rendered, other: Rendered) -> str:
     return f"{cut[0]}{json.dumps(one.text[start:end], ensure_ascii=False)}{cut[1]}"
 
 
-def _expected(
-    template: str, special_tokens: Mapping[str, str], stops: Sequence[str], *, for_stock: bool
-) -> _Expected:
+def _expected(template: str, special_tokens: Mapping[str, str], stops: Sequence[str], *, for_stock: bool) -> _Expected:
     """Render transformers' side in a process of its own, with the clock that LiteRT-LM has."""
-    request = _Request(
-        template=template, special_tokens=dict(special_tokens), stops=list(stops), for_stock=for_stock
-    )
+    request = _Request(template=template, special_tokens=dict(special_tokens), stops=list(stops), for_stock=for_stock)
     with tempfile.TemporaryDirectory(prefix="mtp-expected-") as folder:
         answer = Path(folder) / "answer.json"
         try:

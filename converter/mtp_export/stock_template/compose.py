@@ -25,6 +25,7 @@ class Habits:
     `answers_in_call`: it takes a tool's answer that is an object only as `tool_responses` of the message that called.
     `calls_close`: it writes a stop token between a call and its answer.
     `replies_close`: it writes exactly one stop token between a reply and the next message.
+    `call_closing` is what it writes behind a call up to that token, empty where there is none.
     `between` is what it writes between a reply and the next message's text, and `closing` the beginning of that which
     ends with the token that ended the reply, empty where there is none. The affixes
     stand before and behind a message of the user and of the model, None where they depend on more than that.
@@ -35,6 +36,7 @@ class Habits:
     answers_in_call: bool
     calls_close: bool
     replies_close: bool
+    call_closing: str
     between: str
     closing: str
     user_affixes: tuple[str, str] | None
@@ -86,7 +88,6 @@ def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequen
     user = {"role": "user", "content": first}
     turns = render(user, {"role": "assistant", "content": second}, {"role": "user", "content": third})
     between = turns.partition(second)[2].partition(third)[0]
-    ends = [between.find(stop) + len(stop) for stop in stops if stop in between]
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": second}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     answer = {"b": third}
@@ -106,11 +107,17 @@ def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequen
         answers_in_call=third in in_call and third not in apart,
         replies_close=sum(between.count(stop) for stop in stops) == 1,
         calls_close=any(stop in behind_call for stop in stops),
+        call_closing=_up_to_stop(behind_call, stops),
         user_affixes=affixes if regular else None,
         model_affixes=of_model if regular else None,
         between=between,
-        closing=between[: min(ends, default=0)],
+        closing=_up_to_stop(between, stops),
     )
+
+
+def _up_to_stop(text: str, stops: Sequence[str]) -> str:
+    """The beginning of a text that ends with its first stop; empty where it has none."""
+    return text[: min((text.find(stop) + len(stop) for stop in stops if stop in text), default=0)]
 
 
 def _is_printed(part: Mapping[str, str], text: str) -> bool:
