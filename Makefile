@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/mtp-export run build/demo --chat 'What does the verb climb mean?'
 	$(BIN)/mtp-export run build/demo --chat --tools examples/tools.json 'What is 231 plus 84?'
 	$(BIN)/python examples/tools.py build/demo
-	$(BIN)/python examples/litert_lm_chat.py build/demo/nano.litertlm 2>/dev/null
+	$(BIN)/python examples/litert_lm_chat.py build/demo/nano.litertlm
 	$(BIN)/mtp-export calibrate build/demo
 	$(BIN)/mtp-export report build/demo
 

@@ -22,18 +22,19 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-VERBS, NOUNS = ("climb", "run", "swim"), ("river", "stone")
-QUESTIONS = [f"What does the verb {v} mean?" for v in VERBS] + [f"What does the noun {n} mean?" for n in NOUNS]
+WORDS = ("verb climb", "verb run", "verb swim", "noun river", "noun stone")
+QUESTIONS = [*(f"What does the {word} mean?" for word in WORDS), "Thank you"]
 replies: dict[bool, list[str]] = {False: [], True: []}
+path = sys.argv[1] if len(sys.argv) == 2 else sys.exit("usage: python examples/litert_lm_chat.py BUNDLE.litertlm")
+litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
 for drafts in (False, True):
-    with engine(sys.argv[1], drafts) as model:
+    with engine(path, drafts) as model:
         with model.create_conversation(tools=[add], automatic_tool_calling=False) as chat:
-            reply = chat.send_message("What is 231 plus 84?")
-            call = reply["tool_calls"][0]["function"]
+            call = chat.send_message("What is 231 plus 84?")["tool_calls"][0]["function"]
             replies[drafts].append(f"calls {json.dumps(call)}")
             answer = {"type": "tool_response", "name": call["name"], "response": add(**call["arguments"])}
             replies[drafts].append(chat.send_message({"role": "tool", "content": [answer]})["content"][0]["text"])
         with model.create_conversation() as chat:
-            replies[drafts] += [chat.send_message(q)["content"][0]["text"] for q in [*QUESTIONS, "Thank you"]]
+            replies[drafts] += [chat.send_message(q)["content"][0]["text"] for q in QUESTIONS]
 print(*replies[True], sep="\n")
 sys.exit(None if replies[False] == replies[True] else f"drafts changed a reply: without, {replies[False]}")

@@ -97,13 +97,15 @@ def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> E
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many transformations of checkpoints were exported to the same model, and how many were refused."""
-    kinds = [
-        value
-        for report in terminalreporter.stats.get("passed", ())
-        for name, value in report.user_properties
-        if name == "transformation"
-    ]
+    """Say how many transformations of checkpoints were exported to the same model, how many were refused, and how many
+    conversations LiteRT-LM renders as transformers does."""
+    properties = [pair for report in terminalreporter.stats.get("passed", ()) for pair in report.user_properties]
+    kinds = [value for name, value in properties if name == "transformation"]
     if kinds:
         equal, refused = kinds.count("equal"), kinds.count("refused")
         terminalreporter.write_line(f"transformations of checkpoints: {equal} equal to transformers, {refused} refused")
+    counts = [value for name, value in properties if name == "conversations"]
+    if counts:
+        terminalreporter.write_line(
+            f"chat templates in LiteRT-LM: {len(counts)} templates, {sum(counts)} conversations equal"
+        )

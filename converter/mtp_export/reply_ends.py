@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mtp_export.lower.tflite import LoweredGraph
 from mtp_export.rewriting import CODES, Rewriting, rewrite
+from mtp_runtime.quiet import native_log_held_back
 
 _INPUTS = ("embeddings", "per_layer_embeddings")
 _CLOSE = 1e-3  # embeddings of two tokens differ by far more in sum
@@ -38,14 +39,15 @@ class ReplyEnds:
 
 def embedded(embedders: Sequence[Path], token_ids: Sequence[int]) -> list[list[NDArray[np.float32]]]:
     """The embeddings of tokens, as the exported embedders give them to a runtime: by embedder and token."""
-    rows = []
+    rows: list[list[NDArray[np.float32]]] = []
     for path in embedders:
-        model = Interpreter(model_path=str(path), num_threads=1)
-        model.allocate_tensors()
-        (given,), (result,) = model.get_input_details(), model.get_output_details()
+        with native_log_held_back():
+            model = Interpreter(model_path=str(path), num_threads=1)
+            model.allocate_tensors()
+        (ids,), (result,) = model.get_input_details(), model.get_output_details()
         rows.append([])
         for token_id in token_ids:
-            model.set_tensor(given["index"], np.array([[token_id]], np.int32))
+            model.set_tensor(ids["index"], np.array([[token_id]], np.int32))
             model.invoke()
             rows[-1].append(np.array(model.get_tensor(result["index"]), np.float32))
     return rows

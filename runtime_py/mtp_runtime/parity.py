@@ -1,4 +1,4 @@
-"""Parity: do two runtimes say the same tokens, and if not, was it a near-tie?
+"""Parity: do two runtimes generate the same tokens, and if not, was it a near-tie?
 
 The one rule: a difference is a stated near-tie if and only if, at the first differing position, the reference's top
 two logits were within the tolerance. Two graphs of one model (one token or K + 1 at a time, another library) round
@@ -21,7 +21,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `agreed` leading tokens of the `compared` ones are equal; `first_difference` is the position of the next, and
     `margin` the reference's top-1 minus top-2 logit there (None where it had already ended). Of a chat, replies are
-    counted instead of tokens, and `detail` says what is different.
+    counted instead of tokens, and `detail` says what is different, or where the comparison of equal replies ended.
     """
 
     prompt: str
@@ -54,7 +54,7 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why,
-    `findings` what the container says otherwise than its bundle, `notes` what a runtime is known to do wrong."""
+    `findings` names the differences of the container from its bundle, `notes` the known faults of a runtime."""
 
     model: str
     recipe: str
@@ -124,8 +124,8 @@ def compare_tokens(
     """
     reference, tokens = reference[:max_new_tokens], tokens[:max_new_tokens]
     agreed = 0
-    for expected, found in zip(reference, tokens, strict=False):
-        if expected != found:
+    for expected, token in zip(reference, tokens, strict=False):
+        if expected != token:
             break
         agreed += 1
     return _judge(prompt, agreed, max(len(reference), len(tokens)), len(reference), margins, tolerance)

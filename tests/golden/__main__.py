@@ -91,7 +91,7 @@ def judge(case: ParityCase) -> Comparison:
 
 def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
     """What nano says with a recipe, without and with MTP."""
-    found = []
+    traces = []
     with Session.open(bundle, threads=1) as session:
         for prompt in read_prompts(PROMPTS):
             for depth in (0, session.manifest.num_draft_tokens):
@@ -99,7 +99,7 @@ def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
                     prompt.text, max_new_tokens=MAX_NEW_TOKENS, num_draft_tokens=depth, with_margins=True
                 )
                 trace = generation.finish()
-                found.append(
+                traces.append(
                     GoldenTrace(
                         prompt=prompt.id,
                         recipe=recipe,
@@ -112,7 +112,7 @@ def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
                         finish_reason=trace.finish_reason,
                     )
                 )
-    return found
+    return traces
 
 
 def chats_of(bundle: Path) -> list[GoldenChat]:

@@ -39,9 +39,9 @@ def test_chats_in_the_stock_runtime(export_nano: Export) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nano_says_what_it_said(export_nano: Export, recipe: str) -> None:
     golden = [trace for trace in read_traces() if trace.recipe == recipe]
-    found = traces_of(recipe, export_nano(recipe))
-    assert [(t.prompt, t.num_draft_tokens) for t in golden] == [(t.prompt, t.num_draft_tokens) for t in found]
-    for old, new in zip(golden, found, strict=True):
+    traces = traces_of(recipe, export_nano(recipe))
+    assert [(t.prompt, t.num_draft_tokens) for t in golden] == [(t.prompt, t.num_draft_tokens) for t in traces]
+    for old, new in zip(golden, traces, strict=True):
         assert old.prompt_ids == new.prompt_ids
         verdict = compare_tokens(
             old.prompt,

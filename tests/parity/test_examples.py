@@ -22,19 +22,36 @@ SAYS = {
 }
 
 
+# What stock LiteRT-LM runs: a container, and lines of the native library's log on standard error.
+OF_STOCK = "litert_lm_chat.py"
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_runs(export_nano: Export, name: str) -> None:
-    command = [sys.executable, str(EXAMPLES / name), str(export_nano("int8"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    bundle = export_nano("int8")
+    path = bundle / "nano.litertlm" if name == OF_STOCK else bundle
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), str(path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert name == OF_STOCK or not done.stderr
     assert re.search(SAYS.get(name, r"\S"), done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_an_example_without_a_bundle_says_what_it_takes(name: str, tmp_path: Path) -> None:
     for arguments, expected in (([], "BUNDLE"), ([str(tmp_path / "nothing")], "error: no bundle at ")):
-        command = [sys.executable, str(EXAMPLES / name), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 1
+        done = refused(name, *arguments)
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_example_of_stock_litert_lm_says_what_it_takes() -> None:
+    assert refused(OF_STOCK).stderr == "usage: python examples/litert_lm_chat.py BUNDLE.litertlm\n"
+
+
+def refused(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    return done

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from mtp_export.chats import parity_chats
 from mtp_runtime import Bundle, Session
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
+
+# The runners of a report in their order, with their K.
+OURS = [*(("mtp_runtime", k) for k in range(5)), ("mtp_runtime chats", 4)]
+REFERENCE = [("transformers", 0), ("transformers chats", 0)]
+
+
+def assert_equal(report: dict[str, Any], prompts: int, folder: Path) -> None:
+    """Every runner says the same of every prompt and in every chat, and its drafts are accepted."""
+    for result in report["results"]:
+        verdicts = [c["verdict"] for c in result["comparisons"]]
+        count = len(parity_chats()) if result["runner"].endswith(" chats") else prompts
+        assert verdicts == ["equal"] * count, (folder / "parity.md").read_text()
+        if result["num_draft_tokens"] and result["runner"] != "LiteRT-LM chats":  # which tells no acceptance of chats
+            assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
 
 
 @pytest.mark.parametrize(("recipe", "prompts"), [("f32", 8), ("int8", 32), ("int4", 8)])
@@ -24,14 +40,9 @@ def test_every_runtime_says_the_same(export_nano: Export, recipe: str, prompts: 
     report = json.loads(done.stdout)
     assert (report["passed"], done.returncode) == (True, 0), (tmp_path / "parity.md").read_text()
     runners = [(r["runner"], r["num_draft_tokens"]) for r in report["results"]]
-    ours = [("mtp_runtime", k) for k in range(5)]
-    reference = [("transformers", 0)] if recipe == "f32" else []
-    assert runners == ours + reference + [("LiteRT-LM", 0), ("LiteRT-LM", 4)]
-    for result in report["results"]:
-        verdicts = [c["verdict"] for c in result["comparisons"]]
-        assert verdicts == ["equal"] * prompts, (tmp_path / "parity.md").read_text()
-        if result["num_draft_tokens"]:
-            assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
+    stock = [(name, k) for k in (0, 4) for name in ("LiteRT-LM", "LiteRT-LM chats")]
+    assert runners == OURS + (REFERENCE if recipe == "f32" else []) + stock
+    assert_equal(report, prompts, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
@@ -62,12 +73,8 @@ def test_onnx_says_the_same_with_every_k(export_nano: Export, recipe: str, tmp_p
     report = json.loads(done.stdout)
     assert (report["passed"], done.returncode) == (True, 0), (tmp_path / "parity.md").read_text()
     runners = [(r["runner"], r["num_draft_tokens"]) for r in report["results"]]
-    assert runners == [("mtp_runtime", k) for k in range(5)] + ([("transformers", 0)] if recipe == "f32" else [])
-    for result in report["results"]:
-        verdicts = [c["verdict"] for c in result["comparisons"]]
-        assert verdicts == ["equal"] * prompts, (tmp_path / "parity.md").read_text()
-        if result["num_draft_tokens"]:
-            assert result["committed_per_round"] > 1.5, "MTP runs, but its drafts are not accepted"
+    assert runners == OURS + (REFERENCE if recipe == "f32" else [])
+    assert_equal(report, prompts, tmp_path)
 
 
 @pytest.mark.parametrize("export_format", ["tflite", "onnx"])

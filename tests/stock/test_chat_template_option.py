@@ -98,8 +98,21 @@ def unsupported(path: Path) -> None:
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, make: Callable[[Path], None], expected: str) -> None:
     make(tmp_path / "x.jinja")
-    code, said = export(tmp_path, tmp_path / "x.jinja", check=False)
+    assert expected in refusal(tmp_path, tmp_path / "x.jinja")
+
+
+def test_a_name_that_is_not_unicode_is_one_line(tmp_path: Path) -> None:
+    """The manifest, which is JSON, could not hold it."""
+    template = tmp_path / os.fsdecode(b"mine\xff.jinja")
+    template.write_text(PLAIN, encoding="utf-8")
+    line = refusal(tmp_path, template)
+    assert line.endswith("--chat-template: the name of the file 'mine\\udcff.jinja' is not Unicode: rename it")
+
+
+def refusal(tmp_path: Path, template: Path) -> str:
+    """The one line with which an export is refused."""
+    code, errors = export(tmp_path, template, check=False)
+    (line,) = errors.strip().splitlines()
     assert code == 2
-    assert expected in said
-    assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "bundle").exists()
+    return line

@@ -44,7 +44,7 @@ def runs(container: Path) -> dict[bool, list[list[StockTurn]]]:
 
     def run(drafts: bool) -> list[list[StockTurn]]:
         chats = [*CHATS, *parity_chats()]
-        found = run_stock(
+        result = run_stock(
             container,
             [],
             max_new_tokens=1,
@@ -54,8 +54,8 @@ def runs(container: Path) -> dict[bool, list[list[StockTurn]]]:
             chats=chats,
             max_chat_tokens=96,
         )
-        assert found.chat_errors == [""] * len(chats)
-        return found.chats
+        assert result.chat_errors == [""] * len(chats)
+        return result.chats
 
     return {drafts: run(drafts) for drafts in (False, True)}
 
@@ -92,14 +92,17 @@ def test_a_thought_is_taken_back(runs: dict[bool, list[list[StockTurn]]], tokeni
     (place,) = (i for i, chat in enumerate(parity_chats()) if chat.variables)
     turns = runs[drafts][len(CHATS) + place]
     assert "channels" in turns[0].reply  # it thought
+    assert any("channels" not in turn.reply for turn in turns[1:])  # and was not to think again
     messages: list[dict[str, Any]] = []
     for question, turn in zip(parity_chats()[place].says, turns, strict=True):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.text}]
-        if turn is turns[0]:
-            continue  # with the next message at the latest
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
-        ids = tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
-        assert turn.held_tokens == len(ids)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True).removesuffix("\n")
+        # Thoughts of earlier turns are gone; that of this turn goes with the next message at the latest.
+        thought = turn.reply.get("channels", {}).get("thought")
+        written = f"<|channel>thought\n{thought}<channel|>" if thought else ""
+        before, text, end = whole.rpartition(turn.text)
+        texts = {whole, f"{before}{written}{text}{end}"}
+        assert turn.held_tokens in [len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -206,11 +209,11 @@ def _arguments(values: dict[str, Any]) -> str:
 def _messages(chat: Chat, turns: list[StockTurn]) -> list[dict[str, Any]]:
     """The conversation as transformers knows it."""
     messages: list[dict[str, Any]] = []
-    said = iter(chat.says)
-    answered: list[dict[str, Any]] = []
+    texts = iter(chat.says)
+    answers: list[dict[str, Any]] = []
     for turn in turns:
-        messages += answered or [{"role": "user", "content": next(said)}]
+        messages += answers or [{"role": "user", "content": next(texts)}]
         calls = [{"type": "function", "function": call} for call in turn.calls]
         messages.append({"role": "assistant", "content": turn.text} | ({"tool_calls": calls} if calls else {}))
-        answered = [{"role": "tool", "name": call["name"], "content": chat.answer(call["name"])} for call in turn.calls]
+        answers = [{"role": "tool", "name": call["name"], "content": chat.answer(call["name"])} for call in turn.calls]
     return messages

@@ -1,4 +1,4 @@
-"""What LiteRT-LM is told of a model: each field from the checkpoint."""
+"""The metadata of a model for LiteRT-LM: each field from the checkpoint."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def fields(bundle: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_nano_has_the_fields_of_gemma_4(bundle: Path) -> None:
-    found = fields_of(read_metadata(bundle / "nano.litertlm"))
-    assert found.pop("jinja_prompt_template")
-    assert found == {
+    metadata = fields_of(read_metadata(bundle / "nano.litertlm"))
+    assert metadata.pop("jinja_prompt_template")
+    assert metadata == {
         "start_token": {"token_ids": {"ids": [2]}},
         "stop_tokens": [{"token_ids": {"ids": [i]}} for i in (1, 106, 50)],
         "prompt_templates": {
@@ -64,21 +64,21 @@ def test_nano_has_the_fields_of_gemma_4(bundle: Path) -> None:
 
 def test_a_checkpoint_that_samples(bundle: Path) -> None:
     sampler = SamplerDefaults(do_sample=True, temperature=0.75, top_k=64, top_p=0.5)
-    found = fields(bundle, sampler=sampler)["sampler_params"]
-    assert found == {"type": "TOP_P", "k": 64, "p": 0.5, "temperature": 0.75}
+    params = fields(bundle, sampler=sampler)["sampler_params"]
+    assert params == {"type": "TOP_P", "k": 64, "p": 0.5, "temperature": 0.75}
     every = fields(bundle, sampler=msgspec.structs.replace(sampler, top_k=0))["sampler_params"]
     assert every["k"] == 4096
 
 
 def test_suppressed_tokens_and_images(bundle: Path) -> None:
-    found = fields(bundle, suppress_tokens=(7, 9), images=ImageSettings(patch_size=16, max_num_patches=2520))
-    assert found["suppress_tokens"] == {"ids": [7, 9]}
-    gemma4 = found["llm_model_type"]["gemma4"]
+    metadata = fields(bundle, suppress_tokens=(7, 9), images=ImageSettings(patch_size=16, max_num_patches=2520))
+    assert metadata["suppress_tokens"] == {"ids": [7, 9]}
+    gemma4 = metadata["llm_model_type"]["gemma4"]
     assert (gemma4["patch_width"], gemma4["patch_height"], gemma4["max_num_patches"]) == (16, 16, 2520)
 
 
 def test_tokens_go_by_the_names_of_the_checkpoint(bundle: Path) -> None:
-    """And those that the vocabulary lacks are not told."""
+    """And those that the vocabulary lacks are left out."""
     names = {**(read_manifest(bundle).special_tokens or {}), "stc_token": "<|tool>", "boi_token": "<no such token>"}
     gemma4 = fields(bundle, special_tokens=names)["llm_model_type"]["gemma4"]
     assert gemma4["code_fence_start"] == "<|tool>"
@@ -91,10 +91,10 @@ def test_without_a_stop_token_one_that_never_comes(bundle: Path) -> None:
 
 def test_without_a_template_only_what_does_not_need_one(bundle: Path) -> None:
     files = {role: entry for role, entry in read_manifest(bundle).files.items() if role != "chat_template"}
-    found = fields(bundle, files=files)
-    assert "jinja_prompt_template" not in found
-    assert "prompt_templates" not in found
-    assert found["start_token"] == {"token_ids": {"ids": [2]}}
+    metadata = fields(bundle, files=files)
+    assert "jinja_prompt_template" not in metadata
+    assert "prompt_templates" not in metadata
+    assert metadata["start_token"] == {"token_ids": {"ids": [2]}}
 
 
 def test_a_template_that_writes_no_start_token_gets_none(bundle: Path, tmp_path: Path) -> None:
@@ -130,6 +130,7 @@ def test_image_settings(config: dict[str, Any], expected: ImageSettings | None) 
 
 def test_inspect_prints_them(bundle: Path) -> None:
     printed = run_cli("inspect", str(bundle), check=False).stdout
+    assert printed.startswith("metadata for LiteRT-LM:\n")
     assert 'sampler_params: {"type": "TOP_P", "k": 1, "p": 1.0, "temperature": 1.0}' in printed
     assert "characters, from chat_template.jinja, SHA-256 " in printed
     document = json.loads(run_cli("inspect", str(bundle / "nano.litertlm"), "--json", check=False).stdout)

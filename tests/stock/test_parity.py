@@ -26,8 +26,8 @@ def changed(source: Path, folder: Path, change: Callable[[Any], None], monkeypat
     container = folder / manifest.files["litertlm"].path
     inner = msgspec.structs.replace(manifest, files={k: v for k, v in manifest.files.items() if k != "litertlm"})
 
-    def other(path: Path, given: Any) -> Any:
-        metadata = llm_metadata(path, given)
+    def other(path: Path, manifest: Any) -> Any:
+        metadata = llm_metadata(path, manifest)
         change(metadata)
         return metadata
 

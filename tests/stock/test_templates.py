@@ -167,7 +167,10 @@ def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
         ),
         ("{{ bos_token if messages | length > 1 }}{% for m in messages %}{{ m.content }}\n{% endfor %}", "begins with"),
     ],
-    ids=["unfinished", "no such filter", "endless", "too large", "refuses all", "nested", "surrogate", "hostile", "counts messages", "bos at times"],
+    ids=[
+        *("unfinished", "no such filter", "endless", "too large", "refuses all", "nested", "surrogate", "hostile"),
+        *("counts messages", "bos at times"),
+    ],
 )
 def test_a_template_that_is_no_good_is_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_export.stock_template.check._LIMIT_S", 3)

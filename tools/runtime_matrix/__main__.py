@@ -15,7 +15,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PROBE = Path(__file__).with_name("probe.py")
 VERSIONS = ("litert-lm-api==0.18.1", "litert-lm-api-nightly==0.19.0.dev20261026")
 OLDER = "c6c73d1"  # before templates were written for the runtime
 _MODES = ("ON", "ADAPTIVE")
+_LONGEST_S = 600  # a probe takes a minute
 
 
 def main() -> None:
@@ -36,15 +38,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="runtime-matrix-") as folder:
         work = Path(folder)
         commit = _git("rev-parse", "--short=7", "HEAD")
-        bundles = {commit: _exported(ROOT, work / "now"), OLDER: _exported(_older(work), work / "before")}
-        found = {}
+        with _worktree(OLDER, work / "older") as older:
+            bundles = {commit: _exported(ROOT, work / "now"), OLDER: _exported(older, work / "before")}
+        results = {}
         for version in options.versions:
             python = _installed(version, work)
             for name, bundle in bundles.items():
                 print(f"{version} on the bundle of {name}", file=sys.stderr, flush=True)
-                found[version, name] = _probed(python, bundle, work / "answer.json")
-        options.output.write_text(_page(found), encoding="utf-8")
-        _git("worktree", "remove", "--force", str(work / "older"))
+                results[version, name] = _probed(python, bundle, work / "answer.json")
+        options.output.write_text(_page(results), encoding="utf-8")
     print(f"written: {options.output}")
 
 
@@ -52,9 +54,14 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _older(work: Path) -> Path:
-    _git("worktree", "add", "--detach", str(work / "older"), OLDER)
-    return work / "older"
+@contextmanager
+def _worktree(commit: str, folder: Path) -> Iterator[Path]:
+    """A commit's files in a folder of their own, which the repository knows only so long."""
+    _git("worktree", "add", "--detach", str(folder), commit)
+    try:
+        yield folder
+    finally:
+        _git("worktree", "remove", "--force", str(folder))
 
 
 def _exported(checkout: Path, output: Path) -> Path:
@@ -76,17 +83,23 @@ def _installed(version: str, work: Path) -> Path:
 
 
 def _probed(python: Path, bundle: Path, answer: Path) -> Mapping[str, Any]:
-    done = subprocess.run(
-        [str(python), str(PROBE), str(bundle), str(answer)], capture_output=True, text=True, timeout=600, check=False
-    )
+    command = [str(python), str(PROBE), str(bundle), str(answer)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
+    except subprocess.TimeoutExpired:
+        return _failed(f"no end within {_LONGEST_S} s")
     if done.returncode != 0:
-        return {"OFF": {"the whole": {"error": f"exit {done.returncode}: {done.stderr.strip()[-200:]}"}}}
+        return _failed(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
     results: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     answer.unlink()
     return results
 
 
-def _page(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+def _failed(error: str) -> Mapping[str, Any]:
+    return {"OFF": {"the whole": {"error": " ".join(error.split())}}}
+
+
+def _page(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     lines = [
         "# Versions of LiteRT-LM",
         "",
@@ -95,15 +108,15 @@ def _page(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
         "What the lines mean for an app is in [litert-lm.md](litert-lm.md).",
         "",
         f"On {platform.machine()}, Python {platform.python_version()}; bundles of "
-        + " and ".join(dict.fromkeys(name for _, name in found)),
+        + " and ".join(dict.fromkeys(name for _, name in results)),
         "",
     ]
-    for (version, name), results in found.items():
-        modes = [mode for mode in _MODES if mode in results]
+    for (version, name), by_mode in results.items():
+        modes = [mode for mode in _MODES if mode in by_mode]
         lines += [f"## {version}, bundle of {name}", ""]
         lines += [f"| | plain | {' | '.join(f'drafts {mode}' for mode in modes)} |", "|---" * (len(modes) + 2) + "|"]
-        for check, plain in results["OFF"].items():
-            cells = [_cell(check, results[mode].get(check), plain) for mode in modes]
+        for check, plain in by_mode["OFF"].items():
+            cells = [_cell(check, by_mode[mode].get(check), plain) for mode in modes]
             lines.append(f"| {check} | {_plain(check, plain)} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -74,14 +74,14 @@ class Add(litert_lm.Tool):  # type: ignore[misc]  # the library has no types
 
 def open_engine(path: str, mode: str, **options: Any) -> Any:
     """Open a bundle with drafts OFF, ON or ADAPTIVE."""
-    given = {"backend": litert_lm.Backend.CPU(thread_count=1), "cache_dir": ":nocache", **options}
+    options = {"backend": litert_lm.Backend.CPU(thread_count=1), "cache_dir": ":nocache", **options}
     if NEW:
-        given["speculative_decoding_config"] = litert_lm.SpeculativeDecodingConfig(
+        options["speculative_decoding_config"] = litert_lm.SpeculativeDecodingConfig(
             mode=litert_lm.SpeculativeDecodingMode[mode]
         )
     else:
-        given["enable_speculative_decoding"] = mode == "ON"
-    return litert_lm.Engine(path, **given)
+        options["enable_speculative_decoding"] = mode == "ON"
+    return litert_lm.Engine(path, **options)
 
 
 def session_texts(engine: Any, sampler: Any, prompts: Any, most: int) -> list[str]:
@@ -104,11 +104,11 @@ def text_of(reply: Any) -> str:
 
 def chat(engine: Any, script: Any, **options: Any) -> list[Any]:
     """Replies, and the tokens held behind each."""
-    said = []
+    replies = []
     with engine.create_conversation(sampler_config=GREEDY, automatic_tool_calling=False, **options) as conversation:
         for message in script:
-            said.append([text_of(conversation.send_message(message)), conversation.token_count])
-    return said
+            replies.append([text_of(conversation.send_message(message)), conversation.token_count])
+    return replies
 
 
 def greedy(engine: Any) -> Any:
@@ -124,15 +124,15 @@ def turns(engine: Any) -> Any:
 def tools(engine: Any) -> Any:
     """A call, its answer, and a further turn."""
     answer = {"role": "tool", "content": [{"type": "tool_response", "name": "add", "response": {"result": 315}}]}
-    said = chat(engine, ["What is 231 plus 84?", answer, QUESTIONS[1]], tools=[Add()], max_output_tokens=60)
-    assert json.loads(said[0][0])[0]["arguments"] == {"a": 231, "b": 84}, said
-    return said
+    replies = chat(engine, ["What is 231 plus 84?", answer, QUESTIONS[1]], tools=[Add()], max_output_tokens=60)
+    assert json.loads(replies[0][0])[0]["arguments"] == {"a": 231, "b": 84}, replies
+    return replies
 
 
 def thinking(engine: Any) -> Any:
     """Three turns that may begin with a thought; tokens held behind the last two."""
-    said = chat(engine, QUESTIONS[:3], extra_context={"enable_thinking": True}, max_output_tokens=100)
-    return [text for text, _ in said], [held for _, held in said[1:]]
+    replies = chat(engine, QUESTIONS[:3], extra_context={"enable_thinking": True}, max_output_tokens=100)
+    return [text for text, _ in replies], [held for _, held in replies[1:]]
 
 
 def restored(engine: Any) -> Any:
@@ -153,14 +153,14 @@ def constrained(engine: Any) -> Any:
     )
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     formats = (litert_lm.ResponseFormat.regex("[a-c]{5}"), litert_lm.ResponseFormat.json(schema))
-    said = []
-    for wanted in formats:
+    replies = []
+    for response_format in formats:
         with engine.create_conversation(
             sampler_config=GREEDY, constrained_decoding_config=config, max_output_tokens=30
         ) as conversation:
-            said.append(text_of(conversation.send_message(QUESTIONS[2], response_format=wanted)))
-    assert len(said[0]) == 5, said
-    return said
+            replies.append(text_of(conversation.send_message(QUESTIONS[2], response_format=response_format)))
+    assert len(replies[0]) == 5, replies
+    return replies
 
 
 def cancelled(engine: Any) -> Any:
@@ -168,13 +168,14 @@ def cancelled(engine: Any) -> Any:
     with engine.create_conversation(sampler_config=GREEDY, max_output_tokens=60) as conversation:
         for _ in conversation.send_message_async(QUESTIONS[0]):
             conversation.cancel_process()
+        ended = "an empty reply"
         for tries in range(1, 4):
             try:
                 if text_of(conversation.send_message(QUESTIONS[1])):
                     return {"messages until a reply": tries}  # how far the first came is a matter of time
-            except RuntimeError as failure:
-                error = failure
-    raise error
+            except RuntimeError as error:
+                ended = str(error)
+    raise RuntimeError(f"no reply to three messages: {ended}")
 
 
 def drawn(engine: Any) -> Counter[str]:

@@ -72,7 +72,7 @@ E2B = PairSpec(
     drafter_id="google/gemma-4-E2B-it-assistant",
     cache_length=4096,
     num_draft_tokens=3,
-    prefill_lengths=(128, 1024),
+    prefill_lengths=(16, 128, 1024),
     prefix_lengths=(1024,),
 )
 E4B = PairSpec(
@@ -90,7 +90,7 @@ E4B = PairSpec(
     drafter_id="google/gemma-4-E4B-it-assistant",
     cache_length=4096,
     num_draft_tokens=3,
-    prefill_lengths=(128, 1024),
+    prefill_lengths=(16, 128, 1024),
     prefix_lengths=(1024,),
 )
 NANO = PairSpec(

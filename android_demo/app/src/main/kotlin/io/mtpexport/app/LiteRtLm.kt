@@ -24,8 +24,10 @@ import io.mtpexport.core.Chats
 import io.mtpexport.core.Generator
 import io.mtpexport.core.Notes
 import io.mtpexport.core.Output
+import io.mtpexport.core.Part
 import io.mtpexport.core.PeakMemory
 import io.mtpexport.core.Processor
+import io.mtpexport.core.Role
 import io.mtpexport.core.RuntimeLog
 import java.io.File
 import java.util.concurrent.CountDownLatch
@@ -95,7 +97,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         val calls = mutableListOf<Call>()
         var failure: Throwable? = null
         conversation.sendMessageAsync(
-            handed(message),
+            message.forRuntime(),
             object : MessageCallback {
                 override fun onMessage(message: Message) {
                     text.append(message.toString())
@@ -116,12 +118,20 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         return ChatReply(text.toString(), calls)
     }
 
-    /** The message that the AAR writes as [ChatMessage.toJson] does. */
-    private fun handed(message: ChatMessage): Message = when (message) {
-        is ChatMessage.User -> Message.user(message.text)
-        is ChatMessage.Answers -> Message.tool(
-            Contents.of(message.answers.map { Content.ToolResponse(it.name, it.response ?: "null") }),
+    /** The message part by part, which the AAR writes as [ChatMessage.toJson] does. */
+    private fun ChatMessage.forRuntime(): Message {
+        val contents = Contents.of(
+            parts.map {
+                when (it) {
+                    is Part.Text -> Content.Text(it.text)
+                    is Part.ToolResponse -> Content.ToolResponse(it.name, it.response)
+                }
+            },
         )
+        return when (role) {
+            Role.USER -> Message.user(contents)
+            Role.TOOL -> Message.tool(contents)
+        }
     }
 
     override fun close() {
@@ -139,10 +149,10 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
     }
 
     private fun output(text: String, conversation: Conversation): Output {
-        val told = conversation.getBenchmarkInfo()
-        val speed = told.lastDecodeTokensPerSecond
-        val decodeMs = if (speed > 0) 1000.0 * told.lastDecodeTokenCount / speed else 0.0
-        return Output(text, told.lastDecodeTokenCount, decodeMs, 1000.0 * told.timeToFirstTokenInSecond)
+        val benchmark = conversation.getBenchmarkInfo()
+        val speed = benchmark.lastDecodeTokensPerSecond
+        val decodeMs = if (speed > 0) 1000.0 * benchmark.lastDecodeTokenCount / speed else 0.0
+        return Output(text, benchmark.lastDecodeTokenCount, decodeMs, 1000.0 * benchmark.timeToFirstTokenInSecond)
     }
 
     private companion object {
@@ -150,7 +160,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
         const val RAW = "{% for message in messages %}{% if message.content is string %}{{ message.content }}" +
             "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
 
-        /** The chat declares no tool; a model that calls one all the same is told. */
+        /** The chat declares no tool; a model that calls one all the same gets this. */
         val NO_TOOL = mapOf("error" to "there is no such tool")
 
         val GREEDY = SamplerConfig(topK = 1, topP = 1.0, temperature = 1.0)

@@ -3,21 +3,31 @@ package io.mtpexport.core
 /** A function that a reply calls. */
 data class Call(val name: String, val arguments: Map<String, Any?>)
 
-/** What a tool says to a call. */
-data class Answer(val name: String, val response: Any?)
+/** A part of a message: the user's text, or the answer of a tool, which LiteRT-LM takes as any value but null. */
+sealed class Part {
+    data class Text(val text: String) : Part()
 
-/** What is handed to LiteRT-LM's Conversation: the user's text, or the answers to all calls of a reply, together. */
-sealed class ChatMessage {
-    data class User(val text: String) : ChatMessage()
+    data class ToolResponse(val name: String, val response: Any) : Part()
+}
 
-    data class Answers(val answers: List<Answer>) : ChatMessage()
+enum class Role(val word: String) { USER("user"), TOOL("tool") }
 
+/** A message to LiteRT-LM's Conversation: the user's text, or the answers to all calls of a reply, together. */
+data class ChatMessage(val role: Role, val parts: List<Part>) {
     /** The message as LiteRT-LM's C interface takes it. */
-    fun toJson(): Map<String, Any?> = when (this) {
-        is User -> mapOf("role" to "user", "content" to listOf(mapOf("type" to "text", "text" to text)))
-        is Answers -> mapOf(
-            "role" to "tool",
-            "content" to answers.map { mapOf("type" to "tool_response", "name" to it.name, "response" to it.response) },
+    fun toJson(): Map<String, Any> = mapOf("role" to role.word, "content" to parts.map(::json))
+
+    private fun json(part: Part): Map<String, Any> = when (part) {
+        is Part.Text -> mapOf("type" to "text", "text" to part.text)
+        is Part.ToolResponse -> mapOf("type" to "tool_response", "name" to part.name, "response" to part.response)
+    }
+
+    companion object {
+        fun user(text: String) = ChatMessage(Role.USER, listOf(Part.Text(text)))
+
+        /** The answers by their calls; a tool that returns nothing answers with an empty map. */
+        fun answers(answers: List<Pair<Call, Any?>>) = ChatMessage(
+            Role.TOOL, answers.map { (call, response) -> Part.ToolResponse(call.name, response ?: emptyMap<String, Any?>()) },
         )
     }
 }
@@ -36,10 +46,9 @@ object Chats {
 
     /** Say something and answer what the replies call, until one calls nothing; returns every reply. */
     fun say(runtime: ChatRuntime, text: String, answer: (Call) -> Any?): List<ChatReply> {
-        val replies = mutableListOf(runtime.send(ChatMessage.User(text)))
+        val replies = mutableListOf(runtime.send(ChatMessage.user(text)))
         while (replies.last().calls.isNotEmpty() && replies.size <= MAX_CALLS) {
-            val answers = replies.last().calls.map { Answer(it.name, answer(it)) }
-            replies += runtime.send(ChatMessage.Answers(answers))
+            replies += runtime.send(ChatMessage.answers(replies.last().calls.map { it to answer(it) }))
         }
         return replies
     }

@@ -79,17 +79,27 @@ class GoldenTest {
         assertTrue(chats.size >= 3)
         for (chat in chats) {
             val turns = chat.need<List<*>>("turns").map { it as Map<*, *> }
-            val handed = mutableListOf<Any?>()
+            val messages = mutableListOf<Any?>()
             val runtime = ChatRuntime { message ->
-                handed += Json.parse(Json.write(message.toJson()))
-                reply(turns[handed.size - 1].need("reply"))
+                messages += Json.parse(Json.write(message.toJson()))
+                reply(turns[messages.size - 1].need("reply"))
             }
             val answers = chat.need<Map<*, *>>("answers")
-            val replies = chat.strings("says").flatMap { said -> Chats.say(runtime, said) { answers[it.name] } }
-            assertEquals(turns.map { it["message"] }, handed, chat.need("name"))
+            val replies = chat.strings("says").flatMap { text -> Chats.say(runtime, text) { answers[it.name] } }
+            assertEquals(turns.map { it["message"] }, messages, chat.need<String>("name"))
             assertEquals(turns.size, replies.size)
         }
         assertTrue(chats.any { chat -> "tool_response" in Json.write(chat) })
+    }
+
+    @Test
+    fun `a tool that returns nothing answers with an empty map`() {
+        val message = ChatMessage.answers(listOf(Call("beep", emptyMap()) to null))
+        assertEquals(listOf<Part>(Part.ToolResponse("beep", emptyMap<String, Any?>())), message.parts)
+        assertEquals(
+            """{"role":"tool","content":[{"type":"tool_response","name":"beep","response":{}}]}""",
+            Json.write(message.toJson()),
+        )
     }
 
     private fun reply(json: Map<*, *>): ChatReply {

@@ -83,7 +83,7 @@ class Message private constructor() {
         get() = signatureOnly()
 
     companion object {
-        fun user(text: String): Message = signatureOnly()
+        fun user(contents: Contents): Message = signatureOnly()
         fun tool(contents: Contents): Message = signatureOnly()
     }
 }
@@ -97,6 +97,8 @@ class Contents private constructor() {
 }
 
 sealed class Content {
+    class Text(val text: String) : Content()
+
     class ToolResponse(val name: String, val response: Any) : Content()
 }
 
