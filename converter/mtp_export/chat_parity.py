@@ -14,8 +14,8 @@ from mtp_runtime import Conversation, GenerationTrace, Session
 from mtp_runtime.native_calls import assistant_message
 from mtp_runtime.parity import Comparison, Verdict, compare_tokens
 
-_THOUGHT = re.compile(r"<\|channel>thought\n.*?<channel\|>", re.DOTALL)
-_UNFINISHED = re.compile(r"(?:<\|channel>thought\n|<\|tool_call>).*|\ufffd+\Z", re.DOTALL)  # where a reply was cut
+_THOUGHT = re.compile(r"<\|channel>thought\n(.*?)(?:<channel\|>|\Z)", re.DOTALL)  # one without an end is all the reply
+_UNFINISHED = re.compile(r"<\|tool_call>.*|\ufffd+\Z", re.DOTALL)  # where a reply was cut
 _SHOWN = 60  # characters of a text that differs
 
 
@@ -38,9 +38,9 @@ class ChatTurn:
         return [call["function"] for call in self._message.get("tool_calls", [])]
 
     @property
-    def thinks(self) -> bool:
-        """Whether the reply has a thought."""
-        return _THOUGHT.search(self.content) is not None
+    def thought(self) -> str:
+        """The thought of the reply, empty where there is none."""
+        return "".join(_THOUGHT.findall(self.content))
 
     @property
     def is_cut(self) -> bool:
@@ -122,10 +122,11 @@ def compare_stock_chat(
             return _comparison(chat, reference, number, "different", detail)
         if ours.is_cut and _begins(ours, theirs):
             return _cut(chat, number + 1)
-        if (ours.text, ours.calls) != (theirs.text, theirs.calls):
+        if (ours.thought, ours.text, ours.calls) != (theirs.thought, theirs.text, theirs.calls):
             smallest = min(ours.trace.margins, default=None)
             tie = smallest is not None and smallest <= tolerance
-            detail = f"reply {number + 1}: expected {_end(ours.content)}, got {_end(theirs.text or str(theirs.calls))}"
+            reply = theirs.text or theirs.thought or str(theirs.calls)
+            detail = f"reply {number + 1}: expected {_end(ours.content)}, got {_end(reply)}"
             return _comparison(chat, reference, number, "near_tie" if tie else "different", detail, smallest)
         held = _held(session, ours)
         if theirs.held_tokens not in held:
@@ -138,8 +139,9 @@ def compare_stock_chat(
 
 
 def _begins(ours: ChatTurn, theirs: StockTurn) -> bool:
-    """Whether a reply that was cut is the beginning of another, up to an unfinished thought, call or character."""
-    return theirs.text.startswith(_UNFINISHED.sub("", ours.text))
+    """Whether a reply that was cut is the beginning of another, up to an unfinished call or character."""
+    thought, text = (_UNFINISHED.sub("", part) for part in (ours.thought, ours.text))
+    return theirs.thought.startswith(thought) and theirs.text.startswith(text)
 
 
 def _is_fed(session: Session, prompt: str, fed: str, *, first: bool) -> bool:
@@ -152,7 +154,7 @@ def _held(session: Session, turn: ChatTurn) -> tuple[int, ...]:
     """Tokens that the runtime may hold behind a reply. A thought before a text is taken back, for templates drop it as
     soon as the user goes on: at once, or with the next message."""
     prompt, whole = len(turn.trace.prompt_ids), len(turn.trace.tokens)
-    if not turn.thinks or turn.calls:
+    if not turn.thought or turn.calls:
         return (prompt + whole,)
     return (prompt + whole, prompt + len(session.tokenize(turn.text, bos=False)) + 1)  # and what ended it
 

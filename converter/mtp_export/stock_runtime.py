@@ -61,6 +61,11 @@ class StockTurn(msgspec.Struct, frozen=True, kw_only=True):
         return "".join(part.get("text", "") for part in parts)
 
     @property
+    def thought(self) -> str:
+        """The thought of the reply, empty where there is none."""
+        return str(self.reply.get("channels", {}).get("thought", ""))
+
+    @property
     def calls(self) -> list[dict[str, Any]]:
         """The functions that the reply calls, as {"name": …, "arguments": …}."""
         return [call["function"] for call in self.reply.get("tool_calls", [])]

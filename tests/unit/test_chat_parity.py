@@ -19,7 +19,7 @@ from mtp_runtime.stats import GenerationStats
 from mtp_runtime.trace import FinishReason
 
 CHAT = Chat(name="two turns", says=("a", "b"))
-SESSION: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token="<bos>"))
+SESSION: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token="<bos>"), tokenize=lambda text, bos: list(text))
 
 
 def ours(content: str, *, finish_reason: FinishReason = "stop", margin: float = 1.0) -> ChatTurn:
@@ -37,8 +37,10 @@ def ours(content: str, *, finish_reason: FinishReason = "stop", margin: float = 
     return ChatTurn(prompt="<bos>p", content=content, trace=trace)
 
 
-def stock(text: str, *, held_tokens: int = 5) -> StockTurn:
-    reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+def stock(text: str, *, thought: str = "", held_tokens: int = 5) -> StockTurn:
+    reply: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    if thought:
+        reply["channels"] = {"thought": thought}
     return StockTurn(message={}, fed="p", reply=reply, held_tokens=held_tokens)
 
 
@@ -56,27 +58,38 @@ def test_whole_replies_must_be_equal_with_what_is_held() -> None:
     assert compare([ours("one"), ours("two", margin=0.005)], [stock("one"), stock("2")]).verdict == "near_tie"
 
 
+def test_a_thought_without_an_end_is_no_text() -> None:
+    """LiteRT-LM puts all of it into the channel."""
+    reference = [ours("one"), ours("<|channel>thought\nI wonder")]
+    assert compare(reference, [stock("one"), stock("", thought="I wonder")]).verdict == "equal"
+    for reply in (stock("I wonder"), stock(""), stock("", thought="I know")):
+        assert compare(reference, [stock("one"), reply]).verdict == "different"
+
+
 @pytest.mark.parametrize("finish_reason", ["max_tokens", "context"])
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("content", "thought", "text"),
     [
-        ("one", "one"),
-        ("one", "one and more"),
-        ("caf\ufffd", "café"),
-        ('one<|tool_call>call:add{a:<|"|>', "one"),
-        ("<|channel>thought\nI wo", ""),
-        ("<|channel>thought\nI do.<channel|>one", "one and"),
+        ("one", "", "one"),
+        ("one", "", "one and more"),
+        ("caf\ufffd", "", "café"),
+        ('one<|tool_call>call:add{a:<|"|>', "", "one"),
+        ("<|channel>thought\nI wo", "I wonder", ""),
+        ("<|channel>thought\nI wo", "I wo.\n", "one"),
+        ("<|channel>thought\nI do.\n<channel|>one", "I do.\n", "one and"),
     ],
 )
 def test_a_reply_that_was_cut_is_compared_by_its_beginning(
-    content: str, text: str, finish_reason: FinishReason
+    content: str, thought: str, text: str, finish_reason: FinishReason
 ) -> None:
     """With drafts LiteRT-LM gives up to K tokens more, holds them, and goes on from there: whatever comes then."""
     cut = ours(content, finish_reason=finish_reason)
-    comparison = compare([cut, ours("two")], [stock(text, held_tokens=9), stock("other", held_tokens=20)])
+    comparison = compare(
+        [cut, ours("two")], [stock(text, thought=thought, held_tokens=9), stock("other", held_tokens=20)]
+    )
     assert (comparison.verdict, comparison.agreed, comparison.compared) == ("equal", 1, 1)
     assert comparison.detail == "compared up to reply 1, which was cut at the limit"
-    assert compare([cut, ours("two")], [stock(text, held_tokens=9)], "no room").verdict == "equal"
+    assert compare([cut, ours("two")], [stock(text, thought=thought, held_tokens=9)], "no room").verdict == "equal"
 
 
 def test_a_reply_that_was_cut_elsewhere_is_different() -> None:
