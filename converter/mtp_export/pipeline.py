@@ -19,6 +19,7 @@ from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFor
 from mtp_export import bundle, parameters, sizes
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
+from mtp_export.chat_ends import check_chat_template, reply_ends
 from mtp_export.composites import with_composites
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.delegation import DELEGATED_ROLES
@@ -40,7 +41,6 @@ from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embed
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
-from mtp_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mtp_export.reply_ends import ReplyEnds
@@ -101,7 +101,9 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         format = FORMATS[config.export_format]
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
-        try_template = functools.cache(lambda: _check_template(pair, contents, format))
+        try_template = functools.cache(
+            lambda: check_chat_template(pair.target, pair.stop_token_ids, contents, for_stock=format.container)
+        )
         if config.measured:
             try_template()  # prompts may have messages, which the template is rendered with here
             config, pair = _choices().with_measured(config, pair, progress)
@@ -125,7 +127,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
             values = _choices().rounded_by_gptq(config, pair, values, folder, progress)
             clock.lap("gptq")
-        ends = _reply_ends(pair, contents)
+        ends = reply_ends(pair.target, pair.target_spec, pair.stop_token_ids, contents)
         files = format.write(config, graphs, values, folder, journal, progress, clock, ends)
         files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, bits, folder, journal, progress)
@@ -141,48 +143,6 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         input_bytes=sum(entry.size_bytes for entry in manifest.inputs),
         seconds=clock.laps,
     )
-
-
-def _check_template(pair: Pair, contents: Mapping[str, str], format: _Format) -> None:
-    """Raises:
-    CheckpointError: the chat template does not render, or not in LiteRT-LM as in transformers.
-    """
-    from mtp_export.litertlm_metadata import added_pieces, stop_texts
-    from mtp_export.stock_template import check_renders, check_template
-
-    if "chat_template" not in contents:
-        return
-    template, names = contents["chat_template"], texts.special_tokens(pair.target)
-    stops = stop_texts(added_pieces(contents["tokenizer"]), pair.stop_token_ids)
-    if format.container:
-        check_template(template, special_tokens=names, stops=stops, tokenizer_json=contents["tokenizer"])
-    else:
-        check_renders(template, special_tokens=names, stops=stops)
-
-
-def _reply_ends(pair: Pair, contents: Mapping[str, str]) -> ReplyEnds | None:
-    """What ends replies and calls in the checkpoint's chats; None where the template or its stop tokens do not say."""
-    from mtp_export.litertlm_metadata import added_pieces, stop_texts
-    from mtp_export.reply_ends import ReplyEnds
-    from mtp_export.stock_template import habits_of
-
-    if "chat_template" not in contents:
-        return None
-    pieces = added_pieces(contents["tokenizer"])
-    stops = stop_texts(pieces, pair.stop_token_ids)
-    names = texts.special_tokens(pair.target)
-    habits = habits_of(contents["chat_template"], special_tokens=names, stops=stops)
-    ids = {text: token_id for token_id, text in pieces.items()}
-    reply, call = (
-        next((ids[stop] for stop in stops if closing.endswith(stop)), None)
-        for closing in (habits.closing, habits.call_closing)
-    )
-    behind = habits.between.removeprefix(habits.closing)
-    if reply is None or not behind:
-        return None
-    tokenizer = Tokenizer.parse(contents["tokenizer"], pair.target_spec.bos_token_id, str(pair.target.folder))
-    behind_reply = tokenizer.encode(behind, bos=False)[0]
-    return ReplyEnds(reply=reply, call=reply if call is None else call, behind_reply=behind_reply)
 
 
 def _choices() -> ModuleType:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtp_export.stock_template.minijinja import helpers, literal, translated, unindented
+from mtp_export.stock_template.methods import literal
+from mtp_export.stock_template.minijinja import helpers, translated, unindented
 from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import MtpError
 

@@ -13,20 +13,23 @@ Measured on litert-lm 0.18.1 and 0.19.0.dev20261026: docs/litert-lm.md has the t
 from __future__ import annotations
 
 import importlib.resources
-import inspect
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_export.errors import CheckpointError
+from mtp_export.stock_template.methods import (
+    TEXT_METHODS,
+    WHITESPACE,
+    UnsupportedTemplateError,
+    literal,
+    written_call,
+)
 from mtp_runtime.chat import chat_environment
 
-# What str.strip() takes away in Python; Rust's trim leaves the four separators \x1c to \x1f.
-_WHITESPACE = "".join(chr(c) for c in range(0x110000) if chr(c).isspace())
 # Filters that do the same in both, and the arguments with which they do; of texts, and of anything.
 _TEXT_FILTERS: Mapping[str, tuple[str, ...]] = {
     "upper": (),
@@ -63,10 +66,6 @@ _OF_MAPS = frozenset(dir(dict))  # which jinja2 takes for attributes of a map
 _PREFIX = "stock_"  # of names that helpers.jinja defines
 
 
-class UnsupportedTemplateError(CheckpointError):
-    """The template has something that LiteRT-LM's renderer cannot do."""
-
-
 def helpers() -> str:
     """The macros that a translated template calls, in MiniJinja."""
     return unindented("helpers.jinja")
@@ -93,21 +92,6 @@ def translated(template: str) -> str:
         raise CheckpointError(f"the chat template cannot be read ({error}): correct it") from error
     except RecursionError:
         raise CheckpointError("the chat template is nested too deeply: take the base model's") from None
-
-
-def literal(value: Any) -> str:
-    """A constant as MiniJinja reads it."""
-    if isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UnsupportedTemplateError("the chat template has half of a surrogate pair in a text: correct it")
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").replace(".", "\\u002e")
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(literal(item) for item in value)}]"
-    if isinstance(value, int | float):
-        return repr(value)
-    raise UnsupportedTemplateError(f"the chat template has the constant {value!r}, which LiteRT-LM cannot read")
 
 
 class _Writer:
@@ -339,7 +323,7 @@ class _Writer:
             case "string":
                 return self.text(node.node)
             case "trim" if not node.args and not node.kwargs:
-                return f"({self.text(node.node)} | trim({literal(_WHITESPACE)}))"
+                return f"({self.text(node.node)} | trim({literal(WHITESPACE)}))"
             case "title":
                 return f"stock_title({self.text(node.node)})"
             case "length" | "count":
@@ -411,10 +395,7 @@ class _Writer:
     def _method(self, node: nodes.Call, owner: nodes.Expr, name: str) -> str:
         value = self.expression(owner)
         arguments = [self.expression(argument) for argument in node.args]
-        writer = _METHODS.get(name)
-        written = None
-        if writer is not None and not node.kwargs and _takes(writer, 1 + len(arguments)):
-            written = writer(value, *arguments)
+        written = None if node.kwargs else written_call(name, value, arguments)
         if written is None or node.dyn_args is not None or node.dyn_kwargs is not None:
             raise _refusal(node, f"the method .{name}({', '.join('…' for _ in arguments)})")
         return written
@@ -423,78 +404,6 @@ class _Writer:
         written = [self.expression(argument) for argument in node.args]
         written += [f"{pair.key}={self.expression(pair.value)}" for pair in node.kwargs]
         return f"({', '.join(written)})" if written else ""
-
-
-def _get(value: str, key: str, default: str = "none") -> str:
-    return f"({value}[{key}] if {value}[{key}] is defined else {default})"
-
-
-def _strip(name: str) -> Callable[..., str]:
-    def write(value: str, characters: str | None = None) -> str:
-        return f"({value} | {name}({characters or literal(_WHITESPACE)}))"
-
-    return write
-
-
-def _split(value: str, separator: str | None = None, most: str | None = None) -> str | None:
-    if separator in (None, "none"):
-        spaced = "".join(f" | replace({literal(chr(c))}, ' ')" for c in range(0x1C, 0x20))
-        return f"({value}{spaced} | split | list)" if most is None else None
-    return f"({value} | split({separator}{'' if most in (None, '-1', '(-1)') else f', {most}'}) | list)"
-
-
-def _rsplit(value: str, separator: str, most: str) -> str | None:
-    """Only the last place is split at, which is what reasoning models' templates do."""
-    if separator == "none":
-        return None
-    parts = _split(value, separator)
-    parted = f"[{parts}[:-1] | join({separator}), {parts}[-1]]"
-    return f"({parted} if {separator} in {value} else [{value}])" if most == "1" else None
-
-
-def _replace(value: str, old: str, new: str, count: str | None = None) -> str:
-    if count is None:
-        return f"({value} | replace({old}, {new}))"
-    return f"({_split(value, old, count)} | join({new}))"
-
-
-def _find(value: str, part: str) -> str:
-    return f"(({_split(value, part, '1')}[0] | length) if {part} in {value} else -1)"
-
-
-# How a call of a method is written, by its name; None where its arguments have no counterpart.
-_METHODS: Mapping[str, Callable[..., str | None]] = {
-    "get": _get,
-    "items": lambda value: f"({value} | items)",
-    "keys": lambda value: f"({value} | list)",
-    "values": lambda value: f"({value} | items | map('last') | list)",
-    "strip": _strip("trim"),
-    "lstrip": _strip("lstrip"),
-    "rstrip": _strip("rstrip"),
-    "startswith": lambda value, start: None if start.startswith("[") else f"({value} is startingwith({start}))",
-    "endswith": lambda value, end: None if end.startswith("[") else f"({value} is endingwith({end}))",
-    "split": _split,
-    "rsplit": _rsplit,
-    "replace": _replace,
-    "upper": lambda value: f"({value} | upper)",
-    "lower": lambda value: f"({value} | lower)",
-    "capitalize": lambda value: f"({value} | capitalize)",
-    "join": lambda value, parts: f"({parts} | join({value}))",
-    "find": _find,
-    "count": lambda value, part: f"(({_split(value, part)} | length) - 1)",
-    "removeprefix": lambda value, part: (
-        f"({value}[({part} | length):] if ({value} is startingwith({part})) else {value})"
-    ),
-    "removesuffix": lambda value, part: (
-        f"({value}[:(({value} | length) - ({part} | length))] if ({value} is endingwith({part})) else {value})"
-    ),
-}
-_TEXT_METHODS = frozenset(
-    [
-        *("strip", "lstrip", "rstrip", "replace", "upper", "lower", "capitalize", "join", "removeprefix"),
-        "removesuffix",
-    ]
-)
 
 
 def is_text(node: nodes.Expr) -> bool:
@@ -511,17 +420,8 @@ def is_text(node: nodes.Expr) -> bool:
         case nodes.CondExpr():
             return is_text(node.expr1) and (node.expr2 is None or is_text(node.expr2))
         case nodes.Call(node=nodes.Getattr(attr=name)):
-            return name in _TEXT_METHODS
+            return name in TEXT_METHODS
     return False
-
-
-def _takes(writer: Callable[..., object], count: int) -> bool:
-    """Whether a function takes so many arguments."""
-    try:
-        inspect.signature(writer).bind(*range(count))
-    except TypeError:
-        return False
-    return True
 
 
 def _names(node: nodes.Node) -> Iterator[str]:
