@@ -1,10 +1,10 @@
 """The token that ended a reply, which LiteRT-LM 0.18 feeds as zeros.
 
 In a chat the runtime keeps that token, the last one that it drew, for the next prefill, and gives its position zeros in
-place of its embeddings (0.18.1, measured with graphs that write down what they are fed; 0.19's nightly looks it up). No
-token of a checkpoint is embedded as zeros. So prefill puts the right embeddings into a first row of zeros: those of the
-token that ends a call, or, where what follows is what the chat template writes behind a reply, that ends a reply.
-Decode and verify are never fed such a row, and stay as they are.
+place of its embeddings (0.18.1, measured with graphs that write down what they are fed; 0.19's nightly looks it up).
+So prefill puts the right embeddings into a first row of zeros: those of the token that ends a call, or, where what
+follows is what the chat template writes behind a reply, that ends a reply. It is taken that no token of a prompt is
+embedded as zeros. Decode and verify are never fed such a row, and stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _CLOSE = 1e-3  # embeddings of two tokens differ by far more in sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplyEnds:
-    """Token ids: what ends a reply, what ends a call, and the first of what the template writes behind a reply."""
+    """Token ids: what ends a reply, what ends a call (the same where the template ends none), and the first of what the
+    template writes behind a reply."""
 
     reply: int
     call: int

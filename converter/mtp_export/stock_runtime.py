@@ -158,7 +158,7 @@ def run_stock(
             chats=list(chats),
             max_chat_tokens=max_chat_tokens,
         )
-        command = [sys.executable, "-m", "mtp_export.stock_runtime"]
+        command = [sys.executable, "-P", "-m", "mtp_export.stock_runtime"]
         try:
             done = subprocess.run(
                 command, input=msgspec.json.encode(request), capture_output=True, timeout=timeout_s, check=False

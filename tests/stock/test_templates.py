@@ -132,7 +132,11 @@ UNSUPPORTED = {
     "{{ messages[0].content.title() }}": "the method .title()",
     "{{ 'a' | indent(2) }}": "the filter 'indent'",
     "{{ 'a' | replace('a', 'b', 1) }}": "the filter 'replace' with other arguments",
-    "{{ messages | max(attribute='x') }}": "the filter 'max' with other arguments",
+    "{{ [1, 2] | max }}": "the filter 'max'",
+    "{% if messages | selectattr('x') %}x{% endif %}": "the filter 'selectattr' as a condition",
+    "{{ messages[2:0:-1] }}": "a slice with a step and an end",
+    "{{ now }}": "the name now",
+    "{{ größe }}": "the name größe",
     "{{ '5' | int }}": "the filter 'int'",
     "{{ messages[0]['items'] is defined }}": "the test 'defined' of the key 'items'",
 }

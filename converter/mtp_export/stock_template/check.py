@@ -108,8 +108,10 @@ def _histories(whole: Conversation) -> Iterator[Conversation]:
 
 def _compare(every: Sequence[Conversation], expected: Sequence[Rendered], rendered: Sequence[Rendered]) -> None:
     for conversation, ours, theirs in zip(every, expected, rendered, strict=True):
-        if ours.text == theirs.text or (ours.text is None and conversation.going_on):
+        if ours.text == theirs.text:
             continue
+        if ours.text is None and (conversation.going_on or not ours.refused):
+            continue  # what fails in an expression there may come out here
         raise CheckpointError(
             f"the chat template does not come out the same in LiteRT-LM, first in the conversation "
             f"{conversation.name!r}: transformers writes {_shown(ours, theirs)}, LiteRT-LM {_shown(theirs, ours)}: "
@@ -137,7 +139,7 @@ def _expected(template: str, special_tokens: Mapping[str, str], stops: Sequence[
         answer = Path(folder) / "answer.json"
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "mtp_export.stock_template.check", str(answer)],
+                [sys.executable, "-P", "-m", "mtp_export.stock_template.check", str(answer)],
                 input=msgspec.json.encode(request),
                 capture_output=True,
                 timeout=_LIMIT_S,
@@ -202,7 +204,7 @@ class _Transformers:
         except CheckpointError:
             raise
         except MtpError as error:
-            return Rendered(None, str(error))
+            return Rendered(None, str(error), refused=isinstance(error, UserError))
 
     def _history(self, conversation: Conversation) -> str:
         """As prelude.jinja and coda.jinja make it."""
@@ -227,9 +229,9 @@ class _Transformers:
 
     def _text(self, conversation: Conversation, messages: Sequence[Message], **variables: Any) -> str:
         in_call = self._habits.answers_in_call
-        if in_call and any(m["role"] == "tool" and isinstance(m["content"], dict | list) for m in messages):
+        if in_call:
             messages = _with_answers_in_calls(messages)
-        elif not in_call:
+        else:
             messages = [_with_wrapped_list(message) for message in messages]
         if self._habits.joins_texts:
             messages = [_with_joined_texts(message) for message in messages]

@@ -24,7 +24,7 @@ class Habits:
     `starts_with_bos`: it writes the start token itself.
     `joins_texts`: it knows contents that are texts alone, and gets the texts of a list of parts as one.
     `answers_in_call`: it takes a tool's answer that is an object only as `tool_responses` of the message that called.
-    `calls_close`: it writes a stop token between a call and its answer.
+    `calls_close`: it writes exactly one stop token between a call and its answer.
     `replies_close`: it writes exactly one stop token between a reply and the next message.
     `call_closing` is what it writes behind a call up to that token, empty where there is none.
     `between` is what it writes between a reply and the next message's text, and `closing` the beginning of that which
@@ -95,7 +95,8 @@ def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequen
     in_call = render(user, calling | {"tool_responses": [{"name": "f", "response": answer}]})
     apart = render(user, calling, {"role": "tool", "name": "f", "content": answer})
     text_apart = render(user, calling, {"role": "tool", "name": "f", "content": third})
-    behind_call = (text_apart or in_call).partition(second)[2].partition(third)[0]
+    answers_in_call = third in in_call and third not in apart
+    behind_call = (in_call if answers_in_call else text_apart).partition(second)[2].partition(third)[0]
     bos = special_tokens.get("bos_token", "")
     alone = render(user).removeprefix(bos)
     affixes = (alone.partition(first)[0], alone.partition(first)[2])
@@ -105,9 +106,9 @@ def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequen
     return Habits(
         starts_with_bos=bool(bos) and turns.startswith(bos),
         joins_texts=joins_texts,
-        answers_in_call=third in in_call and third not in apart,
+        answers_in_call=answers_in_call,
         replies_close=sum(between.count(stop) for stop in stops) == 1,
-        calls_close=any(stop in behind_call for stop in stops),
+        calls_close=sum(behind_call.count(stop) for stop in stops) == 1,
         call_closing=_up_to_stop(behind_call, stops),
         user_affixes=affixes if regular else None,
         model_affixes=of_model if regular else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,12 +23,17 @@ def literal(value: Any) -> str:
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise UnsupportedTemplateError("the chat template has half of a surrogate pair in a text: correct it")
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").replace(".", "\\u002e")
+        return (
+            json.dumps(value, ensure_ascii=False)
+            .replace("\x7f", "\\u007f")
+            .replace(".", "\\u002e")
+            .replace("%", "\\u0025")
+        )
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
         return f"[{', '.join(literal(item) for item in value)}]"
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and math.isfinite(value):
         return repr(value)
     raise UnsupportedTemplateError(f"the chat template has the constant {value!r}, which LiteRT-LM cannot read")
 

@@ -39,14 +39,13 @@ _TEXT_FILTERS: Mapping[str, tuple[str, ...]] = {
     "replace": ("old", "new"),
 }
 _FILTERS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("first", "last", "list", "reverse", "unique", "abs", "sum", "max", "min", "safe", "dictsort"), ()),
-    **dict.fromkeys(("default", "d"), ("default_value", "boolean")),
+    **dict.fromkeys(("first", "last", "list", "reverse", "unique", "abs", "sum", "dictsort"), ()),
 }
 _APPLYING = {"map": 0, "select": 0, "reject": 0, "selectattr": 1, "rejectattr": 1}  # where the applied one's name is
 _TESTS = frozenset(
     [
         *("defined", "undefined", "string", "mapping", "boolean", "integer", "float", "true", "false", "sameas"),
-        *("even", "odd", "divisibleby", "in", "lower", "upper", "eq", "equalto", "==", "ne", "!=", "lt", "lessthan"),
+        *("even", "odd", "divisibleby", "in", "eq", "equalto", "==", "ne", "!=", "lt", "lessthan"),
         *("<", "le", "<=", "gt", "greaterthan", ">", "ge", ">="),
     ]
 )
@@ -63,6 +62,9 @@ _OPERATORS: Mapping[type[nodes.BinExpr], str] = {
     nodes.Or: "or",
 }
 _OF_MAPS = frozenset(dir(dict))  # which jinja2 takes for attributes of a map
+_GENERATORS = frozenset([*_APPLYING, "reverse", "unique", "items"])  # true in jinja2, whatever they have
+_REFUSED_NAMES = frozenset(["varargs", "kwargs", "self", "cycler", "joiner", "lipsum", "now", "debug"])
+_SWITCHES = ("is_appending_to_prefill",)
 _PREFIX = "stock_"  # of names that helpers.jinja defines
 
 
@@ -84,6 +86,9 @@ def translated(template: str) -> str:
         UnsupportedTemplateError: it uses what MiniJinja has no counterpart of.
         CheckpointError: it is no template.
     """
+    for word in _SWITCHES:
+        if word in template:
+            raise UnsupportedTemplateError(f"the chat template has {word!r}, at which LiteRT-LM renders otherwise")
     environment: ImmutableSandboxedEnvironment = chat_environment()
     try:
         tree = environment.parse(template)
@@ -138,9 +143,9 @@ class _Writer:
         return f"{{% set {self._target(node.target)} %}}{self._scoped(node.body)}{{% endset %}}"
 
     def _write_if(self, node: nodes.If) -> str:
-        written = f"{{% if {self.expression(node.test)} %}}{self.body(node.body)}"
+        written = f"{{% if {self._condition(node.test)} %}}{self.body(node.body)}"
         for other in node.elif_:
-            written += f"{{% elif {self.expression(other.test)} %}}{self.body(other.body)}"
+            written += f"{{% elif {self._condition(other.test)} %}}{self.body(other.body)}"
         if node.else_:
             written += f"{{% else %}}{self.body(node.else_)}"
         return f"{written}{{% endif %}}"
@@ -149,11 +154,11 @@ class _Writer:
         flag = f"{_PREFIX}loop_{next(self._numbers)}" if any(map(_leaves_loop, node.body)) else None
         if flag and node.recursive:
             raise _refusal(node, "continue or break in a recursive loop")
-        condition = f" if {self.expression(node.test)}" if node.test is not None else ""
+        condition = f" if {self._condition(node.test)}" if node.test is not None else ""
         recursive = " recursive" if node.recursive else ""
         head = f"{{% for {self._target(node.target)} in {self.expression(node.iter)}{condition}{recursive} %}}"
         self._loops.append(flag)
-        body = self.body(node.body)
+        body = self._scoped(node.body)  # what an iteration sets is not seen in the next
         self._loops.pop()
         other = f"{{% else %}}{self.body(node.else_)}" if node.else_ else ""
         if flag is None:
@@ -232,8 +237,19 @@ class _Writer:
         if isinstance(node, nodes.BinExpr) and type(node) in _OPERATORS:
             if isinstance(node, nodes.Mod) and is_text(node.left):
                 raise _refusal(node, "the operator % on a text")
-            return f"({self.expression(node.left)} {_OPERATORS[type(node)]} {self.expression(node.right)})"
+            operand = self._condition if isinstance(node, nodes.And | nodes.Or) else self.expression
+            return f"({operand(node.left)} {_OPERATORS[type(node)]} {operand(node.right)})"
         raise _refusal(node, f"the expression {type(node).__name__.lower()}")
+
+    def _condition(self, node: nodes.Node) -> str:
+        """An expression whose truth counts, or that is an operand of `and` and `or`."""
+        if isinstance(node, nodes.Filter) and node.name in _GENERATORS:
+            raise _refusal(node, f"the filter {node.name!r} as a condition: add | list")
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value in _OF_MAPS:
+            # A key that a map lacks is its method in jinja2.
+            value, owner = self.expression(node), self.expression(node.node)
+            return f"({value} if {value} is defined else {owner} is mapping)"
+        return self.expression(node)
 
     def text(self, node: nodes.Expr) -> str:
         """An expression as Python's str() of it."""
@@ -247,8 +263,8 @@ class _Writer:
         return literal(node.data)
 
     def _as_name(self, node: nodes.Name) -> str:
-        if node.name in ("varargs", "kwargs", "self", "cycler", "joiner", "lipsum"):
-            raise _refusal(node, node.name)
+        if node.name in _REFUSED_NAMES or not node.name.isascii():
+            raise _refusal(node, f"the name {node.name}")
         self._check_name(node, node.name)
         return node.name
 
@@ -261,6 +277,8 @@ class _Writer:
         return f"{self.expression(node.node)}[{self.expression(node.arg)}]"
 
     def _as_slice(self, node: nodes.Slice) -> str:
+        if node.step is not None and (node.start is not None or node.stop is not None):
+            raise _refusal(node, "a slice with a step and an end")
         parts = [self.expression(part) if part is not None else "" for part in (node.start, node.stop)]
         return ":".join(parts) + (f":{self.expression(node.step)}" if node.step is not None else "")
 
@@ -274,7 +292,7 @@ class _Writer:
         return f"{{ {', '.join(pairs)} }}"
 
     def _as_not(self, node: nodes.Not) -> str:
-        return f"(not {self.expression(node.node)})"
+        return f"(not {self._condition(node.node)})"
 
     def _as_neg(self, node: nodes.Neg) -> str:
         return f"(-{self.expression(node.node)})"
@@ -287,7 +305,7 @@ class _Writer:
 
     def _as_condexpr(self, node: nodes.CondExpr) -> str:
         other = f" else {self.expression(node.expr2)}" if node.expr2 is not None else ""
-        return f"({self.expression(node.expr1)} if {self.expression(node.test)}{other})"
+        return f"({self.expression(node.expr1)} if {self._condition(node.test)}{other})"
 
     def _as_compare(self, node: nodes.Compare) -> str:
         parts, left = [], node.expr
@@ -335,6 +353,8 @@ class _Writer:
                 return f"stock_join({value}, {between})"
             case "tojson":
                 return f"stock_json({value}{self._json_options(node)})"
+            case "default" | "d":
+                return self._default(node)
             case "sort" if not node.args and {pair.key for pair in node.kwargs} <= {"reverse", "attribute"}:
                 return f"({value} | sort{self._arguments(node)})"
             case name if name in _TEXT_FILTERS:
@@ -345,6 +365,19 @@ class _Writer:
             case name if name in _FILTERS:
                 return f"({value} | {name}{self._positional(node, _FILTERS[name])})"
         raise _refusal(node, f"the filter {node.name!r}")
+
+    def _default(self, node: nodes.Filter) -> str:
+        """LiteRT-LM's own filter gives an empty text for none."""
+        arguments = dict(zip(("default_value", "boolean"), node.args, strict=False))
+        arguments |= {str(pair.key): pair.value for pair in node.kwargs}
+        default, boolean = arguments.pop("default_value", None), arguments.pop("boolean", None)
+        if arguments or len(node.args) > 2 or not (boolean is None or isinstance(boolean, nodes.Const)):
+            raise _refusal(node, "the filter 'default' with other arguments")
+        value = self.expression(node.node) if node.node is not None else ""
+        other = literal("") if default is None else self.expression(default)
+        if boolean is not None and boolean.value:
+            return f"({value} or {other})"
+        return f"({value} if {value} is defined else {other})"
 
     def _positional(self, node: nodes.Filter, names: Sequence[str]) -> str:
         """A filter's arguments in their order, those that have names too."""

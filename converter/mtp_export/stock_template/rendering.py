@@ -26,10 +26,11 @@ _FAILED = re.compile(r"(?:Failed to apply template|Failed to render message|Temp
 
 
 class Rendered(msgspec.Struct, frozen=True):
-    """The text of a conversation, or why there is none."""
+    """The text of a conversation, or why there is none; `refused`: the template itself refuses it."""
 
     text: str | None
     error: str = ""
+    refused: bool = False
 
 
 class _Task(msgspec.Struct):
@@ -64,7 +65,7 @@ def render_in_stock(model_path: Path, conversations: Sequence[Conversation], *, 
         request = _Request(model_path=str(model_path), answer_path=str(answer_path), tasks=tasks)
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "mtp_export.stock_template.rendering"],
+                [sys.executable, "-P", "-m", "mtp_export.stock_template.rendering"],
                 input=msgspec.json.encode(request),
                 capture_output=True,
                 timeout=timeout_s,
