@@ -56,8 +56,8 @@ def llm_metadata(folder: Path, manifest: Manifest) -> Any:
     if "chat_template" in manifest.files:
         template = (folder / manifest.files["chat_template"].path).read_text(encoding="utf-8")
         stops = stop_texts(pieces, manifest.stop_token_ids)
-        metadata.jinja_prompt_template = stock_template(template, special_tokens=names, stops=stops)
         habits = habits_of(template, special_tokens=names, stops=stops)
+        metadata.jinja_prompt_template = stock_template(template, habits, special_tokens=names, stops=stops)
         starts_with_bos = habits.starts_with_bos
         _set_affixes(metadata.prompt_templates, habits)
     if starts_with_bos:  # the runtime writes it before every prompt

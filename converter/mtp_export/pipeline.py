@@ -19,7 +19,7 @@ from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFor
 from mtp_export import bundle, parameters, sizes
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
-from mtp_export.chat_ends import check_chat_template, reply_ends
+from mtp_export.chat_ends import check_chat_template, read_chat_texts, reply_ends
 from mtp_export.composites import with_composites
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.delegation import DELEGATED_ROLES
@@ -41,6 +41,7 @@ from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embed
 from mtp_export.trace_in_place import trace_graphs
 from mtp_export.weights import Parameter, write_graph
 from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
+from mtp_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mtp_export.reply_ends import ReplyEnds
@@ -101,9 +102,13 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         format = FORMATS[config.export_format]
         contents = texts.read_texts(pair.target, pair.target_spec)
         clock.lap("open")
-        try_template = functools.cache(
-            lambda: check_chat_template(pair.target, pair.stop_token_ids, contents, for_stock=format.container)
-        )
+        chat = read_chat_texts(pair.target, pair.stop_token_ids, contents)
+
+        @functools.cache
+        def try_template() -> None:
+            if chat is not None:
+                check_chat_template(chat, contents["tokenizer"], for_stock=format.container)
+
         if config.measured:
             try_template()  # prompts may have messages, which the template is rendered with here
             config, pair = _choices().with_measured(config, pair, progress)
@@ -112,6 +117,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         values = pair_parameters(config, pair, graphs)
         unused = pair_left_aside(pair, graphs)
         parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
+        clock.lap("trace")
         progress.start("trying the template", 0)
         try_template()
         clock.lap("template")
@@ -123,11 +129,13 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         # With a container, graphs lie in the folder twice: as plain files, and within it.
         scratch_bytes = _matrix_values(values) if config.rounding == "gptq" else 0
         _check_disk(config.output, graph_bytes * (2 if format.container else 1) + scratch_bytes + _SPARE_BYTES)
-        clock.lap("trace")
         if config.rounding == "gptq" and sizes.file_name(config.export_format, "target") not in journal.files:
             values = _choices().rounded_by_gptq(config, pair, values, folder, progress)
             clock.lap("gptq")
-        ends = reply_ends(pair.target, pair.target_spec, pair.stop_token_ids, contents)
+        ends = None
+        if chat is not None and format.container and config.delegate == "cpu":  # the runtime that needs it
+            where, bos = str(pair.target.folder), pair.target_spec.bos_token_id
+            ends = reply_ends(chat, Tokenizer.parse(contents["tokenizer"], bos, where))
         files = format.write(config, graphs, values, folder, journal, progress, clock, ends)
         files |= texts.write_texts(contents, folder)
         manifest = _write_rest(config, pair, shape, graphs, files, bits, folder, journal, progress)
@@ -373,7 +381,7 @@ def _write_tflite(
     progress.start("writing weights", _weight_bytes(config, values), of_bytes=True)
     files = {graph.role: folder / f"{graph.role}.tflite" for graph in lowered}
     for graph in sorted(lowered, key=lambda graph: graph.role == "target"):  # which needs rows of the embedders
-        if graph.role == "target" and ends is not None and config.delegate == "cpu":
+        if graph.role == "target" and ends is not None:
             graph = with_reply_ends(graph, ends, [files[role] for role in EMBEDDERS])
         if files[graph.role].name in journal.files:
             progress.advance(sizes.stored_bytes("tflite", values[graph.role]))

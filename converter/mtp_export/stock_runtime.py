@@ -191,8 +191,9 @@ def last_complaint(log: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[StockTurn], str]:
-    """Hold a chat; returns what came, and why it ended early if it did."""
+def declared_tools(declarations: Sequence[dict[str, Any]]) -> list[Any] | None:
+    """Return LiteRT-LM's tools of OpenAI's declarations, for conversations whose calls are answered by hand; None where
+    there are none. Loads the library."""
     import litert_lm
 
     class DeclaredTool(litert_lm.Tool):  # type: ignore[misc]  # the library has no types
@@ -203,13 +204,18 @@ def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[S
             return self._declaration
 
         def execute(self, param: Any) -> Any:
-            raise NotImplementedError("calls are answered by the chat")
+            raise NotImplementedError("calls are answered by hand")
 
+    return [DeclaredTool(declaration) for declaration in declarations] or None
+
+
+def _chat(engine: Any, chat: Chat, greedy: Any, max_tokens: int) -> tuple[list[StockTurn], str]:
+    """Hold a chat; returns what came, and why it ended early if it did."""
     turns: list[StockTurn] = []
     try:
         with engine.create_conversation(
             system_message=chat.system,
-            tools=[DeclaredTool(tool) for tool in chat.tools] or None,
+            tools=declared_tools(chat.tools),
             extra_context=chat.variables,
             automatic_tool_calling=False,
             sampler_config=greedy,

@@ -53,6 +53,7 @@ def render_chat(
         return _compiled(template).render(names)
     except (
         TemplateError,
+        SyntaxError,  # `continue` outside a loop: jinja passes on what compiling its code raises
         AttributeError,
         TypeError,
         ValueError,

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mtp_export.errors import CheckpointError
-from mtp_export.stock_template import check_template, stock_template
+from mtp_export.stock_template import check_template, habits_of, stock_template
 from mtp_export.stock_template.conversations import Conversation, conversations
 from mtp_export.stock_template.rendering import Rendered, render_in_stock
 from mtp_export.stock_template.stub import write_stub
@@ -229,7 +229,9 @@ def test_each_construct_means_the_same(tmp_path: Path) -> None:
     lines = [line if line.startswith("{%") else f"{{{{ {line} }}}}" for line in CONSTRUCTS]
     whole = "{{ bos_token }}" + "".join(f"\x1e{line}" for line in lines)
     one = Conversation(name="constructs", messages=[{"role": "user", "content": "x"}], variables=VARIABLES)
-    write_stub(tmp_path / "x.litertlm", stock_template(whole, special_tokens=SPECIAL_TOKENS, stops=STOPS), TOKENIZER)
+    habits = habits_of(whole, special_tokens=SPECIAL_TOKENS, stops=STOPS)
+    stock = stock_template(whole, habits, special_tokens=SPECIAL_TOKENS, stops=STOPS)
+    write_stub(tmp_path / "x.litertlm", stock, TOKENIZER)
     (found,) = render_in_stock(tmp_path / "x.litertlm", [one], timeout_s=60)
     assert found.text is not None, found.error
     expected = render_chat(whole, one.messages, special_tokens=SPECIAL_TOKENS, **VARIABLES)

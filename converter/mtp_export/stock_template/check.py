@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from mtp_export.errors import CheckpointError
-from mtp_export.stock_template.compose import NEXT, habits_of, stock_template
+from mtp_export.stock_template.compose import NEXT, Habits, habits_of, stock_template
 from mtp_export.stock_template.conversations import Conversation, Message, conversations
 from mtp_export.stock_template.rendering import Rendered, limit_memory, render_in_stock
 from mtp_export.stock_template.stub import write_stub
@@ -162,10 +162,12 @@ def _expected(template: str, special_tokens: Mapping[str, str], stops: Sequence[
 
 def _render(request: _Request) -> _Expected:
     try:
+        names, stops = request.special_tokens, request.stops
+        habits = habits_of(request.template, special_tokens=names, stops=stops)
         stock = ""
         if request.for_stock:
-            stock = stock_template(request.template, special_tokens=request.special_tokens, stops=request.stops)
-        renderer = _Transformers(request)
+            stock = stock_template(request.template, habits, special_tokens=names, stops=stops)
+        renderer = _Transformers(request, habits)
         return _Expected(stock=stock, texts=[renderer.rendered(conversation) for conversation in every_conversation()])
     except CheckpointError as error:
         return _Expected(refusal=str(error))
@@ -174,11 +176,9 @@ def _render(request: _Request) -> _Expected:
 class _Transformers:
     """What transformers makes of conversations, in the form that LiteRT-LM is to make of them."""
 
-    def __init__(self, request: _Request) -> None:
-        self._request = request
-        names = request.special_tokens
-        self._habits = habits_of(request.template, special_tokens=names, stops=request.stops)
-        self._bos = names.get("bos_token", "") if self._habits.starts_with_bos else ""
+    def __init__(self, request: _Request, habits: Habits) -> None:
+        self._request, self._habits = request, habits
+        self._bos = request.special_tokens.get("bos_token", "") if habits.starts_with_bos else ""
 
     def rendered(self, conversation: Conversation) -> Rendered:
         """The text of a conversation without the start token, or why there is none.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from mtp_export.stock_template.conversations import Message
 from mtp_export.stock_template.methods import literal
 from mtp_export.stock_template.minijinja import helpers, translated, unindented
 from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import MtpError
-
-Message = dict[str, Any]
 
 _MARKS = ("first-mark", "second-mark", "third-mark")
 NEXT = "mark-of-the-next-message"  # what the history is rendered with
@@ -28,8 +26,8 @@ class Habits:
     `replies_close`: it writes exactly one stop token between a reply and the next message.
     `call_closing` is what it writes behind a call up to that token, empty where there is none.
     `between` is what it writes between a reply and the next message's text, and `closing` the beginning of that which
-    ends with the token that ended the reply, empty where there is none. The affixes
-    stand before and behind a message of the user and of the model, None where they depend on more than that.
+    ends with the token that ended the reply, empty where there is none. The affixes stand before and behind a message
+    of the user and of the model, None where they depend on more than that.
     """
 
     starts_with_bos: bool
@@ -44,8 +42,8 @@ class Habits:
     model_affixes: tuple[str, str] | None
 
 
-def stock_template(template: str, *, special_tokens: Mapping[str, str], stops: Sequence[str]) -> str:
-    """Return the template that makes LiteRT-LM's Conversation feed the model what `template` says.
+def stock_template(template: str, habits: Habits, *, special_tokens: Mapping[str, str], stops: Sequence[str]) -> str:
+    """Return the template that makes LiteRT-LM's Conversation feed the model what `template`, with its habits, says.
 
     `special_tokens` are texts by name, as the checkpoint's templates see them; `stops` are the texts of the tokens that
     end a reply.
@@ -55,7 +53,6 @@ def stock_template(template: str, *, special_tokens: Mapping[str, str], stops: S
     """
     body = translated(template)
     names = {name: text for name, text in sorted(special_tokens.items()) if name.isidentifier()}
-    habits = habits_of(template, special_tokens=names, stops=stops)
     settings = {
         "stock_bos": names.get("bos_token", ""),
         "stock_stops": list(stops),

@@ -14,15 +14,11 @@ from mtp_export.errors import CheckpointError
 WHITESPACE = "".join(chr(c) for c in range(0x110000) if chr(c).isspace())
 
 
-class UnsupportedTemplateError(CheckpointError):
-    """The template has something that LiteRT-LM's renderer cannot do."""
-
-
 def literal(value: Any) -> str:
     """A constant as MiniJinja reads it."""
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UnsupportedTemplateError("the chat template has half of a surrogate pair in a text: correct it")
+            raise CheckpointError("the chat template has half of a surrogate pair in a text: correct it")
         return (
             json.dumps(value, ensure_ascii=False)
             .replace("\x7f", "\\u007f")
@@ -35,7 +31,7 @@ def literal(value: Any) -> str:
         return f"[{', '.join(literal(item) for item in value)}]"
     if isinstance(value, int | float) and math.isfinite(value):
         return repr(value)
-    raise UnsupportedTemplateError(f"the chat template has the constant {value!r}, which LiteRT-LM cannot read")
+    raise CheckpointError(f"the chat template has the constant {value!r}, which LiteRT-LM cannot read")
 
 
 def _get(value: str, key: str, default: str = "none") -> str:

@@ -24,13 +24,12 @@ from mtp_export.errors import CheckpointError
 from mtp_export.stock_template.methods import (
     TEXT_METHODS,
     WHITESPACE,
-    UnsupportedTemplateError,
     literal,
     written_call,
 )
 from mtp_runtime.chat import chat_environment
 
-# Filters that do the same in both, and the arguments with which they do; of texts, and of anything.
+# Filters that do the same in both: of texts, with their arguments, and of anything, without.
 _TEXT_FILTERS: Mapping[str, tuple[str, ...]] = {
     "upper": (),
     "lower": (),
@@ -38,9 +37,7 @@ _TEXT_FILTERS: Mapping[str, tuple[str, ...]] = {
     "trim": ("chars",),
     "replace": ("old", "new"),
 }
-_FILTERS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("first", "last", "list", "reverse", "unique", "abs", "sum", "dictsort"), ()),
-}
+_FILTERS = frozenset(["first", "last", "list", "reverse", "unique", "abs", "sum", "dictsort"])
 _APPLYING = {"map": 0, "select": 0, "reject": 0, "selectattr": 1, "rejectattr": 1}  # where the applied one's name is
 _TESTS = frozenset(
     [
@@ -83,12 +80,11 @@ def translated(template: str) -> str:
     """Return the body of a template in MiniJinja; it calls the macros of `helpers`.
 
     Raises:
-        UnsupportedTemplateError: it uses what MiniJinja has no counterpart of.
-        CheckpointError: it is no template.
+        CheckpointError: it is no template, or uses what MiniJinja has no counterpart of.
     """
     for word in _SWITCHES:
         if word in template:
-            raise UnsupportedTemplateError(f"the chat template has {word!r}, at which LiteRT-LM renders otherwise")
+            raise CheckpointError(f"the chat template has {word!r}, at which LiteRT-LM renders otherwise")
     environment: ImmutableSandboxedEnvironment = chat_environment()
     try:
         tree = environment.parse(template)
@@ -363,7 +359,7 @@ class _Writer:
                 self._check_applied(node)
                 return f"({value} | {name}{self._arguments(node)})"
             case name if name in _FILTERS:
-                return f"({value} | {name}{self._positional(node, _FILTERS[name])})"
+                return f"({value} | {name}{self._positional(node, ())})"
         raise _refusal(node, f"the filter {node.name!r}")
 
     def _default(self, node: nodes.Filter) -> str:
@@ -480,8 +476,8 @@ def _leaves_loop(node: nodes.Node) -> bool:
     return any(_leaves_loop(child) for child in node.iter_child_nodes())
 
 
-def _refusal(node: nodes.Node, what: str) -> UnsupportedTemplateError:
-    return UnsupportedTemplateError(
+def _refusal(node: nodes.Node, what: str) -> CheckpointError:
+    return CheckpointError(
         f"the chat template uses {what} in line {node.lineno}, which LiteRT-LM's renderer has no counterpart of: "
         "write it otherwise and give the file with --chat-template"
     )

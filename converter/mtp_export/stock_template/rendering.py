@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from mtp_export.stock_runtime import declared_tools
 from mtp_export.stock_template.conversations import Conversation, as_stock
 from mtp_runtime.errors import BackendError
 
@@ -87,16 +88,6 @@ def _variables(conversation: Conversation) -> dict[str, Any]:
 def _main() -> None:
     import litert_lm
 
-    class GivenTool(litert_lm.Tool):  # type: ignore[misc]  # the library has no types
-        def __init__(self, description: dict[str, Any]) -> None:
-            self._description = description
-
-        def get_tool_description(self) -> dict[str, Any]:
-            return self._description
-
-        def execute(self, param: Any) -> Any:
-            raise NotImplementedError
-
     limit_memory(_LIMIT_BYTES)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
@@ -114,7 +105,7 @@ def _main() -> None:
             try:
                 with engine.create_conversation(
                     messages=history,
-                    tools=[GivenTool(tool) for tool in task.tools] or None,
+                    tools=declared_tools(task.tools),
                     extra_context=task.variables,
                     automatic_tool_calling=False,
                 ) as conversation:
