@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import write_result
-from mtp_calibration import adapt
-from mtp_calibration.head import Rounds
-from mtp_calibration.observe import Text
-from mtp_export.embedded import EMBEDDED
+from mtp_calibration.choose.head import Rounds
+from mtp_calibration.drafter import adapt
+from mtp_calibration.same_model.observe import Text
 from mtp_export.pipeline import open_made_from
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_runtime.text.tokenizer import Tokenizer
 
 GOAL = 0.8
 LENGTH = 96  # tokens of a window that the target is tuned on

@@ -28,9 +28,9 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_calibration.corpus import heldout_prompts, of_kind
+from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Session
-from mtp_runtime.backend import Draft, FloatArray
+from mtp_runtime.generate.backend import Draft, FloatArray
 
 GOAL = 0.95
 Depth = int | Literal["auto"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_calibration.corpus import heldout_prompts
+from mtp_export.check.prompts import heldout_prompts
 from mtp_runtime import Session, SessionBatch
 
 PROMPTS = 8

@@ -20,9 +20,10 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from mtp_runtime import Session, onnx_graphs
-from mtp_runtime.packed_weights import PackedWeights
-from mtp_runtime.timing import filled_prompt
+from mtp_runtime import Session
+from mtp_runtime.backends.onnx import graphs as onnx_graphs
+from mtp_runtime.backends.packed_weights import PackedWeights
+from mtp_runtime.measure.timing import filled_prompt
 
 REPEATS = 12
 # By the weight that a node reads, then by its operation: the first that is found in its name or among its inputs.

@@ -16,7 +16,7 @@ import time
 import torch
 
 from benchmarks.machine import write_result
-from mtp_calibration.clusters import ROUNDS, balanced_clusters
+from mtp_calibration.drafter.clusters import ROUNDS, balanced_clusters
 
 GOAL_S, GOAL_BYTES = 600.0, 4 << 30
 _TOPICS = 4096

@@ -17,12 +17,12 @@ import torch
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_calibration import head
-from mtp_calibration.adapt import load
-from mtp_calibration.calibration_texts import calibration_texts
-from mtp_calibration.cluster_head import cluster, drawn_answers
-from mtp_calibration.corpus import calibration_prompts, for_tuning, heldout_prompts, in_turn
-from mtp_calibration.observe import continued
+from mtp_calibration.choose import head
+from mtp_calibration.choose.calibration_texts import calibration_texts
+from mtp_calibration.drafter.adapt import load
+from mtp_calibration.drafter.cluster_head import cluster, drawn_answers
+from mtp_calibration.same_model.observe import continued
+from mtp_export.check.prompts import calibration_prompts, for_tuning, heldout_prompts, in_turn
 from mtp_export.pipeline import open_made_from
 from mtp_runtime import Session
 

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 
 from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
-from mtp_calibration.recipes import FLOAT32, INT8, WeightFormat
 from mtp_export.arch.published import PAIRS
-from mtp_export.lower import onnx as lower_onnx
-from mtp_export.lower import tflite as lower_tflite
+from mtp_export.formats.onnx import convert as lower_onnx
+from mtp_export.formats.onnx.write import write_onnx
+from mtp_export.formats.tflite import chain as lower_tflite
+from mtp_export.formats.tflite.write import Parameter, write_graph
+from mtp_export.graph.static import GraphBuilder, TracedGraph
 from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
-from mtp_export.onnx_weights import write_onnx
-from mtp_export.trace import GraphBuilder, TracedGraph
-from mtp_export.weights import Parameter, write_graph
+from mtp_export.weights.recipes import FLOAT32, INT8, WeightFormat
 
 SPEC = PAIRS["e2b"].drafter
 GOAL = 1 / 6

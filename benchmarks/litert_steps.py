@@ -10,7 +10,7 @@ from typing import Any
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 from numpy.typing import NDArray
 
-from mtp_runtime.quiet import native_log_held_back
+from mtp_runtime.backends.litert.quiet import native_log_held_back
 
 Step = Callable[[], object]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_calibration.corpus import heldout_prompts, of_kind
+from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Session
 
 GOAL = 1.3

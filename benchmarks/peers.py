@@ -35,12 +35,12 @@ import numpy as np
 
 from benchmarks.bundles import exported
 from benchmarks.machine import ROOT, write_result
-from mtp_calibration.corpus import heldout_prompts, of_kind
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.prompts import heldout_prompts, of_kind
+from mtp_export.check.stock_runtime import run_stock
 from mtp_runtime import Session
-from mtp_runtime.onnx import OnnxBackend
-from mtp_runtime.onnx_graphs import OnnxGraphs
-from mtp_runtime.timing import filled_prompt
+from mtp_runtime.backends.onnx.backend import OnnxBackend
+from mtp_runtime.backends.onnx.graphs import OnnxGraphs
+from mtp_runtime.measure.timing import filled_prompt
 
 SCRIPTS = ROOT / "benchmarks"
 CACHE_LENGTH, FILLED = 1024, 500

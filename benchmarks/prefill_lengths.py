@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import run_stock
 
 PROMPT = "What is a river?"
 RUNS = 3

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import export_cost
 from benchmarks.machine import ROOT, write_result
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import run_stock
 from mtp_runtime import Bundle
 
 GOAL_BYTES = 3 << 29

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_runtime import Session
-from mtp_runtime.timing import expected_committed, filled_prompt, round_ms, time_passes, time_rounds
+from mtp_runtime.measure.timing import expected_committed, filled_prompt, round_ms, time_passes, time_rounds
 
 ALPHAS = (0.6, 0.8)
 

@@ -22,9 +22,9 @@ from scipy import stats as statistics
 
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
-from mtp_calibration.corpus import heldout_prompts, of_kind
+from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Sampling, Session
-from mtp_runtime.sampling import Method
+from mtp_runtime.generate.sampling import Method
 
 GOAL = 0.001
 TEMPERATURES = (0.3, 0.7, 1.0)

@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 from benchmarks.litert_steps import Step, litert_steps
 from benchmarks.machine import write_result
 from benchmarks.matrices import random_rows
-from mtp_calibration.recipes import RECIPES, Recipe, WeightFormat
 from mtp_export.arch import published
-from mtp_export.lower import tflite as lower_tflite
-from mtp_export.parameters import target_format
-from mtp_export.trace import (
+from mtp_export.formats.tflite import chain as lower_tflite
+from mtp_export.formats.tflite.write import Parameter, write_graph
+from mtp_export.graph.static import (
     GraphBuilder,
     GraphShape,
     Segment,
@@ -41,7 +40,8 @@ from mtp_export.trace import (
     trace_drafter,
     trace_target,
 )
-from mtp_export.weights import Parameter, write_graph
+from mtp_export.weights.mapping import target_format
+from mtp_export.weights.recipes import RECIPES, Recipe, WeightFormat
 
 MOST_BYTES = 128 << 20  # of the weights of all copies, more than the caches hold
 MOST_COPIES = 8

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from mtp_export import cli
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import PairSpec
+from mtp_export.cli import main as cli
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAcc
 from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_runtime import Bundle, Manifest, Session
-from mtp_runtime.onnx import OnnxBackend
-from mtp_runtime.onnx_graphs import BoundGraph, TargetRun
-from mtp_runtime.quiet import native_log_held_back
+from mtp_runtime.backends.litert.quiet import native_log_held_back
+from mtp_runtime.backends.onnx.backend import OnnxBackend
+from mtp_runtime.backends.onnx.graphs import BoundGraph, TargetRun
 
 GOAL = 1.3
 Step = Callable[[], None]

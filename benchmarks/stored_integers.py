@@ -26,8 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from benchmarks.machine import ROOT, write_result
-from mtp_export import cli
 from mtp_export.arch.published import NANO
+from mtp_export.cli import main as cli
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime import Session
 from tools.synthesize import layout, quantised

@@ -12,7 +12,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from mtp_export.bundle import write_manifest
+from mtp_export.bundle.litertlm import write_manifest
 from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import Manifest, read_manifest
 

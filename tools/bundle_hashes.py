@@ -43,7 +43,7 @@ def bundle_hashes(folder: Path) -> dict[str, dict[str, str]]:
     plain = ((*form, "--recipe", recipe) for recipe, form in itertools.product(RECIPES, FORMS))
     for number, options in enumerate((*plain, *VARIANTS)):
         output = folder / str(number)
-        command = [sys.executable, "-m", "mtp_export.cli", "export", "--model", NANO.name, "--output", str(output)]
+        command = [sys.executable, "-m", "mtp_export", "export", "--model", NANO.name, "--output", str(output)]
         subprocess.run([*command, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
         files = sorted(path for path in output.rglob("*") if path.is_file())
         hashes[" ".join(options)] = {

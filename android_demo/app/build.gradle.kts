@@ -18,7 +18,7 @@ android {
     }
 
     // The prompts that mtp-export measures with.
-    sourceSets["main"].assets.srcDir(rootDir.resolve("../calibration/mtp_calibration/prompts"))
+    sourceSets["main"].assets.srcDir(rootDir.resolve("../converter/mtp_export/check/prompt_sets"))
 }
 
 kotlin {

@@ -1,1 +1,1 @@
-"""Quantisation recipes, and prompts with their provenance."""
+"""Measures what an export does to a model: is it the same, what is best, what does a drafter bring."""

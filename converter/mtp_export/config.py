@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-from mtp_calibration.recipes import RECIPES
 from mtp_export.arch.published import PAIRS
+from mtp_export.weights.recipes import RECIPES
 from mtp_runtime.errors import UserError
 
 EXPORT_FORMATS = ("tflite", "onnx")

@@ -15,36 +15,38 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from mtp_calibration.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
-from mtp_export import bundle, parameters, sizes
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
-from mtp_export.chat_ends import check_chat_template, read_chat_texts, reply_ends
-from mtp_export.composites import with_composites
+from mtp_export.bundle import litertlm
+from mtp_export.bundle.chat_ends import check_chat_template, read_chat_texts, reply_ends
+from mtp_export.bundle.journal import Journal, identity
+from mtp_export.bundle.staging import staged_folder
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
-from mtp_export.delegation import DELEGATED_ROLES
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError, GateError, OutputError
-from mtp_export.journal import Journal, identity
-from mtp_export.lower.tflite import LoweredGraph
-from mtp_export.single_buffer import with_single_buffer
+from mtp_export.formats import sizes
+from mtp_export.formats.tflite.chain import LoweredGraph
+from mtp_export.formats.tflite.gpu_table import DELEGATED_ROLES
+from mtp_export.formats.tflite.passes.composites import with_composites
+from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
+from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
+from mtp_export.formats.tflite.write import Parameter, write_graph
+from mtp_export.graph.dynamic import trace_graphs
+from mtp_export.graph.static import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
 from mtp_export.source import texts
 from mtp_export.source.adapters import AdaptedCheckpoint, adapter_files
 from mtp_export.source.checkpoint import Checkpoint, hash_file
+from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
 from mtp_export.source.stored_integers import check_runs
 from mtp_export.source.templates import read_template
-from mtp_export.squares import with_squares_reshaped_first
-from mtp_export.staging import staged_folder
-from mtp_export.trace import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
-from mtp_export.trace_in_place import trace_graphs
-from mtp_export.weights import Parameter, write_graph
-from mtp_runtime.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_export.weights import mapping
+from mtp_export.weights.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
+from mtp_runtime.bundle.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
+from mtp_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from mtp_export.reply_ends import ReplyEnds
+    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
 
 EMBEDDERS = ("embedder", "per_layer_embedder")
 _SPARE_BYTES = 64 << 20  # of disk, for text files
@@ -116,7 +118,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
         graphs = format.trace(config, pair, shape)
         values = pair_parameters(config, pair, graphs)
         unused = pair_left_aside(pair, graphs)
-        parameters.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
+        mapping.token_ordering(pair.drafter, pair.drafter_spec)  # a damaged one costs no conversion
         clock.lap("trace")
         progress.start("trying the template", 0)
         try_template()
@@ -155,7 +157,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
 
 def _choices() -> ModuleType:
     """What measures a pair needs this module's, so it is imported where it is called."""
-    from mtp_calibration import choices
+    from mtp_calibration.choose import choices
 
     return choices
 
@@ -308,24 +310,24 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     *of_target, drafter = graphs
     recipe = RECIPES[drafter_recipe(config)]
     of_embedders = with_embedders(RECIPES[config.recipe], RECIPES[embedder_recipe(config)])
-    values = parameters.target_parameters(pair.target, of_target, of_embedders)
+    values = mapping.target_parameters(pair.target, of_target, of_embedders)
     for part in values.values():
         for name, parameter in part.items():
             if parameter.stored:
                 check_runs(name, parameter.format, config.export_format, looked_up=parameter.looked_up)
     # LiteRT-LM forgets a stop token that was drafted and accepted, so none is drafted (docs/litert-lm.md).
     never_drafted = pair.stop_token_ids if FORMATS[config.export_format].container else ()
-    of_drafter = parameters.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe, never_drafted)
+    of_drafter = mapping.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, recipe, never_drafted)
     return values | {"drafter": of_drafter}
 
 
 def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph], *, reads_weights: bool = True) -> tuple[str, ...]:
     """What is not exported of a pair's checkpoints, because it changes nothing of what is, in short phrases."""
     *of_target, drafter = graphs
-    drafter_tensors = parameters.drafter_tensors(drafter, pair.drafter_spec)
+    drafter_tensors = mapping.drafter_tensors(drafter, pair.drafter_spec)
     of_drafter = left_aside(pair.drafter, drafter_tensors, reads_weights=reads_weights)
     return (
-        *left_aside(pair.target, parameters.target_tensors(of_target), reads_weights=reads_weights),
+        *left_aside(pair.target, mapping.target_tensors(of_target), reads_weights=reads_weights),
         *pair.target.left_aside,
         *texts.left_aside(pair.target, pair.target_spec),
         *(f"of the drafter: {phrase}" for phrase in of_drafter),
@@ -371,8 +373,8 @@ def _write_tflite(
     clock: _Clock,
     ends: ReplyEnds | None,
 ) -> dict[str, Path]:
-    from mtp_export.lower import tflite
-    from mtp_export.reply_ends import with_reply_ends
+    from mtp_export.formats.tflite import chain as tflite
+    from mtp_export.formats.tflite.passes.reply_ends import with_reply_ends
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = tflite.lower(graphs, config.workers, progress.advance)
@@ -422,9 +424,9 @@ def _write_onnx(
     clock: _Clock,
     ends: ReplyEnds | None,
 ) -> dict[str, Path]:
-    from mtp_export.lower import onnx
-    from mtp_export.lower.onnx_batch import write_batched
-    from mtp_export.onnx_weights import write_onnx
+    from mtp_export.formats.onnx import convert as onnx
+    from mtp_export.formats.onnx.batch import write_batched
+    from mtp_export.formats.onnx.write import write_onnx
 
     progress.start("converting graphs", sum(len(graph.segments) for graph in graphs))
     lowered = onnx.lower(graphs, config.workers, portable=config.portable, on_segments=progress.advance)
@@ -453,7 +455,7 @@ def _write_onnx(
 
 
 def _onnx_format(parameter: Parameter) -> WeightFormat:
-    from mtp_export.onnx_weights import block_size
+    from mtp_export.formats.onnx.write import block_size
 
     return dataclasses.replace(parameter.format, block_size=block_size(parameter))
 
@@ -496,9 +498,9 @@ def _write_rest(
     progress.advance(len(graphs))
     if FORMATS[config.export_format].container:
         container = folder / f"{config.model}.litertlm"
-        bundle.write_litertlm(folder, manifest, container)
+        litertlm.write_litertlm(folder, manifest, container)
         manifest = msgspec.structs.replace(manifest, files={**manifest.files, "litertlm": hash_file(container)})
-    bundle.write_manifest(folder, manifest)
+    litertlm.write_manifest(folder, manifest)
     progress.advance(1)
     return manifest
 
@@ -558,8 +560,8 @@ def _pass_gate(folder: Path, pair: Pair, progress: Progress) -> None:
         GateError: it is not the model any more, with the diagnosis.
     """
     # What measures a bundle needs this module's pair.
-    from mtp_calibration.calibrate import CALIBRATION_NAME, calibrate
-    from mtp_calibration.corpus import calibration_prompts, in_turn
+    from mtp_calibration.same_model.calibrate import CALIBRATION_NAME, calibrate
+    from mtp_export.check.prompts import calibration_prompts, in_turn
 
     found = calibrate(
         folder, pair, in_turn(calibration_prompts(), _GATE_PROMPTS), on_stage=lambda name: progress.start(name, 0)

@@ -20,15 +20,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtp_export import pipeline, sizes
+from mtp_export import pipeline
 from mtp_export.arch.spec import TargetSpec
 from mtp_export.config import ExportConfig
+from mtp_export.formats import sizes
+from mtp_export.formats.tflite.write import Parameter
+from mtp_export.graph.static import GraphShape, TracedGraph
 from mtp_export.pipeline import Pair
 from mtp_export.source import texts
 from mtp_export.source.headers import Headers
-from mtp_export.trace import GraphShape, TracedGraph
-from mtp_export.weights import Parameter
-from mtp_runtime.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry
+from mtp_runtime.bundle.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry
 from mtp_runtime.errors import UserError
 
 _TRACE_S, _START_S = 2.5, 6.0

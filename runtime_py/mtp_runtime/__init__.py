@@ -7,17 +7,17 @@
 Importing this package loads no inference library; `Session.open` does.
 """
 
-from mtp_runtime.acceptance import Acceptance, Origin, accept_greedy
-from mtp_runtime.backend import Backend, Draft, TargetPass
-from mtp_runtime.bundle import Bundle
-from mtp_runtime.contract import Manifest, read_manifest
-from mtp_runtime.conversation import Conversation, Reply, Turn
+from mtp_runtime.bundle.bundle import Bundle
+from mtp_runtime.bundle.contract import Manifest, read_manifest
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
-from mtp_runtime.sampling import Constraint, Sampling
-from mtp_runtime.session import Generation, Session
-from mtp_runtime.session_batch import SessionBatch
-from mtp_runtime.stats import GenerationStats
-from mtp_runtime.trace import FinishReason, GenerationTrace, Token
+from mtp_runtime.generate.acceptance import Acceptance, Origin, accept_greedy
+from mtp_runtime.generate.backend import Backend, Draft, TargetPass
+from mtp_runtime.generate.sampling import Constraint, Sampling
+from mtp_runtime.generate.session import Generation, Session
+from mtp_runtime.generate.session_batch import SessionBatch
+from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
+from mtp_runtime.text.conversation import Conversation, Reply, Turn
 
 __all__ = [
     "Acceptance",

@@ -156,5 +156,5 @@ def test_the_daemon_dies_during_a_run(place: Place) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, mtp_export.commands.device, mtp_export.device.adb; print('torch' in sys.modules)"
+    code = "import sys, mtp_export.cli.device, mtp_export.device.adb; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from mtp_calibration.corpus import read_prompts
-from mtp_export.benching import BenchReport
+from mtp_export.check.bench import BenchReport
+from mtp_export.check.prompts import read_prompts
 from mtp_export.device.adb import FOLDER, Adb, AdbError
 from mtp_export.device.app import read_report
 from mtp_export.device.bench import DeviceBench
 from mtp_export.device.binary import parse_output
-from mtp_runtime.bundle import sha256_of
-from mtp_runtime.contract import MANIFEST_NAME
+from mtp_runtime.bundle.bundle import sha256_of
+from mtp_runtime.bundle.contract import MANIFEST_NAME
 from mtp_runtime.errors import BackendError
 from tests.conftest import Export, run_cli
 from tests.golden.files import MAX_NEW_TOKENS, PROMPTS

@@ -19,8 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_export.embedded import EMBEDDED
 from mtp_export.source.adapters import AdaptedCheckpoint
+from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.names import canonical_module
 
 NANO = EMBEDDED / "target"

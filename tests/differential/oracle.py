@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 
 from mtp_export.arch.gemma4 import read_target_spec
 from mtp_export.config import ExportConfig
-from mtp_export.embedded import EMBEDDED
 from mtp_export.pipeline import ExportResult, export
 from mtp_export.plan import Plan, plan
 from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.generation import read_generation
 from mtp_runtime import Session
 from mtp_runtime.errors import UserError

@@ -28,9 +28,9 @@ from mtp_export.arch import gemma4
 from mtp_export.arch.config_keys import BOOKKEEPING, DRAFTER_DEFAULTS, TEXT_DEFAULTS, unknown_keys
 from mtp_export.arch.published import NANO, PAIRS
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, TargetSpec
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.models.layers import inverse_frequencies
+from mtp_export.source.embedded import EMBEDDED
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "published"
 Json = dict[str, Any]

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from mtp_export.arch.published import NANO
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import open_pair
+from mtp_export.source.embedded import EMBEDDED
 from tests.differential.oracle import (
     INDEX,
     PREFIX,

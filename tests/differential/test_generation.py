@@ -19,8 +19,8 @@ from mtp_export.arch.gemma4 import read_target_spec
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
-from mtp_runtime.contract import SamplerDefaults
-from mtp_runtime.sampling import Chooser, Sampling, probabilities
+from mtp_runtime.bundle.contract import SamplerDefaults
+from mtp_runtime.generate.sampling import Chooser, Sampling, probabilities
 from tests.differential.text_folders import SPEC, copied, edit, notes_of
 
 Keys = Mapping[str, Any]

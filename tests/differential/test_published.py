@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from mtp_export.arch.published import PAIRS
-from mtp_export.commands.plan import command
+from mtp_export.cli.plan import command
 from tools.synthesize import files, layout, texts, towers
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "published"

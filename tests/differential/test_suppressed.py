@@ -12,10 +12,11 @@ import torch
 from litert_lm_builder.litertlm_header_schema_py_generated import AnySectionDataType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
+from mtp_export.check.stock_runtime import run_stock
 from mtp_export.pipeline import export
-from mtp_export.stock_runtime import run_stock
-from mtp_runtime import Session, litertlm
-from mtp_runtime.session_batch import SessionBatch
+from mtp_runtime import Session
+from mtp_runtime.bundle import litertlm
+from mtp_runtime.generate.session_batch import SessionBatch
 from tests.differential.oracle import (
     PROMPT,
     TOLERANCE,

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from tests.differential.oracle import (
     PREFIX,
     WEIGHTS,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from tests.differential.text_folders import ALPACA, TextSuite, config, drop_last, edit, pad, template, token
 from tests.differential.transformation import Record
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.embedded import EMBEDDED
 from tests.differential.text_folders import (
     PROBE,
     SPEC,

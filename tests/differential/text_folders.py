@@ -16,12 +16,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer
 
 from mtp_export.arch.published import PAIRS
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
-from mtp_runtime.chat import Message, render_chat
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.errors import UserError
+from mtp_runtime.text.chat import Message, render_chat
 
 SPEC = PAIRS["nano"].target
 Change = Callable[[Path], None]

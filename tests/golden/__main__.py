@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.bundles import exported
-from mtp_calibration.corpus import read_prompts
-from mtp_export.chats import parity_chats
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.chats import parity_chats
+from mtp_export.check.prompts import read_prompts
+from mtp_export.check.stock_runtime import run_stock
 from mtp_runtime import Session
-from mtp_runtime.contract import read_manifest
-from mtp_runtime.parity import Comparison, compare_text, compare_tokens
+from mtp_runtime.bundle.contract import read_manifest
+from mtp_runtime.measure.parity import Comparison, compare_text, compare_tokens
 from tests.golden.files import (
     CASES,
     CHATS,

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from mtp_runtime.acceptance import Origin
-from mtp_runtime.parity import Comparison
-from mtp_runtime.trace import FinishReason
+from mtp_runtime.generate.acceptance import Origin
+from mtp_runtime.generate.trace import FinishReason
+from mtp_runtime.measure.parity import Comparison
 
 FOLDER = Path(__file__).parent
 PROMPTS = FOLDER / "prompts.jsonl"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from mtp_export.stock_runtime import parse_acceptance_rate, parse_warnings
-from mtp_runtime.parity import compare_tokens
+from mtp_export.check.stock_runtime import parse_acceptance_rate, parse_warnings
+from mtp_runtime.measure.parity import compare_tokens
 from tests.conftest import Export
 from tests.golden.__main__ import chats_of, judge, traces_of
 from tests.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_chats, read_traces

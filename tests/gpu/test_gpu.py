@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_calibration.corpus import heldout_prompts
-from mtp_export.delegation import delegate_table
+from mtp_export.check.prompts import heldout_prompts
+from mtp_export.formats.tflite.gpu_table import delegate_table
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.equality import check_equality
 from tools.gpu_check.full_size import BUNDLES, bundle

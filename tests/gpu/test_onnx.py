@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_calibration.corpus import heldout_prompts
+from mtp_export.check.prompts import heldout_prompts
 from mtp_runtime import Session
 from tests.parity.backend_tests import BackendTests
 from tools.gpu_check.full_size import BUNDLES

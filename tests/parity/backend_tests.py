@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mtp_runtime import BackendError, ContextFullError, Conversation, GenerationTrace, MtpError, Session
-from mtp_runtime.backend import FloatArray
+from mtp_runtime.generate.backend import FloatArray
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'
 # Passes over one and over several tokens use other kernels: float32 sums in another order differ by some 1e-5 in

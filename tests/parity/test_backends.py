@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mtp_export.lower.onnx import IR_VERSION, OPSET
+from mtp_export.formats.onnx.convert import IR_VERSION, OPSET
 from mtp_runtime import Session
 from tests.conftest import Export
 from tests.parity.backend_tests import (

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from mtp_calibration.corpus import heldout_prompts
-from mtp_export.bundle import write_manifest
-from mtp_export.lower.onnx_batch import write_batched
+from mtp_export.bundle.litertlm import write_manifest
+from mtp_export.check.prompts import heldout_prompts
+from mtp_export.formats.onnx.batch import write_batched
 from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import ContextFullError, Sampling, Session, SessionBatch, UserError, read_manifest
-from mtp_runtime.contract import BATCH_ROLES, MANIFEST_NAME, batch_role
+from mtp_runtime.bundle.contract import BATCH_ROLES, MANIFEST_NAME, batch_role
 from tests.conftest import Export
 from tests.parity.backend_tests import all_rows
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mtp_runtime.timing import break_even, expected_committed, round_ms
+from mtp_runtime.measure.timing import break_even, expected_committed, round_ms
 from tests.conftest import Export, run_cli
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mtp_calibration.calibrate import Calibration, calibrate
-from mtp_calibration.corpus import calibration_prompts, in_turn
-from mtp_calibration.gate import bars_for, judge
-from mtp_calibration.quality import Quality
+from mtp_calibration.same_model.calibrate import Calibration, calibrate
+from mtp_calibration.same_model.gate import bars_for, judge
+from mtp_calibration.same_model.quality import Quality
 from mtp_export import pipeline
-from mtp_export.embedded import EMBEDDED
+from mtp_export.check.prompts import calibration_prompts, in_turn
 from mtp_export.errors import GateError
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import read_manifest
 from tests.conftest import Export, run_cli
 from tests.damage import damaged, doubled_scales, other_position, turned_centroids

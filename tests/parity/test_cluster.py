@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mtp_export.embedded import EMBEDDED
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import open_made_from
+from mtp_export.source.embedded import EMBEDDED
 from tests.conftest import run_cli
 
 

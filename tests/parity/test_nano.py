@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from mtp_export.chats import parity_chats
+from mtp_export.check.chats import parity_chats
 from mtp_runtime import Bundle, Session
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
-from mtp_runtime.trace import GenerationTrace
+from mtp_runtime.generate.trace import GenerationTrace
 from tests.conftest import Export
 from tools.train_nano import dialogues
 from tools.train_nano.chats import calls, second_messages, undeclared

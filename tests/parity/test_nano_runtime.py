@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mtp_runtime import Session
-from mtp_runtime.backend import FloatArray
-from mtp_runtime.parity import compare_tokens
+from mtp_runtime.generate.backend import FloatArray
+from mtp_runtime.measure.parity import compare_tokens
 from tests.conftest import Export
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'

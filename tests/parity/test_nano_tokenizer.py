@@ -16,8 +16,8 @@ import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mtp_export.embedded import EMBEDDED
-from mtp_runtime.chat import render_chat
+from mtp_export.source.embedded import EMBEDDED
+from mtp_runtime.text.chat import render_chat
 from tools.train_nano.as_sentencepiece import sentencepiece_model
 from tools.train_nano.nano_ids import STOP_IDS
 from tools.train_nano.nano_tokenizer import CONTROL, SPECIAL

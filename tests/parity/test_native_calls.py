@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Conversation, Session
-from mtp_runtime.chat import render_chat
-from mtp_runtime.native_calls import assistant_message
+from mtp_runtime.text.chat import render_chat
+from mtp_runtime.text.native_calls import assistant_message
 from tests.conftest import Export
 from tools.train_nano.dialogues import TOOLS
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma4AssistantForCausalLM
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
-from mtp_runtime.backend import FloatArray
+from mtp_runtime.generate.backend import FloatArray
 from tests.conftest import Export
 from tests.parity.backend_tests import tokens_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 
 OURS = sorted(Path(__file__).with_name("templates").glob("*.jinja"))
 NANO = EMBEDDED / "target/chat_template.jinja"

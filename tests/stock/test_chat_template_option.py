@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Bundle
-from mtp_runtime.contract import read_manifest
+from mtp_runtime.bundle.contract import read_manifest
 from tests.conftest import run_cli
 
 PLAIN = "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"

@@ -15,9 +15,9 @@ import litert_lm
 import pytest
 from transformers import AutoTokenizer
 
-from mtp_export.chats import Chat, parity_chats
-from mtp_export.embedded import EMBEDDED
-from mtp_export.stock_runtime import StockTurn, run_stock
+from mtp_export.check.chats import Chat, parity_chats
+from mtp_export.check.stock_runtime import StockTurn, run_stock
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
 from tests.conftest import Export
 from tools.train_nano.dialogues import held_out

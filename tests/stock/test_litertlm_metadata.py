@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from mtp_export.arch.gemma4 import read_image_settings
-from mtp_export.litertlm_metadata import fields_of, llm_metadata
-from mtp_runtime.contract import ImageSettings, Manifest, SamplerDefaults, read_manifest
-from mtp_runtime.litertlm import read_metadata
+from mtp_export.bundle.metadata import fields_of, llm_metadata
+from mtp_runtime.bundle.contract import ImageSettings, Manifest, SamplerDefaults, read_manifest
+from mtp_runtime.bundle.litertlm import read_metadata
 from tests.conftest import Export, run_cli
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from mtp_export import bundle
-from mtp_export.litertlm_metadata import llm_metadata
+from mtp_export.bundle import litertlm
+from mtp_export.bundle.metadata import llm_metadata
 from mtp_export.source.checkpoint import hash_file
-from mtp_runtime.contract import read_manifest
+from mtp_runtime.bundle.contract import read_manifest
 from tests.conftest import Export, run_cli
 
 LIMITS = ("--limit", "2", "--max-new-tokens", "16", "--threads", "1")
@@ -31,10 +31,10 @@ def changed(source: Path, folder: Path, change: Callable[[Any], None], monkeypat
         change(metadata)
         return metadata
 
-    monkeypatch.setattr(bundle, "llm_metadata", other)
-    bundle.write_litertlm(folder, inner, container)
+    monkeypatch.setattr(litertlm, "llm_metadata", other)
+    litertlm.write_litertlm(folder, inner, container)
     files = {**manifest.files, "litertlm": hash_file(container)}
-    bundle.write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    litertlm.write_manifest(folder, msgspec.structs.replace(manifest, files=files))
     return folder
 
 

@@ -10,13 +10,13 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mtp_export.bundle.stock_template import check_template, habits_of, stock_template
+from mtp_export.bundle.stock_template.conversations import Conversation, conversations
+from mtp_export.bundle.stock_template.rendering import Rendered, render_in_stock
+from mtp_export.bundle.stock_template.stub import write_stub
 from mtp_export.errors import CheckpointError
-from mtp_export.stock_template import check_template, habits_of, stock_template
-from mtp_export.stock_template.conversations import Conversation, conversations
-from mtp_export.stock_template.rendering import Rendered, render_in_stock
-from mtp_export.stock_template.stub import write_stub
-from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import MtpError
+from mtp_runtime.text.chat import render_chat
 from tests.stock.templates_at_hand import ALL, NANO, SPECIAL_TOKENS, STOPS, TOKENIZER
 
 
@@ -177,7 +177,7 @@ def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
     ],
 )
 def test_a_template_that_is_no_good_is_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_export.stock_template.check._LIMIT_S", 3)
+    monkeypatch.setattr("mtp_export.bundle.stock_template.check._LIMIT_S", 3)
     with pytest.raises(CheckpointError) as caught:
         check(template)
     assert expected in str(caught.value)
@@ -190,7 +190,7 @@ def test_a_difference_is_shown_with_both_texts(monkeypatch: pytest.MonkeyPatch) 
         assert first.text is not None
         return [Rendered(first.text.replace("river", "stone")), *others]
 
-    monkeypatch.setattr("mtp_export.stock_template.check.render_in_stock", one_wrong)
+    monkeypatch.setattr("mtp_export.bundle.stock_template.check.render_in_stock", one_wrong)
     with pytest.raises(CheckpointError) as caught:
         check(NANO.read_text(encoding="utf-8"))
     assert "first in the conversation 'a question'" in str(caught.value)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_runtime.backend import FloatArray, IntArray
-from mtp_runtime.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
-from mtp_runtime.kv_cache import StaticKVCache
+from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
+from mtp_runtime.generate.backend import FloatArray, IntArray
+from mtp_runtime.generate.kv_cache import StaticKVCache
 
 VOCAB, HIDDEN, STOP = 50, 16, 1
 # Beyond any real token, to be seen at once if a stale row leaks.

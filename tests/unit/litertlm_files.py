@@ -8,7 +8,7 @@ import msgspec
 from litert_lm_builder import LitertLmFileBuilder, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
-from mtp_runtime.contract import Manifest, read_manifest
+from mtp_runtime.bundle.contract import Manifest, read_manifest
 
 MODEL_TYPES = {
     "target": TfLiteModelType.PREFILL_DECODE,

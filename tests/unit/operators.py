@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mtp_export.delegation import Graph
+from mtp_export.formats.tflite.gpu_table import Graph
 
 
 def operator_counts(graph: Graph, signature: str) -> Counter[str]:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtp_calibration.recipes import FLOAT32, WeightFormat
 from mtp_export.arch.published import NANO
+from mtp_export.formats.tflite.write import Parameter
+from mtp_export.graph.static import GraphBuilder, TracedGraph
 from mtp_export.models.layers import FeedForward
-from mtp_export.trace import GraphBuilder, TracedGraph
-from mtp_export.weights import Parameter
+from mtp_export.weights.recipes import FLOAT32, WeightFormat
 
 
 def feed_forward_graph() -> TracedGraph:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mtp_runtime import BackendError, BundleError, Session
-from mtp_runtime.backend import FloatArray
-from mtp_runtime.litert import LiteRTGraphs
-from mtp_runtime.masks import CausalMask
-from mtp_runtime.static_backend import BoundSignature, StaticBackend
+from mtp_runtime.backends.litert.backend import LiteRTGraphs
+from mtp_runtime.backends.litert.masks import CausalMask
+from mtp_runtime.backends.litert.static import BoundSignature, StaticBackend
+from mtp_runtime.generate.backend import FloatArray
 from tests.unit.conftest import TOY_PROMPT
 
 S, HIDDEN, HEAD = 64, 32, 16

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from mtp_runtime import Bundle, Session
-from mtp_runtime.contract import FileEntry, Manifest
-from mtp_runtime.static_backend import StaticBackend
+from mtp_runtime.backends.litert.static import StaticBackend
+from mtp_runtime.bundle.contract import FileEntry, Manifest
 from tests.unit.fake_backend import FakeBackend, fake_manifest
 
 TEMPLATE = (

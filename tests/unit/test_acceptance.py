@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.acceptance import accept_greedy, top_margin
+from mtp_runtime.generate.acceptance import accept_greedy, top_margin
 
 TOKENS = st.integers(0, 5)
 

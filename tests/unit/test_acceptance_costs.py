@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_calibration.acceptance import Costs, KindRow, on_device, read_bench
+from mtp_calibration.report.acceptance import Costs, KindRow, on_device, read_bench
 from mtp_runtime.errors import UserError
-from mtp_runtime.timing import expected_committed
+from mtp_runtime.measure.timing import expected_committed
 
 
 def test_break_even_is_where_a_round_takes_as_long_as_its_tokens() -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mtp_export.commands.export import command, config_of
+from mtp_export.cli.export import command, config_of
 from mtp_export.errors import CheckpointError
 from mtp_export.pipeline import input_files, open_pair
 from mtp_export.source.adapters import AdaptedCheckpoint, merge

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_runtime.adaptive import AdaptiveDepth
+from mtp_runtime.generate.adaptive import AdaptiveDepth
 
 K = 4
 EASY, MIDDLING, FALLING, HOSTILE = [0.9] * K, [0.6] * K, [0.75, 0.5, 0.3, 0.1], [0.03] * K

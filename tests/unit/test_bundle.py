@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from mtp_runtime import Bundle, BundleError, Session
-from mtp_runtime.contract import FileEntry
+from mtp_runtime.bundle.contract import FileEntry
 from tests.unit import toy_pair
 from tests.unit.conftest import TOY_PROMPT
 from tests.unit.litertlm_files import build_container, with_file

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mtp_runtime.chat import Message, render_chat
 from mtp_runtime.errors import BundleError, UserError
+from mtp_runtime.text.chat import Message, render_chat
 
 TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from mtp_export import proof, stock_runtime
-from mtp_export.chat_parity import ChatTurn, compare_stock_chat
-from mtp_export.chats import Chat, parity_chats
-from mtp_export.stock_runtime import StockTurn, known_faults
+from mtp_export.check import parity as proof
+from mtp_export.check import stock_runtime
+from mtp_export.check.chat_parity import ChatTurn, compare_stock_chat
+from mtp_export.check.chats import Chat, parity_chats
+from mtp_export.check.stock_runtime import StockTurn, known_faults
 from mtp_runtime import ContextFullError, GenerationTrace
-from mtp_runtime.parity import Comparison
-from mtp_runtime.stats import GenerationStats
-from mtp_runtime.trace import FinishReason
+from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.trace import FinishReason
+from mtp_runtime.measure.parity import Comparison
 
 CHAT = Chat(name="two turns", says=("a", "b"))
 SESSION: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token="<bos>"), tokenize=lambda text, bos: list(text))

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtp_calibration.recipes import RECIPES
 from mtp_export.arch.config_keys import unknown_keys
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
-from mtp_export.parameters import target_parameters
+from mtp_export.graph.static import trace_embedder
 from mtp_export.pipeline import export
 from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
 from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
-from mtp_export.trace import trace_embedder
+from mtp_export.weights.mapping import target_parameters
+from mtp_export.weights.recipes import RECIPES
 from mtp_runtime.errors import UserError
 from tests.parity.tiny import Tiny
 from tests.unit.tiny_files import MODELS, rewrite_json, rewrite_tensors, tiny_model

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from mtp_calibration.choices import rounded_by_gptq, with_measured, within_size
-from mtp_calibration.head import TopKRow, enough, float_answers, position_test, top_ks
-from mtp_export.commands.export import command, config_of
+from mtp_calibration.choose.choices import rounded_by_gptq, with_measured, within_size
+from mtp_calibration.choose.head import TopKRow, enough, float_answers, position_test, top_ks
+from mtp_export.check.reference import greedy
+from mtp_export.cli.export import command, config_of
 from mtp_export.config import ExportConfig
+from mtp_export.formats.sizes import graph_files, litertlm_bytes
+from mtp_export.formats.tflite.write import Parameter
 from mtp_export.pipeline import FORMATS, graph_shape, open_pair, pair_parameters
-from mtp_export.reference import greedy
-from mtp_export.sizes import graph_files, litertlm_bytes
 from mtp_export.source.texts import text_sizes
-from mtp_export.weights import Parameter
 from mtp_runtime.errors import UserError
 from tests.unit.tiny_files import MODELS, pair_arguments, tiny_model
 

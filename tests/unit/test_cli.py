@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from tests.conftest import Export, printed_by, run_cli
 from tests.unit.tiny_files import pair_arguments
 

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtp_calibration.recipes import FLOAT32, INT8
 from mtp_export.arch.spec import ClusteredHeadSpec
-from mtp_export.lower.onnx import lower
+from mtp_export.formats.onnx.convert import lower
+from mtp_export.formats.onnx.write import write_onnx
+from mtp_export.formats.tflite.write import Parameter, quantise
+from mtp_export.graph.static import GraphBuilder, TracedGraph
 from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
-from mtp_export.onnx_weights import write_onnx
-from mtp_export.trace import GraphBuilder, TracedGraph
-from mtp_export.weights import Parameter, quantise
-from mtp_runtime.onnx_graphs import open_graph
+from mtp_export.weights.recipes import FLOAT32, INT8
+from mtp_runtime.backends.onnx.graphs import open_graph
 
 SPEC = ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128)
 HIDDEN, BATCH = 32, 3

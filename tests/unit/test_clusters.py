@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtp_calibration.clusters import balanced_clusters
+from mtp_calibration.drafter.clusters import balanced_clusters
 from mtp_runtime.errors import UserError
 
 

@@ -12,10 +12,10 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from mtp_export.composites import with_composites
-from mtp_export.delegation import Graph, open_graph
-from mtp_export.lower.tflite import LoweredGraph
-from mtp_runtime.contract import PARAM_TENSOR, param_tensor
+from mtp_export.formats.tflite.chain import LoweredGraph
+from mtp_export.formats.tflite.gpu_table import Graph, open_graph
+from mtp_export.formats.tflite.passes.composites import with_composites
+from mtp_runtime.bundle.contract import PARAM_TENSOR, param_tensor
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
 from tests.unit.operators import operator_counts

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from mtp_runtime import BundleError, Manifest, MtpError, Session
-from mtp_runtime.consistency import check_consistency
+from mtp_runtime.bundle.consistency import check_consistency
 from tests.unit.conftest import TOY_PROMPT
 from tests.unit.fake_backend import fake_manifest
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.contract import FORMAT_VERSION, FileEntry, Manifest, TensorSpec, read_manifest
+from mtp_runtime.bundle.contract import FORMAT_VERSION, FileEntry, Manifest, TensorSpec, read_manifest
 from mtp_runtime.errors import BundleError
 from tests.unit.fake_backend import fake_manifest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_calibration.corpus import KINDS, calibration_prompts, for_tuning, held_out, in_turn, of_kind, read_prompts
+from mtp_export.check.prompts import KINDS, calibration_prompts, for_tuning, held_out, in_turn, of_kind, read_prompts
 from mtp_runtime.errors import UserError
 
 

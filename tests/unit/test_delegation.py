@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mtp_export.arch.spec import ClusteredHeadSpec
-from mtp_export.delegation import DelegateTable, delegate_table, open_graph, read_graph, refusals
+from mtp_export.formats.tflite.gpu_table import DelegateTable, delegate_table, open_graph, read_graph, refusals
 from mtp_export.models.clustered_head import ClusteredHead
-from mtp_export.models.delegated_head import DelegatedClusteredHead
+from mtp_export.models.gpu_head import DelegatedClusteredHead
 from mtp_runtime import Session
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli

@@ -10,7 +10,7 @@ import pytest
 
 from mtp_export.device.protocol import AskedPrompt
 from mtp_export.device.runs import Asked, greedy_runs
-from mtp_runtime.contract import SamplerDefaults
+from mtp_runtime.bundle.contract import SamplerDefaults
 from tests.unit.fake_backend import fake_manifest
 
 

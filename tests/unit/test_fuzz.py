@@ -19,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_export import cli
 from mtp_export.arch import gemma4
+from mtp_export.cli import main as cli
 from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering
 from mtp_runtime import Bundle
 from mtp_runtime.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtp_runtime.chat import Message, render_chat
+from mtp_runtime.text.chat import Message, render_chat
 
 TOOL = {
     "type": "function",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_calibration.float_pair import restored
-from mtp_calibration.gptq import gptq
-from mtp_calibration.recipes import INT4, INT4_BLOCKS, INT8, WeightFormat
+from mtp_calibration.choose.gptq import gptq
+from mtp_calibration.same_model.float_pair import restored
+from mtp_export.formats.tflite.write import quantise
 from mtp_export.source.stored_integers import Rows
-from mtp_export.weights import quantise
+from mtp_export.weights.recipes import INT4, INT4_BLOCKS, INT8, WeightFormat
 
 
 def correlated(columns: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from mtp_runtime import BackendError, BundleError, Session, UserError
-from mtp_runtime.litert import LiteRTCacheBuffer
+from mtp_runtime.backends.litert.backend import LiteRTCacheBuffer
 from tests.unit import toy_pair
 from tests.unit.conftest import TOY_PROMPT
 from tests.unit.static_graph_tests import StaticGraphTests, graphs_of

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_runtime.backends.litert.static import StaticBackend, plan_prefill
 from mtp_runtime.errors import ContextFullError, UserError
-from mtp_runtime.loop import GenerationLoop, Request
-from mtp_runtime.static_backend import StaticBackend, plan_prefill
-from mtp_runtime.stats import GenerationStats
-from mtp_runtime.trace import Token
+from mtp_runtime.generate.loop import GenerationLoop, Request
+from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.trace import Token
 from tests.unit.fake_backend import VOCAB, FakeBackend, continuation, fake_manifest
 
 PROMPT = (2, 9, 4, 7, 7, 3, 11, 30, 5, 6)

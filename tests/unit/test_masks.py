@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.masks import HIDDEN, CausalMask
+from mtp_runtime.backends.litert.masks import HIDDEN, CausalMask
 
 
 @given(st.integers(1, 20), st.data())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mtp_calibration.mixed import Part, chosen
-from mtp_calibration.recipes import INT4, INT8, WeightFormat
+from mtp_calibration.choose.mixed import Part, chosen
+from mtp_export.weights.recipes import INT4, INT8, WeightFormat
 
 _SIZES = {"head": 100, "layer 0": 40, "layer 1": 40}  # bytes at 4 bits
 

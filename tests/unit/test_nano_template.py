@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mtp_export.embedded import EMBEDDED
-from mtp_runtime.chat import render_chat
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.errors import UserError
+from mtp_runtime.text.chat import render_chat
 from tools.train_nano.dialogues import TOOLS, dialogue
 
 TEMPLATE = (EMBEDDED / "target/chat_template.jinja").read_text(encoding="utf-8")

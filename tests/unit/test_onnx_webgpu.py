@@ -11,12 +11,13 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mtp_runtime import Session, UserError, onnx_webgpu
-from mtp_runtime.backend import FloatArray
-from mtp_runtime.contract import TensorSpec
+from mtp_runtime import Session, UserError
+from mtp_runtime.backends.onnx import webgpu as onnx_webgpu
+from mtp_runtime.backends.onnx.graphs import HostRows, pooled_options
+from mtp_runtime.backends.onnx.pooled_cache import SLIDING_SLOTS, PooledKVCache
+from mtp_runtime.bundle.contract import TensorSpec
 from mtp_runtime.errors import BundleError
-from mtp_runtime.onnx_graphs import HostRows, pooled_options
-from mtp_runtime.pooled_cache import SLIDING_SLOTS, PooledKVCache
+from mtp_runtime.generate.backend import FloatArray
 
 
 def test_without_the_provider_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from mtp_runtime import Session
-from mtp_runtime.contract import FileEntry
+from mtp_runtime.backends.packed_weights import LITERT, ONNX_RUNTIME, Library, PackedWeights
+from mtp_runtime.bundle.contract import FileEntry
 from mtp_runtime.errors import BackendError
-from mtp_runtime.packed_weights import LITERT, ONNX_RUNTIME, Library, PackedWeights
 from tests.conftest import Export
 from tests.unit.test_staging import names
 

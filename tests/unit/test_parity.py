@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
+from mtp_runtime.measure.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
 
 MARGINS = [1.0, 0.5, 0.001, 2.0]
 

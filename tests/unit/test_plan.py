@@ -13,10 +13,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mtp_export.commands.export import command as export
-from mtp_export.commands.plan import command
-from mtp_export.embedded import EMBEDDED
+from mtp_export.cli.export import command as export
+from mtp_export.cli.plan import command
 from mtp_export.errors import CheckpointError
+from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.errors import UserError
 from tests.conftest import Export, run_cli
 from tests.unit.hub_server import serving

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.journal import Journal
-from mtp_export.staging import staged_folder
+from mtp_export.bundle.journal import Journal
+from mtp_export.bundle.staging import staged_folder
 from tests.conftest import Export, run_cli
 from tests.unit.test_staging import leftover, names, write_bundle
 

@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats as statistics
 
-from mtp_runtime.backend import Draft
+from mtp_runtime.backends.litert.static import StaticBackend
 from mtp_runtime.errors import UserError
-from mtp_runtime.loop import GenerationLoop, Request
-from mtp_runtime.sampling import Chooser, Constraint, Method, Sampling, draw, penalised, probabilities, residual
-from mtp_runtime.static_backend import StaticBackend
-from mtp_runtime.stats import GenerationStats
-from mtp_runtime.trace import Token
+from mtp_runtime.generate.backend import Draft
+from mtp_runtime.generate.loop import GenerationLoop, Request
+from mtp_runtime.generate.sampling import (
+    Chooser,
+    Constraint,
+    Method,
+    Sampling,
+    draw,
+    penalised,
+    probabilities,
+    residual,
+)
+from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.trace import Token
 from tests.unit.fake_backend import STOP, FakeBackend, fake_manifest
 from tests.unit.fake_backend import VOCAB as FAKE_VOCAB
 from tests.unit.toy_tables import VOCAB, TableBackend
@@ -181,7 +190,7 @@ def test_a_biased_rule_is_noticed(
 ) -> None:
     owner, replacement = BIASED[part]
     if owner is None:
-        monkeypatch.setattr(f"mtp_runtime.sampling.{part}", replacement)
+        monkeypatch.setattr(f"mtp_runtime.generate.sampling.{part}", replacement)
     else:
         monkeypatch.setattr(owner, part, replacement)
     sampling = Sampling(seed=2, method="speculative", **SETTINGS[name])  # type: ignore[arg-type]  # as above

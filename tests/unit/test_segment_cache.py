@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.lower.cache import cached_results
+from mtp_export.formats.segment_cache import cached_results
 
 
 def shout(word: str) -> bytes:
@@ -68,7 +68,7 @@ def test_a_place_that_cannot_be_written_costs_the_cache_alone(
 def test_names_are_the_same_in_every_process(words: list[str]) -> None:
     """A name depends on what a segment is, not on where it lies in memory or how strings are hashed."""
     script = (
-        "from mtp_export.arch.published import PAIRS; from mtp_export.trace import trace_embedder\n"
+        "from mtp_export.arch.published import PAIRS; from mtp_export.graph.static import trace_embedder\n"
         "import pickle, hashlib; graph = trace_embedder(PAIRS['nano'].target, 'embedder')\n"
         "print(hashlib.sha256(pickle.dumps(list(graph.segments.values()))).hexdigest())"
     )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mtp_runtime.errors import BackendError, ContextFullError
-from mtp_runtime.shared_passes import SharedPasses
+from mtp_runtime.generate.shared_passes import SharedPasses
 
 
 class Doubling:

@@ -14,12 +14,12 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from mtp_export.delegation import open_graph
-from mtp_export.lower.tflite import LoweredGraph
-from mtp_export.single_buffer import with_single_buffer
+from mtp_export.formats.tflite.chain import LoweredGraph
+from mtp_export.formats.tflite.gpu_table import open_graph
+from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
 from mtp_runtime import BundleError, Manifest, Session, read_manifest
-from mtp_runtime.consistency import check_consistency
-from mtp_runtime.litert import LiteRTSignature
+from mtp_runtime.backends.litert.backend import LiteRTSignature
+from mtp_runtime.bundle.consistency import check_consistency
 from tests.conftest import Export
 from tests.unit.operators import operator_counts
 

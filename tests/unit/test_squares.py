@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_export.delegation import open_graph
+from mtp_export.formats.tflite.gpu_table import open_graph
 from tests.conftest import Export
 
 

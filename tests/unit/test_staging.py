@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mtp_export.bundle.staging import check_output, staged_folder
 from mtp_export.errors import OutputError
-from mtp_export.staging import check_output, staged_folder
 
 MANIFEST = '{"format_version": 9, "tool_version": "9.0", "export_format": "tflite", "signatures": {}}'
 
@@ -147,7 +147,7 @@ def test_a_bundle_that_a_killed_export_had_moved_aside_comes_back(tmp_path: Path
 HOLD = """
 import sys
 from pathlib import Path
-from mtp_export.staging import staged_folder
+from mtp_export.bundle.staging import staged_folder
 with staged_folder(Path(sys.argv[1]), force=False) as folder:
     print(folder, flush=True)
     sys.stdin.read()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_runtime import Session, UserError
-from mtp_runtime.stop_strings import StoppingText
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_runtime.text.stop_strings import StoppingText
+from mtp_runtime.text.tokenizer import Tokenizer
 from tests.unit import talking
 from tests.unit.talking import OpenSession, expected
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_calibration.structured import Expectation, is_valid
+from mtp_calibration.same_model.structured import Expectation, is_valid
 
 CALL = '<|tool_call>call:weather{city:<|"|>Oslo {x}<|"|>,days:2,where:[1,true,{a:null}],none:{}}<tool_call|>'
 

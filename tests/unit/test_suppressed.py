@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mtp_runtime import Bundle, Session
-from mtp_runtime.contract import Manifest, SamplerDefaults
+from mtp_runtime.backends.litert.static import StaticBackend
+from mtp_runtime.bundle.contract import Manifest, SamplerDefaults
 from mtp_runtime.errors import UserError
-from mtp_runtime.sampling import Chooser, Method, Sampling
-from mtp_runtime.static_backend import StaticBackend
+from mtp_runtime.generate.sampling import Chooser, Method, Sampling
 from tests.unit.fake_backend import FakeBackend, fake_manifest
 from tests.unit.talking import write_texts
 from tests.unit.test_sampling import TABLES, against_the_target, transitions

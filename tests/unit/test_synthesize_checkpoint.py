@@ -28,14 +28,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mtp_calibration.recipes import RECIPES
-from mtp_export import parameters
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import FULL, SLIDING
 from mtp_export.errors import OutputError
+from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
 from mtp_export.source import texts as converter_texts
 from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
-from mtp_export.trace import GraphShape, trace_drafter, trace_embedder, trace_target
+from mtp_export.weights import mapping
+from mtp_export.weights.recipes import RECIPES
 from tests.unit.gemma4_configs import drafter_config, target_config
 from tools.synthesize import layout, texts
 from tools.synthesize.__main__ import VARIANTS, Extras, synthesize
@@ -144,8 +144,8 @@ def test_the_converter_takes_every_tensor(variant: str, nano: Pair) -> None:
     shape = GraphShape(cache_length=32, num_draft_tokens=1, prefill_lengths=(), prefix_lengths=())
     embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
     drafter_graph = trace_drafter(drafter_spec, spec, shape, position_offset=1, row_scales=True)
-    parameters.target_parameters(target, [trace_target(spec, shape), *embedders], RECIPES["int4"])
-    parameters.drafter_parameters(drafter, drafter_graph, drafter_spec, RECIPES["int4"])
+    mapping.target_parameters(target, [trace_target(spec, shape), *embedders], RECIPES["int4"])
+    mapping.drafter_parameters(drafter, drafter_graph, drafter_spec, RECIPES["int4"])
     assert set(converter_texts.read_texts(target, spec)) == {"tokenizer", "tokenizer_config", "chat_template"}
     assert converter_texts.stop_token_ids(target, spec) == (1, 106, 50)
 

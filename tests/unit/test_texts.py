@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mtp_export.source.templates import joined
 from mtp_export.source.tokenizer_file import call_settings, without_call_settings
-from mtp_runtime.chat import render_chat
 from mtp_runtime.errors import UserError
+from mtp_runtime.text.chat import render_chat
 
 VALUES = st.none() | st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9), max_size=3)
 DOCUMENTS = st.dictionaries(

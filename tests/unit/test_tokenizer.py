@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtp_runtime.errors import BundleError, UserError
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_runtime.text.tokenizer import Tokenizer
 from tests.unit import toy_pair
 
 EOS, BOS, DEF, ADD, S, SPACE = 1, 2, 4, 5, 6, 7

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from mtp_runtime.errors import UserError
-from mtp_runtime.stats import GenerationStats
-from mtp_runtime.trace import GenerationTrace
+from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.trace import GenerationTrace
 
 
 def trace() -> GenerationTrace:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mtp_export.lower.workers import results_in_order
+from mtp_export.formats.workers import results_in_order
 from mtp_runtime.errors import BackendError, UserError
 
 TOO_LATE_S = 20

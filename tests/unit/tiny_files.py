@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mtp_export import cli
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import PairSpec
+from mtp_export.cli import main as cli
 
 CACHE_LENGTH = 48
 

@@ -16,7 +16,7 @@ import litert_torch
 import torch
 from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
 
-from mtp_runtime.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
+from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
 
 HIDDEN, LAYERS, PLE, VOCAB, HEAD, WINDOW = 32, 2, 4, 64, 16, 8
 CACHE_LENGTH, NUM_DRAFT_TOKENS, SHORT = 64, 4, 32

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtp_runtime.backend import Draft, FloatArray, TargetPass
 from mtp_runtime.errors import ContextFullError
+from mtp_runtime.generate.backend import Draft, FloatArray, TargetPass
 
 VOCAB = 8
 

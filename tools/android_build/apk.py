@@ -109,7 +109,7 @@ def build_apk(kotlin: Toolchain, packager: Packager, core: Path, work: Path) -> 
     for test in (classes / "io/mtpexport/app").glob("*Test*.class"):
         test.unlink()
     packager.dex([core, classes], dex)
-    assets = DEMO.parent / "calibration/mtp_calibration/prompts"
+    assets = DEMO.parent / "converter/mtp_export/check/prompt_sets"
     packager.package(app / "main/AndroidManifest.xml", assets, [dex], apk)
     return apk
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT
-from mtp_calibration.corpus import heldout_prompts
-from mtp_export.delegation import COMPOSITE
+from mtp_export.check.prompts import heldout_prompts
+from mtp_export.formats.tflite.gpu_table import COMPOSITE
 from tools.gpu_check.converted import conversions
 from tools.gpu_check.drafters import DRAFTERS
 from tools.gpu_check.equality import check_equality

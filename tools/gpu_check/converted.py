@@ -9,8 +9,8 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mtp_export.lower import tflite
-from mtp_export.trace import TracedGraph
+from mtp_export.formats.tflite import chain as tflite
+from mtp_export.graph.static import TracedGraph
 
 _PACKAGE = Path(tflite.__file__).parents[1]
 

@@ -11,7 +11,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from mtp_export.delegation import Graph, Operator
+from mtp_export.formats.tflite.gpu_table import Graph, Operator
 
 SIGNATURE = "op"
 NUMPY: dict[int, np.dtype[Any]] = {

@@ -10,9 +10,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from mtp_export.delegation import read_graph
+from mtp_export.formats.tflite.gpu_table import read_graph
+from mtp_runtime.bundle.litertlm import read_sections
 from mtp_runtime.errors import BundleError
-from mtp_runtime.litertlm import read_sections
 
 _NUMPY: dict[int, Any] = {
     schema.TensorType.INT8: np.int8,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mtp_export.stock_runtime import StockRun, run_stock
+from mtp_export.check.stock_runtime import StockRun, run_stock
 from mtp_runtime import Session
 from tools.gpu_check.drafters import DRAFTERS, with_drafter
 

@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT
-from mtp_calibration.recipes import INT8
 from mtp_export import pipeline
 from mtp_export.arch import published
 from mtp_export.arch.spec import DrafterSpec, PairSpec
-from mtp_export.bundle import write_litertlm
+from mtp_export.bundle.litertlm import write_litertlm
 from mtp_export.config import ExportConfig
-from mtp_export.lower import tflite
+from mtp_export.formats.tflite import chain as tflite
+from mtp_export.formats.tflite.write import Parameter, write_graph
+from mtp_export.graph.static import GraphShape, TracedGraph, trace_target
 from mtp_export.models.layers import RMSNorm
-from mtp_export.trace import GraphShape, TracedGraph, trace_target
-from mtp_export.weights import Parameter, write_graph
+from mtp_export.weights.recipes import INT8
 from mtp_runtime import read_manifest
 from tools.synthesize.__main__ import synthesize
 

@@ -21,13 +21,13 @@ import numpy as np
 import onnx
 
 from mtp_runtime import Bundle, GenerationTrace, Session
-from mtp_runtime.contract import BATCH_ROLES
+from mtp_runtime.backends.onnx.backend import OnnxBackend
+from mtp_runtime.backends.onnx.errors import REFUSED
+from mtp_runtime.backends.onnx.graphs import BoundGraph, TargetRun, pooled_options
+from mtp_runtime.backends.onnx.webgpu import DeviceRows, open_session
+from mtp_runtime.bundle.contract import BATCH_ROLES
 from mtp_runtime.errors import MtpError
-from mtp_runtime.onnx import OnnxBackend
-from mtp_runtime.onnx_errors import REFUSED
-from mtp_runtime.onnx_graphs import BoundGraph, TargetRun, pooled_options
-from mtp_runtime.onnx_webgpu import DeviceRows, open_session
-from mtp_runtime.parity import Comparison, compare_tokens
+from mtp_runtime.measure.parity import Comparison, compare_tokens
 from tools.gpu_check.equality import TOLERANCES
 from tools.gpu_check.memory import gpu_memory_mib
 from tools.gpu_check.onnx_bundles import NANO_RECIPES, eighth, nano

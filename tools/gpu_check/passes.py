@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_runtime.contract import PARAM_TENSOR, param_tensor
+from mtp_runtime.bundle.contract import PARAM_TENSOR, param_tensor
 from tools.gpu_check.stock_litert import StockGraph, StockSignature
 
 _WARM_UP, _REPEATS, _FILLED = 10, 30, 500

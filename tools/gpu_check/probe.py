@@ -18,8 +18,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.delegation import COMPOSITE, Graph, Operator, open_graph
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import run_stock
+from mtp_export.formats.tflite.gpu_table import COMPOSITE, Graph, Operator, open_graph
 from mtp_runtime import Session
 from mtp_runtime.errors import BackendError
 from tools.gpu_check.cut import SIGNATURE, cut_out, inputs_for

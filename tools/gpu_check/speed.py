@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mtp_export.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import run_stock
 from mtp_runtime import read_manifest
 from tools.gpu_check.full_size import VERIFIED, FullSize, write_full_size
 from tools.gpu_check.memory import Watched

@@ -18,8 +18,8 @@ import click
 
 from mtp_export.arch import published
 from mtp_export.arch.spec import PairSpec, TargetSpec
+from mtp_export.bundle.staging import staged_folder
 from mtp_export.errors import OutputError
-from mtp_export.staging import staged_folder
 from mtp_runtime.errors import MtpError, UserError
 from tools.synthesize import finetune, layout, quantised, texts, towers
 from tools.synthesize.files import write_file, write_weights

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_calibration.recipes import WeightFormat
+from mtp_export.weights.recipes import WeightFormat
 from tools.synthesize.layout import StoredTensor
 from tools.synthesize.values import STEPS
 

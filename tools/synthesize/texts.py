@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, TargetSpec
-from mtp_export.embedded import EMBEDDED
+from mtp_export.source.embedded import EMBEDDED
 from tools.synthesize import media, quantised
 from tools.synthesize.towers import Towers
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mtp_runtime.native_calls import assistant_message
+from mtp_runtime.text.native_calls import assistant_message
 from tools.train_nano.dialogues import Prompt, call_messages
 from tools.train_nano.exchanges import NO_WORD, TOO_LARGE
 from tools.train_nano.generation import Generator

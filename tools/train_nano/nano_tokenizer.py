@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from mtp_runtime.chat import render_chat
+from mtp_runtime.text.chat import render_chat
 from tools.train_nano import nano_ids as ids
 
 # Those that SentencePiece calls control symbols: a text cannot say them there.

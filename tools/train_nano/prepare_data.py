@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=root / "build/nano_sources")
     parser.add_argument("--out", type=Path, default=root / "build/nano_data")
     parser.add_argument("--nano", type=Path, default=root / "converter/mtp_export/nano")
-    parser.add_argument("--prompts", type=Path, default=root / "calibration/mtp_calibration/prompts/heldout.jsonl")
+    parser.add_argument("--prompts", type=Path, default=root / "converter/mtp_export/check/prompt_sets/heldout.jsonl")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer already in --nano")
     options = parser.parse_args()
     rng = random.Random(SEED)

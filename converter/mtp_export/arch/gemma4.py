@@ -23,7 +23,7 @@ from mtp_export.arch.spec import (
     TargetSpec,
 )
 from mtp_export.errors import CheckpointError
-from mtp_runtime.contract import ImageSettings
+from mtp_runtime.bundle.contract import ImageSettings
 
 _MAX_LAYERS = 1024
 _MAX_IMAGE_SIZE = 4096

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import msgspec
 
+from mtp_export.check.stock_runtime import StockOutput, StockRun
 from mtp_export.device.parity import title
 from mtp_export.device.protocol import AskedPrompt, PlaceDescription, Processor, StockAnswer
-from mtp_export.stock_runtime import StockOutput, StockRun
-from mtp_runtime.bundle import sha256_of
-from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
-from mtp_runtime.timing import Rounds, Timing, break_even
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_runtime.bundle.bundle import sha256_of
+from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest, read_manifest
+from mtp_runtime.measure.timing import Rounds, Timing, break_even
+from mtp_runtime.text.tokenizer import Tokenizer
 
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

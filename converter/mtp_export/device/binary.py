@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
+from mtp_export.check.stock_runtime import StockOutput, StockRun, last_complaint, parse_acceptance_rate, parse_warnings
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.protocol import Request, StockAnswer
 from mtp_export.device.transfer import Sent, send
-from mtp_export.stock_runtime import StockOutput, StockRun, last_complaint, parse_acceptance_rate, parse_warnings
+from mtp_runtime.bundle.litertlm import read_metadata
 from mtp_runtime.errors import BackendError, UserError
-from mtp_runtime.litertlm import read_metadata
 
 # Packed weights and compiled kernels, which it keeps beside the model: neither variant may profit of the other's.
 _CACHES = ("*.xnnpack_cache*", "*_mldrift_*cache*.bin", "*.mtp_drafter*")

@@ -15,10 +15,10 @@ from typing import Literal
 
 import msgspec
 
+from mtp_export.check.stock_runtime import run_stock
 from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
-from mtp_export.stock_runtime import run_stock
 from mtp_runtime import Session
-from mtp_runtime.contract import read_manifest
+from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
 
 _PACKAGES = ("ai-edge-litert", "litert-lm-api", "numpy", "onnxruntime")

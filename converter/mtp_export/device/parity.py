@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
+from mtp_export.check.parity import stock_result, tolerance_of
 from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Processor, Request, Runtime, TraceRun
-from mtp_export.proof import stock_result, tolerance_of
-from mtp_runtime.bundle import sha256_of
-from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
-from mtp_runtime.parity import ParityReport, RunnerResult, compare_tokens
-from mtp_runtime.tokenizer import Tokenizer
+from mtp_runtime.bundle.bundle import sha256_of
+from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest, read_manifest
+from mtp_runtime.measure.parity import ParityReport, RunnerResult, compare_tokens
+from mtp_runtime.text.tokenizer import Tokenizer
 
 
 class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

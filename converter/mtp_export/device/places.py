@@ -13,7 +13,7 @@ import msgspec
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.protocol import Answer, PlaceDescription, Request, Where, cpu_name
 from mtp_export.device.transfer import Sent, code_archive, send
-from mtp_runtime.bundle import sha256_of
+from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
 
 _MODULE = "mtp_export.device.on_device"

@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from mtp_export.stock_runtime import StockRun
-from mtp_runtime.trace import GenerationTrace
+from mtp_export.check.stock_runtime import StockRun
+from mtp_runtime.generate.trace import GenerationTrace
 
 Where = Literal["host", "arm64-emulated", "phone"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]

@@ -17,7 +17,7 @@ from mtp_export.device.parity import reference_request, request_for
 from mtp_export.device.places import check_where, describe, run_here, run_with_python
 from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Processor, Request, StockAnswer, Where
 from mtp_export.device.transfer import send_bundle, send_container
-from mtp_runtime.contract import read_manifest
+from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import UserError
 
 OnLine = Callable[[str], None]

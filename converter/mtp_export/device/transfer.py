@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mtp_export.device.adb import FOLDER, Adb, AdbError
-from mtp_runtime.bundle import sha256_of
-from mtp_runtime.contract import MANIFEST_NAME, Manifest, read_manifest
+from mtp_runtime.bundle.bundle import sha256_of
+from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest, read_manifest
 from mtp_runtime.errors import UserError
 
 _PIECE_BYTES = 1 << 20

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mtp_export.arch.spec import DrafterSpec
 from mtp_export.models.attention import PositionTables, sliding_slots
 from mtp_export.models.clustered_head import ClusteredHead
-from mtp_export.models.delegated_head import DelegatedClusteredHead
+from mtp_export.models.gpu_head import DelegatedClusteredHead
 from mtp_export.models.layers import RMSNorm
 
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from mtp_export.errors import CheckpointError
 from mtp_export.source import stored_integers
 from mtp_export.source.names import canonical_names
-from mtp_runtime.bundle import sha256_of
-from mtp_runtime.contract import FileEntry
+from mtp_runtime.bundle.bundle import sha256_of
+from mtp_runtime.bundle.contract import FileEntry
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

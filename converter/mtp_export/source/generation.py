@@ -14,7 +14,7 @@ from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.tokenizer_settings import read_object
-from mtp_runtime.contract import SamplerDefaults
+from mtp_runtime.bundle.contract import SamplerDefaults
 
 NAME = "generation_config.json"
 _CONFIG = "config.json"

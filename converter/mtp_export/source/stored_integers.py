@@ -22,9 +22,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_calibration.recipes import WeightFormat
 from mtp_export.errors import CheckpointError
-from mtp_export.scales import SMALLEST_SCALE
+from mtp_export.weights.recipes import WeightFormat
+from mtp_export.weights.scales import SMALLEST_SCALE
 
 KEY = "quantization_config"
 METHOD = "compressed-tensors"

@@ -18,7 +18,7 @@ from typing import Any
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.tokenizer_settings import CONFIG, read_object
-from mtp_runtime.contract import ChatTemplateOrigin
+from mtp_runtime.bundle.contract import ChatTemplateOrigin
 
 NAME = "chat_template.jinja"
 FOLDER = "additional_chat_templates"

@@ -1,0 +1,1 @@
+"""What an export chooses by measuring: settings, formats under a size, rounding."""

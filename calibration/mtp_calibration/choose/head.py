@@ -1,0 +1,164 @@
+"""The clustered head on real states of the drafter: what is lost by scoring few clusters, how many are enough, and the
+position convention that the drafter was trained with.
+
+A round is taken to begin after every token of an answer. Shapes: N states, D the drafter's hidden size, C clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, lookup_name
+from mtp_calibration.same_model.observe import Text, accepted
+from mtp_export.pipeline import Pair
+
+_DEPTH = 4  # chained steps of a round
+_ENOUGH = 0.995  # of the accepted drafts that all clusters would give
+_DEVIATIONS = 3.0  # standard errors by which a position convention must be better to be chosen
+
+
+class TopKRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What so many clusters give: share of the vocabulary that is scored, states whose dense first choice is among the
+    candidates, those whose candidates hold the target's choice, and accepted drafts of a round."""
+
+    top_k: int
+    scored: float
+    recall: float
+    target_recall: float
+    accepted_per_round: float
+
+
+class PositionTest(msgspec.Struct, frozen=True, kw_only=True):
+    """Accepted drafts of a round by convention, L - 1 and L, the standard error of their difference, and the choice."""
+
+    accepted_per_round: tuple[float, float]
+    difference_error: float
+    chosen: int
+
+
+def float_answers(pair: Pair, prompts: Sequence[Sequence[int]], count: int) -> list[Text]:
+    """Prompts with what the float target says greedily after them, so many tokens, found in rounds over all of them."""
+    target = FloatTarget(pair, max(len(ids) for ids in prompts) + count)
+    drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
+    texts, settled = [list(ids) for ids in prompts], [len(ids) for ids in prompts]
+    ends = [len(ids) + count for ids in prompts]
+    while open_ := [i for i, end in enumerate(ends) if settled[i] < end]:
+        for i, said in zip(open_, target.said([texts[i] for i in open_]), strict=True):
+            choices, ids = said.logits.argmax(-1), texts[i]
+            while settled[i] < len(ids) and ids[settled[i]] == choices[settled[i] - 1]:
+                settled[i] += 1
+            filled = settled[i]
+            ids[filled:] = [int(choices[filled - 1])]
+            settled[i] += 1
+            state = torch.from_numpy(said.activations[filled - 1 : filled])
+            for _ in range(min(_DEPTH, ends[i] - settled[i])):
+                hidden, state = drafter.step(ids[-1:], state, said.caches, filled, 1)
+                ids += drafter.best(hidden, pair.drafter_spec.head.top_k)
+    return [
+        Text(str(i), "", tuple(ids[:end]), len(prompts[i]))
+        for i, (ids, end) in enumerate(zip(texts, ends, strict=True))
+    ]
+
+
+class Rounds:
+    """What target and drafter say of some texts, ready to be asked about heads and positions."""
+
+    def __init__(self, pair: Pair, texts: Sequence[Text]) -> None:
+        """Run the float target once over the texts; rounds begin in their answers."""
+        self.texts = [text.ids for text in texts]
+        self._first = [text.start for text in texts]
+        target = FloatTarget(pair, max(len(ids) for ids in self.texts))
+        self.drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
+        read = self.drafter.read
+        self._said = [
+            (said.logits.argmax(-1), torch.from_numpy(said.activations), {n: said.caches[n] for n in read})
+            for said in target.said(self.texts)
+        ]
+
+    @torch.no_grad()
+    def accepted(self, top_k: int, offset: int) -> list[int]:
+        """Accepted drafts of the round after each token of each text."""
+        counts = []
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+            tokens, following, chains = list(ids[first:]), states[first - 1 : -1], []
+            for _ in range(_DEPTH):
+                hidden, following = self.drafter.step(tokens, following, caches, first, offset)
+                tokens = self.drafter.best(hidden, top_k)
+                chains.append(tokens)
+            drafts = zip(*chains, strict=True)
+            counts += [accepted(one, at, ids, choices) for at, one in enumerate(drafts, first)]
+        return counts
+
+    @torch.no_grad()
+    def states(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Head inputs of chained steps along the texts, the dense first choice at each, and the target's choice there
+        (-1 where the text has ended). Shapes: -> [N,D], [N], [N]"""
+        hidden, wanted = [], []
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+            following = states[first - 1 : -1]
+            for step in range(_DEPTH):
+                # Along the text: later steps are fed what a drafter that is right would have said.
+                shifted = [*ids[first + step :], *([ids[-1]] * step)][: len(ids) - first]
+                found, following = self.drafter.step(shifted, following, caches, first, offset)
+                kept = max(0, len(ids) - first - step)
+                hidden.append(found[:kept])
+                wanted.append(torch.from_numpy(np.asarray(choices[first + step :])))
+        joined = torch.cat(hidden)
+        best = torch.cat([(block @ self.drafter.embedding.T).argmax(-1) for block in torch.split(joined, 256)])
+        return joined, best, torch.cat(wanted)
+
+
+def top_k_curve(rounds: Rounds, offset: int, top_ks: Sequence[int]) -> list[TopKRow]:
+    """What each number of clusters gives, on the drafter's own centroids."""
+    drafter = rounds.drafter
+    hidden, best, wanted = rounds.states(offset)
+    ranks, wanted_ranks = (_ranks(drafter, hidden, tokens) for tokens in (best, wanted))
+    return [
+        TopKRow(
+            top_k=k,
+            scored=k / len(drafter.centroids),
+            recall=float((ranks < k).float().mean()),
+            target_recall=float((wanted_ranks < k).float().mean()),
+            accepted_per_round=float(np.mean(rounds.accepted(k, offset))),
+        )
+        for k in top_ks
+    ]
+
+
+def _ranks(drafter: FloatDrafter, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """At which place the cluster of each state's token comes. Shapes: hidden [N,D], tokens [N] -> [N]"""
+    scores = hidden @ drafter.centroids.T
+    own = scores.gather(1, drafter.cluster_of_token[tokens][:, None])
+    return (scores > own).sum(-1)
+
+
+def top_ks(clusters: int) -> list[int]:
+    """Numbers of clusters to try: a few to each doubling, all of them last."""
+    tried = {round(clusters * 2 ** (-i / 2)) for i in range(2 * int(math.log2(clusters)) + 1)}
+    return sorted(k for k in tried if k >= 1)
+
+
+def enough(curve: Sequence[TopKRow]) -> int:
+    """The fewest clusters that keep almost all drafts that scoring every cluster would give."""
+    most = curve[-1].accepted_per_round
+    return next(row.top_k for row in curve if row.accepted_per_round >= _ENOUGH * most)
+
+
+def position_test(rounds: Rounds, default: int) -> PositionTest:
+    """Which convention accepts more drafts; `default` unless the other one is clearly better."""
+    top_k = rounds.drafter.spec.head.top_k
+    counts = [np.asarray(rounds.accepted(top_k, offset)) for offset in (0, 1)]
+    difference = counts[1] - counts[0]
+    error = float(difference.std() / math.sqrt(len(difference)))
+    clear = abs(float(difference.mean())) > _DEVIATIONS * error
+    return PositionTest(
+        accepted_per_round=(float(counts[0].mean()), float(counts[1].mean())),
+        difference_error=error,
+        chosen=int(difference.mean() > 0) if clear else default,
+    )

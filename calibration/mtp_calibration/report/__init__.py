@@ -1,0 +1,1 @@
+"""Acceptance by kind of prompt, and the report of a bundle."""

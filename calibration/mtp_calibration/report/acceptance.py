@@ -1,0 +1,176 @@
+"""How drafts fare by kind of prompt, K and position, what passes cost here, and what speed-up that gives. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mtp_calibration.same_model.observe import text_of
+from mtp_export.check.prompts import Prompt
+from mtp_runtime import GenerationStats, GenerationTrace, Session
+from mtp_runtime.errors import UserError
+from mtp_runtime.measure import timing
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a decode step, of one draft, and of verify by K (from 1)."""
+
+    decode_ms: float
+    draft_ms: float
+    verify_ms: tuple[float, ...]
+
+    def expected_speed_up(self, committed_per_round: float, k: int) -> float:
+        """Against plain decoding, for rounds of K drafts that commit so many tokens."""
+        return committed_per_round * self.decode_ms / self._round_ms(k)
+
+    def break_even(self, k: int) -> float | None:
+        """The acceptance of each draft, given those before it, from which K drafts pay; None if they never do."""
+        return timing.break_even(self.decode_ms, self._round_ms(k), k)
+
+    def _round_ms(self, k: int) -> float:
+        return k * self.draft_ms + self.verify_ms[k - 1]
+
+
+class _Pass(msgspec.Struct, frozen=True):
+    median_ms: float
+
+
+class _Bench(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of the JSON of `mtp-export bench`."""
+
+    machine: str
+    model: str
+    passes: dict[str, _Pass]
+    break_even: dict[int, float | None]
+
+
+def read_bench(path: Path, model: str) -> tuple[str, Costs]:
+    """A device's name and costs from what `mtp-export bench --json` printed there of a bundle of `model`.
+
+    Raises:
+        UserError: the file is no such JSON, or of another model.
+    """
+    try:
+        bench = msgspec.json.decode(path.read_bytes(), type=_Bench)
+        medians = {name: timed.median_ms for name, timed in bench.passes.items()}
+        decode_ms, draft_ms = medians["decode"], medians["draft"]
+        rounds = [timing.round_ms(medians, k) for k in range(1, max(bench.break_even) + 1)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read a device's times from {path} ({error}): give what mtp-export bench --json printed there"
+        ) from error
+    if bench.model != model:
+        raise UserError(f"{path} has the times of {bench.model}, expected {model}: bench a bundle of it on that device")
+    verify_ms = tuple(ms - k * draft_ms for k, ms in enumerate(rounds, 1))
+    return bench.machine, Costs(decode_ms=decode_ms, draft_ms=draft_ms, verify_ms=verify_ms)
+
+
+class KindRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of prompt with one K. `accepted_at`: share of rounds that keep the draft at each position. `speed_up` is
+    measured: committed tokens per second against plain decoding of the same prompts."""
+
+    kind: str
+    num_draft_tokens: int
+    rounds: int
+    accepted_at: tuple[float, ...]
+    committed_per_round: float
+    speed_up: float
+
+
+def measure_acceptance(
+    session: Session, prompts: Sequence[Prompt], *, max_new_tokens: int, on_prompt: Callable[[str], None]
+) -> tuple[list[KindRow], Costs, list[tuple[Prompt, GenerationTrace]]]:
+    """Generate for every prompt with every K in turn; also returns the traces with the bundle's own K."""
+    depths = range(session.manifest.num_draft_tokens + 1)
+    stats: dict[tuple[str, int], list[GenerationStats]] = {}
+    examples = []
+    for k in depths:  # the first run of a graph packs its weights
+        session.generate(text_of(session, prompts[0]), max_new_tokens=4, num_draft_tokens=k).finish()
+    for number, prompt in enumerate(prompts, 1):
+        on_prompt(f"prompt {number} of {len(prompts)}")
+        text = text_of(session, prompt)
+        for k in depths:
+            trace = session.generate(text, max_new_tokens=max_new_tokens, num_draft_tokens=k).finish()
+            stats.setdefault((prompt.kind, k), []).append(trace.stats)
+        examples.append((prompt, trace))
+    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
+    rows = [_row(kind, k, stats[kind, k], stats[kind, 0]) for kind in kinds for k in depths[1:]]
+    return rows, _costs(stats, depths), examples
+
+
+def _costs(stats: dict[tuple[str, int], list[GenerationStats]], depths: Sequence[int]) -> Costs:
+    by_depth = {k: [s for (_, depth), runs in stats.items() if depth == k for s in runs] for k in depths}
+    plain, deepest = by_depth[0], by_depth[depths[-1]]
+    verify = [sum(s.verify_ms for s in by_depth[k]) / max(1, sum(s.rounds for s in by_depth[k])) for k in depths[1:]]
+    return Costs(
+        decode_ms=sum(s.decode_ms for s in plain) / sum(s.decode_steps for s in plain),
+        draft_ms=sum(s.draft_ms for s in deepest) / max(1, sum(s.drafted for s in deepest)),
+        verify_ms=tuple(verify),
+    )
+
+
+def _row(kind: str, k: int, runs: Sequence[GenerationStats], plain: Sequence[GenerationStats]) -> KindRow:
+    drafted = [sum(s.drafted_at[i] for s in runs if len(s.drafted_at) > i) for i in range(k)]
+    kept = [sum(s.accepted_at[i] for s in runs if len(s.accepted_at) > i) for i in range(k)]
+    rounds = sum(s.rounds for s in runs)
+    per_round = sum(s.round_tokens for s in runs) / max(1, rounds)
+    return KindRow(
+        kind=kind,
+        num_draft_tokens=k,
+        rounds=rounds,
+        accepted_at=tuple(a / d if d else 0.0 for a, d in zip(kept, drafted, strict=True)),
+        committed_per_round=per_round,
+        speed_up=_speed(runs) / _speed(plain) if _speed(plain) else 0.0,
+    )
+
+
+def _speed(runs: Sequence[GenerationStats]) -> float:
+    wall_ms = sum(s.generate_wall_ms for s in runs)
+    return 1000.0 * sum(max(0, s.committed_tokens - 1) for s in runs) / wall_ms if wall_ms else 0.0
+
+
+class Expected(msgspec.Struct, frozen=True, kw_only=True):
+    """The speed-up against plain decoding that a kind of prompt is to have with one K."""
+
+    kind: str
+    num_draft_tokens: int
+    speed_up: float
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """What drafts give on one device by what passes cost there; `break_even` is the acceptance from which K = 1, 2, …
+    pay."""
+
+    name: str
+    costs: Costs
+    break_even: tuple[float | None, ...]
+    expected: tuple[Expected, ...]
+    advice: str
+
+
+def on_device(name: str, costs: Costs, rows: Sequence[KindRow]) -> Device:
+    """For which kinds drafts pay on a device, and with which K."""
+    expected = [
+        Expected(kind=row.kind, num_draft_tokens=k, speed_up=costs.expected_speed_up(row.committed_per_round, k))
+        for row in rows
+        if (k := row.num_draft_tokens) <= len(costs.verify_ms)
+    ]
+    best: dict[str, Expected] = {}
+    for one in expected:
+        best[one.kind] = max(best.get(one.kind, one), one, key=lambda found: found.speed_up)
+    pays = [
+        f"{one.kind} (K = {one.num_draft_tokens}, {one.speed_up:.2f} times plain)"
+        for one in best.values()
+        if one.speed_up > 1
+    ]
+    not_so = [one.kind for one in best.values() if one.speed_up <= 1]
+    said = f"drafts pay for {', '.join(pays)}" if pays else "drafts pay for nothing that was tried"
+    return Device(
+        name=name,
+        costs=costs,
+        break_even=tuple(costs.break_even(k) for k in range(1, len(costs.verify_ms) + 1)),
+        expected=tuple(expected),
+        advice=f"{said}; not for {', '.join(not_so)}" if pays and not_so else said,
+    )

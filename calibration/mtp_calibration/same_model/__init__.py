@@ -1,0 +1,1 @@
+"""Is a bundle still the same model? Measured hop by hop against its checkpoint in float32."""

@@ -1,0 +1,81 @@
+"""Measure a bundle, judge it, and write what was found beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mtp_calibration.same_model.gate import Bars, Verdict, bars_for, judge
+from mtp_calibration.same_model.quality import Quality, measure
+from mtp_export.check.prompts import Prompt
+from mtp_export.errors import CheckpointError
+from mtp_export.pipeline import Pair, input_files
+from mtp_export.source.checkpoint import hash_file
+from mtp_runtime import Manifest, Session
+
+CALIBRATION_NAME = "calibration.json"
+MAX_TOKENS = 192  # of a prompt with its answer
+MAX_NEW_TOKENS = 64
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """What `calibrate` found of a bundle."""
+
+    model: str
+    recipe: str
+    passed: bool
+    verdict: Verdict
+    quality: Quality
+
+    def to_json(self) -> str:
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+
+
+def calibrate(
+    path: Path,
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    *,
+    bars: Bars | None = None,
+    threads: int = 1,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Calibration:
+    """Hold a bundle against the pair that it was made from.
+
+    Raises:
+        MtpError: the bundle cannot be run.
+    """
+    with Session.open(path, threads=threads) as session:
+        manifest = session.manifest
+        room = min(MAX_TOKENS, manifest.context_length)
+        quality = measure(
+            session,
+            pair,
+            prompts,
+            max_tokens=room,
+            max_new_tokens=min(max_new_tokens, room // 2),
+            on_stage=on_stage,
+        )
+    verdict = judge(quality, manifest, bars or bars_for(manifest.recipe))
+    return Calibration(
+        model=manifest.model, recipe=manifest.recipe, passed=verdict.passed, verdict=verdict, quality=quality
+    )
+
+
+def check_inputs(pair: Pair, manifest: Manifest) -> None:
+    """Check that a bundle was made from this pair, by the hashes in its manifest.
+
+    Raises:
+        CheckpointError: another file was used, or one is missing.
+    """
+    stated = {entry.path: entry.sha256 for entry in manifest.inputs}
+    for part, path in input_files(pair):
+        name = f"{part}/{path.name}"
+        if stated.get(name) != hash_file(path).sha256:
+            raise CheckpointError(
+                f"the bundle was not made from {path}: name what it was made from with --checkpoint, --drafter and "
+                "--adapter"
+            )

@@ -1,0 +1,282 @@
+"""A pair in float32 on the checkpoint's own weights, or on others: what a bundle is measured against.
+
+It runs the segments that an export traces (their modules equal transformers, layer by layer) call by call over several
+texts, and reads a parameter when a call asks for it. So memory is that of one layer, whatever the model's size, and
+replacing some parameters by quantised ones, or by a bundle's, costs a dictionary.
+
+Shapes: T tokens of a text, V vocabulary, H hidden, S cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtp_export.arch.spec import FULL, SLIDING
+from mtp_export.formats.tflite.write import Parameter, quantise
+from mtp_export.graph.static import Call, GraphShape, trace_drafter, trace_embedder, trace_target
+from mtp_export.pipeline import Pair
+from mtp_export.weights import mapping
+from mtp_export.weights.recipes import FLOAT32, RECIPES, WeightFormat
+
+Values = Mapping[str, Parameter]
+# Told the leaf of a segment that a matrix is, and what it is multiplied with: [T, columns].
+OnProduct = Callable[[str, Tensor], None]
+# Given a call and its weights by leaf, and a function that runs it over all texts and tells of its products, says which
+# weights the call is to have.
+Refit = Callable[[Call, Mapping[str, Tensor], Callable[[OnProduct], None]], Mapping[str, Tensor]]
+LOOKUPS = ("embedder", "per_layer_embedder")  # the roles of graphs that look tokens up
+_PAD = 0
+
+
+class Said(NamedTuple):
+    """What the target says of a text. Shapes: logits [T,V], activations [T,H], caches by name [1,G,T,D]."""
+
+    logits: NDArray[np.float32]
+    activations: NDArray[np.float32]
+    caches: dict[str, Tensor]
+
+
+def restored(values: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The weights that quantised ones stand for. Shapes: values [R,C], scales [R,blocks] -> [R,C]"""
+    blocks: NDArray[np.float32] = values.reshape(*scales.shape, -1) * scales[..., None]
+    return blocks.reshape(values.shape)
+
+
+def rows_of(parameter: Parameter, start: int, stop: int) -> NDArray[np.float32]:
+    """Rows of a parameter as a bundle would have them, in float32. Shapes: -> [stop - start, …]"""
+    rows: NDArray[np.float32] = parameter.rows(start, stop)
+    if parameter.format.bits == FLOAT32.bits or parameter.unit_scale:
+        return rows
+    return restored(*quantise(rows, parameter.format))
+
+
+def with_format(parameter: Parameter, format: WeightFormat) -> Parameter:
+    return dataclasses.replace(parameter, format=format.for_columns(parameter.shape[-1]))
+
+
+def lookup_name(role: str) -> str:
+    """What the table of an embedder is called among a target's values."""
+    return f"{role} table"
+
+
+class FloatTarget:
+    """The target over texts of up to `length` tokens."""
+
+    def __init__(self, pair: Pair, length: int) -> None:
+        """Trace it; nothing is read yet."""
+        self.spec, self.length = pair.target_spec, length
+        shape = GraphShape(
+            cache_length=length, num_draft_tokens=length - 1, prefill_lengths=(length,), prefix_lengths=()
+        )
+        self.graph = trace_target(self.spec, shape)
+        embedders = [trace_embedder(self.spec, role) for role in LOOKUPS]
+        graphs = [self.graph, *embedders]
+        by_role = mapping.target_parameters(pair.target, graphs, RECIPES["f32"])
+        # A tied embedding is a look-up table and the head: each may have a format of its own.
+        self.values: Values = by_role["target"] | {
+            lookup_name(role): parameter for role in LOOKUPS for parameter in by_role[role].values()
+        }
+        self._traced = next(t for t in self.graph.signatures if t.signature.name == "verify")
+        slots = torch.arange(length)
+        self._fixed = {
+            "input_pos": torch.arange(length, dtype=torch.int32),
+            "mask": torch.where(slots[None] <= slots[:, None], 0.0, -1e9)[None, None],
+        }
+
+    @torch.no_grad()
+    def said(self, texts: Sequence[Sequence[int]], values: Values | None = None) -> Iterator[Said]:
+        """What the target says of each text, in turn; all texts go through a layer before the next one is read.
+
+        `values` stand in for the checkpoint's.
+        """
+        values = {**self.values, **(values or {})}
+        everything = self.through_layers(texts, values)
+        head = self._traced.calls[-1]
+        weights = _weights(head, values)
+        for ids, running in zip(texts, everything, strict=True):
+            running.update(self._outputs(head, weights, running))
+            count = len(ids)
+            yield Said(
+                running["logits"][0, :count].numpy(),
+                running["activations"][0, :count].numpy(),
+                {n.removesuffix("_next"): v[:, :, :count] for n, v in running.items() if n.endswith("_next")},
+            )
+            running.clear()
+
+    @torch.no_grad()
+    def through_layers(
+        self, texts: Sequence[Sequence[int]], values: Values, refit: Refit | None = None
+    ) -> list[dict[str, Tensor]]:
+        """What the head is given of each text, and the caches; `refit` may change the weights of each call before."""
+        everything = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
+        *body, head = self._traced.calls
+        for call, spent in zip(body, _spent_after(body, head), strict=True):
+            weights: Mapping[str, Tensor] = _weights(call, values)
+            if refit is not None:
+                run = functools.partial(self._tell_products, call, weights, list(zip(texts, everything, strict=True)))
+                weights = refit(call, weights, run)
+            for running in everything:
+                running.update(self._outputs(call, weights, running))
+                for name in spent:
+                    running.pop(name, None)
+        return everything
+
+    def _embedded(self, ids: Sequence[int], values: Values) -> dict[str, Tensor]:
+        if len(ids) > self.length:
+            raise ValueError(f"a text of {len(ids)} tokens, expected at most {self.length}")
+        padded = [*ids, *[_PAD] * (self.length - len(ids))]
+        spec = self.spec
+        tokens = _token_rows(values[lookup_name("embedder")], padded) * math.sqrt(spec.hidden_size)
+        layers = _token_rows(values[lookup_name("per_layer_embedder")], padded) * math.sqrt(spec.per_layer_size)
+        caches = {
+            f"kv_cache_{part}_{i}": torch.zeros(spec.cache_shape(i, self.length))
+            for i in range(spec.num_caches)
+            for part in "kv"
+        }
+        by_layer = layers.reshape(1, self.length, spec.num_layers, spec.per_layer_size)
+        return caches | {"embeddings": tokens[None], "per_layer_embeddings": by_layer}
+
+    def _outputs(self, call: Call, weights: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        module = self.graph.segments[call.segment].module
+        arguments = {name: running[value] for name, value in call.inputs.items()}
+        outputs = torch.func.functional_call(module, dict(weights), (), arguments)
+        return {value: outputs[name] for name, value in call.outputs.items()}
+
+    def _tell_products(
+        self,
+        call: Call,
+        weights: Mapping[str, Tensor],
+        texts: Sequence[tuple[Sequence[int], Mapping[str, Tensor]]],
+        on_product: OnProduct,
+    ) -> None:
+        module = self.graph.segments[call.segment].module
+        told: dict[str, Tensor] = {}
+        linear = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+        hooks = [m.register_forward_pre_hook(_kept_in(told, leaf)) for leaf, m in linear.items()]
+        for ids, running in texts if hooks else ():
+            self._outputs(call, weights, running)
+            for leaf, inputs in told.items():
+                on_product(leaf, inputs[0, : len(ids)])
+        for hook in hooks:
+            hook.remove()
+
+
+def _kept_in(told: dict[str, Tensor], leaf: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        told[leaf] = inputs[0]
+
+    return hook
+
+
+def _weights(call: Call, values: Values) -> dict[str, Tensor]:
+    return {leaf: _whole(values[name]) for leaf, name in call.weights.items()}
+
+
+def _spent_after(body: Sequence[Call], head: Call) -> list[set[str]]:
+    """Which values no later call takes, after each call; what the caches became is kept for the caller."""
+    needed = set(head.inputs.values())
+    spent: list[set[str]] = []
+    for call in reversed(body):
+        taken = set(call.inputs.values())
+        spent.append({v for v in (taken | set(call.outputs.values())) - needed if not v.endswith("_next")})
+        needed |= taken
+    return spent[::-1]
+
+
+def _whole(parameter: Parameter) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows_of(parameter, 0, parameter.shape[0])))
+
+
+def _token_rows(parameter: Parameter, ids: Sequence[int]) -> Tensor:
+    """Shapes: ids T -> [T,…]"""
+    rows = {token: rows_of(parameter, token, token + 1)[0] for token in sorted(set(ids))}
+    return torch.from_numpy(np.stack([rows[token] for token in ids]))
+
+
+class FloatDrafter:
+    """The drafter at many positions at once, each as if a round began there, over the caches that a target filled.
+
+    Its parameters stay in memory: they are a fiftieth of the target's.
+    """
+
+    def __init__(self, pair: Pair, cache_length: int, embedding: Parameter) -> None:
+        """Trace it with both position conventions and read it; `embedding` is the target's, of tokens."""
+        spec, target = pair.drafter_spec, pair.target_spec
+        shape = GraphShape(cache_length=cache_length, num_draft_tokens=1, prefill_lengths=(), prefix_lengths=())
+        self.spec, self.length = spec, cache_length
+        self._graphs = [
+            trace_drafter(spec, target, shape, position_offset=offset, row_scales=False) for offset in (0, 1)
+        ]
+        self.read = [f"kv_cache_{part}_{target.shared_cache_index(kind)}" for kind in (SLIDING, FULL) for part in "kv"]
+        of_graph = mapping.drafter_parameters(pair.drafter, self._graphs[0], spec, RECIPES["f32"])
+        self._weights = {name: _whole(p) for name, p in of_graph.items()}
+        self._target_embedding, self._scale = embedding, math.sqrt(target.hidden_size)
+        self.centroids = self._weights["masked_embedding.centroids.weight"]
+        self.ordering = self._weights.pop("masked_embedding.token_ordering").long()
+        table = self._weights.pop("masked_embedding.table").reshape(spec.vocab_size, spec.hidden_size)
+        self.embedding = torch.empty_like(table)
+        self.embedding[self.ordering.reshape(-1)] = table
+        self.cluster_of_token = torch.empty(spec.vocab_size, dtype=torch.long)
+        clusters, size = self.ordering.shape
+        self.cluster_of_token[self.ordering] = torch.arange(clusters)[:, None].expand(-1, size)
+
+    @torch.no_grad()
+    def step(
+        self, tokens: Sequence[int], activations: Tensor, caches: Mapping[str, Tensor], filled: int, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step at each of T consecutive positions: the first after `filled` processed tokens.
+
+        Shapes: tokens T, activations [T,backbone], caches [1,G,S',D] of any length S' -> hidden [T,H], activations
+        [T,backbone]
+        """
+        graph, count = self._graphs[offset], len(tokens)
+        values = {
+            name: F.pad(caches[name][:, :, : self.length], (0, 0, 0, max(0, self.length - caches[name].shape[2])))
+            for name in self.read
+        }
+        embeddings = _token_rows(self._target_embedding, tokens) * self._scale
+        seen = torch.arange(filled, filled + count)[:, None]
+        values |= {
+            "activations": torch.cat([embeddings, activations], -1)[None],
+            "input_pos": torch.arange(filled - 1, filled - 1 + count, dtype=torch.int32),
+            "mask": torch.where(torch.arange(self.length) < seen, 0.0, -1e9)[None, None],
+        }
+        *body, head = graph.signatures[0].calls
+        for call in body:
+            weights = {leaf: self._weights[name] for leaf, name in call.weights.items()}
+            arguments = {name: values[value] for name, value in call.inputs.items()}
+            outputs = torch.func.functional_call(graph.segments[call.segment].module, weights, (), arguments)
+            values.update({value: outputs[name] for name, value in call.outputs.items()})
+        x = values[head.inputs["x"]][0]
+        hidden = F.rms_norm(x, x.shape[-1:], self._weights["model.norm.weight"], self.spec.rms_norm_eps)
+        return hidden, hidden @ self._weights["post_projection.weight"].T
+
+    def clusters(self, hidden: Tensor, top_k: int) -> Tensor:
+        """The best clusters. Shapes: hidden [T,H] -> [T,top_k]"""
+        return (hidden @ self.centroids.T).topk(top_k, -1).indices
+
+    def best(self, hidden: Tensor, top_k: int) -> list[int]:
+        """The first choice of the clustered head at each position. Shapes: hidden [T,H] -> T"""
+        found = []
+        for state, clusters in zip(hidden, self.clusters(hidden, top_k), strict=True):
+            ids = self.ordering[clusters].reshape(-1)
+            found.append(int(ids[(self.embedding[ids] @ state).argmax()]))
+        return found
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A parameter in the form that a bundle's drafter has it in. Shapes: -> those of the bundle's"""
+        if name == "masked_embedding.token_ordering":
+            return self.ordering.numpy().astype(np.float32)
+        if name == "masked_embedding.table":
+            return self.embedding[self.ordering].reshape(len(self.ordering), -1).numpy()
+        return self._weights[name].numpy()

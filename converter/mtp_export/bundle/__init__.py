@@ -1,0 +1,1 @@
+"""What a bundle has besides its graphs: manifest, container, metadata, chat template."""

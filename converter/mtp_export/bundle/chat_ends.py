@@ -1,0 +1,72 @@
+"""What an export has to know of a checkpoint's chats: that its template works, and what ends replies and calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mtp_export.source import texts
+from mtp_export.source.checkpoint import Checkpoint
+from mtp_runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
+
+# What these call takes LiteRT's libraries, which the command line's help does without.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTexts:
+    """The chat template, the special tokens by name that it sees, and the ids of the tokens that end a reply by their
+    text."""
+
+    template: str
+    special_tokens: Mapping[str, str]
+    stop_ids: Mapping[str, int]
+
+
+def read_chat_texts(target: Checkpoint, stop_token_ids: Sequence[int], contents: Mapping[str, str]) -> ChatTexts | None:
+    """Return what a checkpoint's texts say of chats, None where there is no chat template."""
+    from mtp_export.bundle.metadata import added_pieces
+
+    if "chat_template" not in contents:
+        return None
+    pieces = added_pieces(contents["tokenizer"])
+    return ChatTexts(
+        template=contents["chat_template"],
+        special_tokens=texts.special_tokens(target),
+        stop_ids={pieces[token_id]: token_id for token_id in stop_token_ids if token_id in pieces},
+    )
+
+
+def check_chat_template(chat: ChatTexts, tokenizer_json: str, *, for_stock: bool) -> None:
+    """Check a chat template; `for_stock` in LiteRT-LM too.
+
+    Raises:
+        CheckpointError: it does not render, or not in LiteRT-LM as in transformers.
+        BackendError: LiteRT-LM fails.
+    """
+    from mtp_export.bundle.stock_template import check_renders, check_template
+
+    names, stops = chat.special_tokens, list(chat.stop_ids)
+    if for_stock:
+        check_template(chat.template, special_tokens=names, stops=stops, tokenizer_json=tokenizer_json)
+    else:
+        check_renders(chat.template, special_tokens=names, stops=stops)
+
+
+def reply_ends(chat: ChatTexts, tokenizer: Tokenizer) -> ReplyEnds | None:
+    """Return what ends replies and calls in chats, None where the template and the stop tokens do not say."""
+    from mtp_export.bundle.stock_template import habits_of
+    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
+
+    habits = habits_of(chat.template, special_tokens=chat.special_tokens, stops=list(chat.stop_ids))
+    reply, call = (
+        next((token_id for stop, token_id in chat.stop_ids.items() if closing.endswith(stop)), None)
+        for closing in (habits.closing, habits.call_closing)
+    )
+    behind = tokenizer.encode(habits.between.removeprefix(habits.closing), bos=False)
+    if reply is None or not behind:
+        return None
+    return ReplyEnds(reply=reply, call=reply if call is None else call, behind_reply=behind[0])

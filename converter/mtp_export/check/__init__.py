@@ -1,0 +1,1 @@
+"""Parity: a bundle held against transformers, our runtime and the stock runtimes."""

@@ -1,0 +1,118 @@
+"""The measurements of `mtp-export bench`: passes, the head by itself, whole rounds, and where drafts begin to pay."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from mtp_export.check.head_alone import head_alone
+from mtp_runtime import Session
+from mtp_runtime.errors import UserError
+from mtp_runtime.measure.timing import Rounds, Timing, break_even, filled_prompt, round_ms, time_passes, time_rounds
+
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_BACKENDS = {"tflite": ("LiteRT", "ai-edge-litert"), "onnx": ("ONNX Runtime", "onnxruntime")}
+
+
+class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one bundle took on one machine. `filled` positions of the cache are read by every pass.
+
+    `break_even` gives by K, the drafts of a round, the acceptance per position from which rounds are faster than plain
+    decoding by the times of their passes; None where none is high enough.
+    """
+
+    bundle: str
+    model: str
+    recipe: str
+    drafter_recipe: str
+    backend: str
+    machine: str
+    threads: int
+    filled: int
+    cache_length: int
+    open_s: float
+    passes: Mapping[str, Timing]
+    rounds: Sequence[Rounds]
+    break_even: Mapping[int, float | None]
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return max(self.break_even)
+
+    @property
+    def medians_ms(self) -> dict[str, float]:
+        return {name: timing.median_ms for name, timing in self.passes.items()}
+
+
+def bench(
+    path: Path,
+    *,
+    threads: int,
+    filled: int,
+    new_tokens: int,
+    repeats: int,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> BenchReport:
+    """Measure a bundle; passes and rounds take turns, so that a machine that slows down slows all alike.
+
+    Raises:
+        MtpError: the bundle fails, or has no room for so many tokens.
+    """
+    on_run("opening")
+    started = time.perf_counter()
+    with Session.open(path, threads=threads, verify=False) as session:
+        open_s = time.perf_counter() - started
+        manifest = session.manifest
+        if filled + new_tokens > manifest.context_length:
+            raise UserError(
+                f"--filled {filled} and --new-tokens {new_tokens} are more than the context's "
+                f"{manifest.context_length} tokens: give smaller ones"
+            )
+        prompt, k = filled_prompt(session, filled), manifest.num_draft_tokens
+        on_run("passes")
+        passes = time_passes(session, prompt, repeats)
+        on_run("head")
+        passes["head"] = _time_head(session, threads, repeats)
+        done = iter(range(1, 2 * (len(ALPHAS) + 1) + 1))
+        rounds = time_rounds(
+            session, prompt, new_tokens, ALPHAS, on_run=lambda: on_run(f"rounds, {next(done)} of {2 * len(ALPHAS) + 2}")
+        )
+    medians = {name: timing.median_ms for name, timing in passes.items()}
+    name, package = _BACKENDS[manifest.export_format]
+    return BenchReport(
+        bundle=path.name,
+        model=manifest.model,
+        recipe=manifest.recipe,
+        drafter_recipe=manifest.drafter_recipe,
+        backend=f"{name} {version(package)}",
+        machine=f"{_processor()}, {len(os.sched_getaffinity(0))} processors",
+        threads=threads,
+        filled=filled,
+        cache_length=manifest.cache_length,
+        open_s=round(open_s, 3),
+        passes=passes,
+        rounds=rounds,
+        break_even={d: break_even(medians["decode"], round_ms(medians, d), d) for d in range(1, k + 1)},
+    )
+
+
+def _time_head(session: Session, threads: int, repeats: int) -> Timing:
+    times = []
+    with head_alone(session.bundle, threads=threads) as run:
+        for _ in range(2 + 4 * repeats):
+            started = time.perf_counter()
+            run()
+            times.append(1000.0 * (time.perf_counter() - started))
+    return Timing.of(times[2:], 1)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,108 @@
+"""`mtp-export bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mtp_export.cli.output import working
+from mtp_runtime.errors import UserError
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True)
+@click.option(
+    "--filled", type=click.IntRange(1), default=500, show_default=True, help="Positions of the cache that are filled."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(8), default=48, show_default=True, help="Tokens that rounds generate at a time."
+)
+@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="How often each pass is timed.")
+@click.option("--output", type=click.Path(path_type=Path), help="Draw time against acceptance to this SVG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(
+    bundle: Path,
+    threads: int,
+    filled: int,
+    new_tokens: int,
+    repeats: int,
+    output: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Time a bundle's passes and rounds with the reference runtime: prefill, decode, verify of every size, draft, head.
+
+    Rounds are timed at imposed acceptances, since the text decides the real one: a draft is the target's own word with
+    that probability. It says so where drafts changed the output: a near-tie, or an error, which `parity` tells apart.
+    """
+    import msgspec
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"cannot write {output}: no folder {output.parent}: choose another --output")
+    with working("loading") as tell:
+        from mtp_export.check.bench import bench
+
+        report = bench(
+            bundle,
+            threads=threads,
+            filled=filled,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            on_run=tell,
+        )
+    if output is not None:
+        _write_drawing(report, output)
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        _print(report)
+
+
+def _write_drawing(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # BenchReport, imported when it runs
+    from mtp_export.check.chart import draw
+
+    beside = output.with_name(f".{output.name}.partial")
+    try:
+        beside.write_text(draw(report), encoding="utf-8")
+        beside.replace(output)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {output}: {error.strerror}: choose another --output") from error
+
+
+def _print(report) -> None:  # type: ignore[no-untyped-def]  # BenchReport, imported when it runs
+    console = Console()
+    title = f"{report.model}, {report.recipe} (drafter {report.drafter_recipe}), {report.backend}, {report.machine}"
+    table = _table(title, "pass", "threads", "filled", "ms", "10–90 %", "tok/s")
+    for name, timing in report.passes.items():
+        filled = "–" if name == "head" or name.startswith("prefill") else str(report.filled)
+        spread = f"{timing.low_ms:.3f}–{timing.high_ms:.3f}"
+        speed = "–" if name in ("draft", "head") else f"{timing.tokens_per_second:.1f}"
+        table.add_row(name, str(report.threads), filled, f"{timing.median_ms:.3f}", spread, speed)
+    console.print(table)
+    table = _table(None, "rounds", "acceptance", "committed/round", "ms/token", "tok/s", "against plain")
+    plain = report.rounds[0].ms_per_token
+    for found in report.rounds:
+        label = "none" if found.alpha is None else f"K = {found.num_draft_tokens}"
+        alpha = "–" if found.alpha is None else f"{found.alpha:g}"
+        speed, gain = 1000 / found.ms_per_token, plain / found.ms_per_token
+        committed = f"{found.committed_per_round:.2f}"
+        table.add_row(label, alpha, committed, f"{found.ms_per_token:.3f}", f"{speed:.1f}", f"{gain:.2f}x")
+    console.print(table)
+    for k, even in report.break_even.items():
+        said = "pay at no acceptance" if even is None else f"pay from an acceptance of {even:.2f} per position"
+        console.print(f"rounds of K = {k} {said}")
+    if not all(found.same_output for found in report.rounds):
+        console.print("drafts changed what was said, so some were imposed wrongly: mtp-export parity tells why")
+
+
+def _table(title: str | None, first: str, *names: str) -> Table:
+    table = Table(first, title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right")
+    return table

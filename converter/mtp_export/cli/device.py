@@ -1,0 +1,170 @@
+"""`mtp-export device`: parity and speed on this machine, on the emulated ARM64 place, or on a phone."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mtp_export.cli.options import check_bundle_options
+from mtp_export.cli.output import working
+from mtp_runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from mtp_export.device.bench import DeviceBench
+    from mtp_export.device.runs import Asked
+
+_PLACES = ("host", "arm64-emulated", "phone")
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command over a device."""
+    options: list[Callable[..., Any]] = [
+        click.argument("bundle", type=click.Path(path_type=Path)),
+        click.option("--serial", help="Device, as `adb devices` names it.  [the only one]"),
+        click.option(
+            "--where",
+            type=click.Choice(_PLACES),
+            default="arm64-emulated",
+            show_default=True,
+            help="Where to run: host takes no device.",
+        ),
+        click.option(
+            "--binary",
+            type=click.Path(path_type=Path),
+            help="Run LiteRT-LM by this litert_lm_advanced_main for android_arm64; libraries beside it are pushed too.",
+        ),
+        click.option("--app", is_flag=True, help="Run LiteRT-LM by the sample app (android_demo), which is installed."),
+        click.option("--backend", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True),
+        click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, a text per line.  [held-out prompts]"),
+        click.option(
+            "--limit", type=int, default=8, show_default=True, help="Use so many prompts, of all kinds in turn."
+        ),
+        click.option("--max-new-tokens", type=int, default=64, show_default=True),
+        click.option("--threads", type=int, default=2, show_default=True),
+        click.option(
+            "--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        click.option("--debug", is_flag=True, help="Show tracebacks."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group("device")
+def command() -> None:
+    """Run a bundle on a device over adb and compare it with this machine (docs/device.md)."""
+
+
+@command.command("parity")
+@_shared
+@click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write device-parity.json and .md there.  [the bundle]")
+def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
+    """Run the same prompts there and here, with MTP off and on, and compare token by token.
+
+    The bundle's files are pushed once; a push that was cut goes on where it was. Ends with exit code 1 on any
+    difference that is not a stated near-tie.
+    """
+    from mtp_export.device.parity import compare
+    from mtp_export.device.runs import answers
+
+    asked = _asked(bundle, stock=not no_stock, **options)
+    with working("opening") as on_line:
+        here, there = answers(asked, on_line)
+    report = compare(bundle, asked.request(str(bundle)), here, there)
+    _write(output or bundle, {"device-parity.json": report.to_json(), "device-parity.md": report.to_markdown()})
+    click.echo(report.to_json() if as_json else report.to_markdown(), nl=False)
+    sys.exit(0 if report.parity.passed else 1)
+
+
+@command.command("bench")
+@_shared
+@click.option("--repetitions", type=int, default=3, show_default=True, help="Runs of each prompt, after a warm-up.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write device-bench.json there.  [the bundle]")
+def bench(bundle: Path, repetitions: int, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
+    """Time LiteRT-LM there, with MTP off and on: tokens per second by kind of text, first token, memory, acceptance.
+
+    Its caches are deleted before each variant. Of an emulated place no time is told.
+    """
+    from mtp_export.device.bench import summarise
+    from mtp_export.device.runs import measured
+
+    check_bundle_options(bundle, {"--repetitions": repetitions})
+    asked = _asked(bundle, stock=True, **options)
+    with working("opening") as on_line:
+        place, found, thermal = measured(asked, repetitions, on_line)
+    report = summarise(
+        bundle,
+        place,
+        asked.prompts,
+        found,
+        repetitions=repetitions,
+        max_new_tokens=asked.max_new_tokens,
+        backend=asked.backend,
+        threads=asked.threads,
+        thermal=thermal,
+    )
+    _write(output or bundle, {"device-bench.json": report.to_json()})
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        _print(report)
+
+
+def _asked(bundle: Path, *, prompts: Path | None, limit: int, **options: Any) -> Asked:
+    from mtp_export.check.prompts import heldout_prompts, in_turn, read_prompts
+    from mtp_export.device.protocol import asked_prompts
+    from mtp_export.device.runs import Asked
+
+    counts = {"--max-new-tokens": options["max_new_tokens"], "--threads": options["threads"]}
+    check_bundle_options(bundle, counts)
+    chosen = in_turn(read_prompts(prompts) if prompts else heldout_prompts(), limit)
+    asked = Asked(bundle=bundle, prompts=asked_prompts(chosen), **options)
+    asked.check()
+    return asked
+
+
+def _print(report: DeviceBench) -> None:
+    console = Console()
+    title = f"{report.model}, {report.recipe}, {report.backend}, {report.machine}"
+    table = Table("kind", "prompts", "same text", title=title, title_justify="left")
+    for name in ("MTP off, tok/s", "MTP on, tok/s", "gain"):
+        table.add_column(name, justify="right")
+    for kind in report.kinds:
+        speeds = (_number(kind.tokens_per_second_off, ".1f"), _number(kind.tokens_per_second_on, ".1f"))
+        table.add_row(kind.kind, str(kind.prompts), str(kind.same_text), *speeds, _number(kind.mtp_gain, ".2f", "x"))
+    console.print(table)
+    for found in report.variants:
+        console.print(
+            f"K = {found.num_draft_tokens}: opened in {_number(found.open_s, '.1f', ' s')}, first token after "
+            f"{_number(found.first_token_ms, '.0f', ' ms')}, acceptance {_number(found.acceptance_rate, '.2f')}, peak "
+            f"memory {_number((found.peak_memory_bytes or 0) / 1e6 or None, '.0f', ' MB')}"
+        )
+    for note in (*report.notes, *dict.fromkeys(w for found in report.variants for w in found.warnings)):
+        console.print(f"note: {note}")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def _write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write beside and rename: whoever reads a report never sees half of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(folder / name)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}: choose another --output") from error

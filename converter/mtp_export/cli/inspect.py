@@ -1,0 +1,77 @@
+"""`mtp-export inspect`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mtp_export.config import DELEGATES, one_of
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--delegate", default="gpu", show_default=True, help="Backend that is to take the graphs: gpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
+    """Print the metadata that a bundle has for LiteRT-LM, and the operators that a backend would not take.
+
+    A GPU backend runs target and drafter only if it takes every operator of theirs. Ends with exit code 1 if it does
+    not. The verdict rests on operators that were run on a real one (docs/gpu.md).
+    """
+    one_of("--delegate", delegate, [name for name in DELEGATES if name != "cpu"])
+    from mtp_export.formats.tflite.gpu_table import delegate_table, inspect_bundle
+
+    table = delegate_table(delegate)
+    refused_by_role = inspect_bundle(bundle, table)
+    whole = not any(refused_by_role.values())
+    metadata, origin = _metadata(bundle)
+    if as_json:
+        graphs = {
+            role: [{"form": r.form, "reason": r.reason, "signatures": dict(r.signatures)} for r in refused]
+            for role, refused in refused_by_role.items()
+        }
+        document = {"bundle": str(bundle), "delegate": delegate, "wholly_delegated": whole, "graphs": graphs}
+        container = {"metadata": metadata, "chat_template": origin}
+        click.echo(json.dumps(document | {"learnt": table.learnt} | container))
+    else:
+        _print_metadata(metadata, origin)
+        for role, refused in refused_by_role.items():
+            count = sum(sum(r.signatures.values()) for r in refused)
+            click.echo(f"{role}: {f'{count} operators are left to the CPU' if count else 'wholly delegated'}")
+            for r in refused:
+                places = ", ".join(f"{name} {n}" for name, n in r.signatures.items())
+                click.echo(f"  {r.form}\n    {r.reason}\n    in {places}")
+        machine = table.learnt["machine"]
+        click.echo(f"learnt on {machine['gpu']}, driver {machine['driver']}, {table.learnt['forms']} forms")
+    if not whole:
+        sys.exit(1)
+
+
+def _metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata of the bundle's container, by field, and where its chat template is from."""
+    import msgspec
+
+    from mtp_export.bundle.metadata import fields_of
+    from mtp_runtime.bundle.bundle import Bundle
+    from mtp_runtime.bundle.litertlm import read_metadata
+
+    with Bundle.open(path, verify=False) as bundle:
+        container = bundle.path("litertlm") if path.is_dir() else path
+        origin = bundle.manifest.chat_template
+    return fields_of(read_metadata(container)), {} if origin is None else msgspec.to_builtins(origin)
+
+
+def _print_metadata(metadata: dict[str, Any], origin: dict[str, Any]) -> None:
+    click.echo("metadata for LiteRT-LM:")
+    for name, value in metadata.items():
+        if name != "jinja_prompt_template":
+            click.echo(f"  {name}: {json.dumps(value, ensure_ascii=False)}")
+            continue
+        published = f", of {origin['of']}, published {origin['published']}" if origin.get("published") else ""
+        source = f"from {origin['source']}, SHA-256 {origin['sha256'][:16]}…{published}" if origin else "unknown"
+        click.echo(f"  {name}: {len(value)} characters, {source}")

@@ -1,0 +1,175 @@
+"""`mtp-export run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from click.core import ParameterSource
+
+from mtp_runtime.errors import UserError
+
+
+def _depth(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    return value if value in (None, "auto") else click.INT(value, parameter, context)
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path())
+@click.argument("prompt", required=False)
+@click.option("--chat", is_flag=True, help="Put the prompt into the bundle's chat template as a user's turn.")
+@click.option(
+    "--tools",
+    type=click.Path(),
+    metavar="FILE",
+    help="With --chat: functions that the model may call, a JSON list of declarations as OpenAI's API takes them.",
+)
+@click.option("--no-mtp", is_flag=True, help="Decode plainly, one token a pass.")
+@click.option(
+    "--num-draft-tokens",
+    callback=_depth,
+    metavar="INTEGER|auto",
+    help="Tokens drafted in a round, up to the bundle's K; auto: as many as pay, none where none do.  [K]",
+)
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option(
+    "--sampling",
+    type=click.Choice(("checkpoint",)),
+    help="Choose tokens as the checkpoint's generation_config.json says, greedily where it does not draw.",
+)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; above, tokens are drawn.")
+@click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens, up to this probability.  [1]")
+@click.option("--seed", type=int, default=0, help="The same seed draws the same tokens.  [0]")
+@click.option(
+    "--sampling-method",
+    type=click.Choice(("match", "speculative")),
+    default="match",
+    help="What accepts a draft: that the target draws it too, or the ratio of probabilities.  [match]",
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 against repetition.  [1]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where TEXT begins; may be given several times.")
+@click.option("--threads", type=int, default=2, show_default=True)
+@click.option(
+    "--provider",
+    type=click.Choice(("cpu", "webgpu")),
+    default="cpu",
+    help="ONNX: where graphs run; webgpu is a GPU, and takes mtp-export[webgpu].  [cpu]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON: tokens, origins, statistics.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def command(
+    context: click.Context,
+    bundle: str,
+    prompt: str | None,
+    chat: bool,
+    tools: str | None,
+    no_mtp: bool,
+    num_draft_tokens: int | Literal["auto"] | None,
+    max_new_tokens: int,
+    sampling: Literal["checkpoint"] | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    sampling_method: Literal["match", "speculative"],
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    threads: int,
+    provider: Literal["cpu", "webgpu"],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Continue PROMPT (or standard input) with the reference runtime, greedily unless there is a --temperature or
+    --sampling."""
+    from mtp_runtime import Sampling, Session
+    from mtp_runtime.text.stop_strings import check_stop_strings
+
+    # Mistakes are told before standard input is read and the bundle is opened, which may take long.
+    if no_mtp and num_draft_tokens:
+        raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
+    if tools is not None and not chat:
+        raise UserError("--tools is for the chat template: give --chat too")
+    declared = None if tools is None else _declarations(Path(tools))
+    asked = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        method=sampling_method,
+    )
+    if sampling is not None:
+        _check_nothing_is_stated(context, sampling)
+    elif temperature == 0.0:
+        _check_nothing_is_for_drawing(context)
+    check_stop_strings(stop)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("no prompt: give it as an argument or on standard input")
+        prompt = sys.stdin.read()
+    with Session.open(bundle, threads=threads, provider=provider) as session:
+        if sampling is not None:
+            asked = session.checkpoint_sampling(seed=seed, method=sampling_method)
+        text = session.chat_prompt(prompt, tools=declared) if chat else prompt
+        generation = session.generate(
+            text,
+            max_new_tokens=max_new_tokens,
+            num_draft_tokens=0 if no_mtp else num_draft_tokens,
+            stop=stop,
+            sampling=asked,
+        )
+        if as_json:
+            trace = generation.finish()
+            click.echo(trace.to_json(), nl=False)
+            return
+        for _, piece in generation.with_text():
+            click.echo(piece, nl=False)
+        click.echo()
+        click.echo(_summary(generation.stats), err=True)
+
+
+def _declarations(path: Path) -> list[dict[str, Any]]:
+    """The functions of a file, each with a name at least.
+
+    Raises:
+        UserError: the file cannot be read or declares something else.
+    """
+    try:
+        declared: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the tools of {path}: {error}") from error
+    example = '[{"type": "function", "function": {"name": "add", "parameters": {…}}}]'
+    if not isinstance(declared, list) or not declared:
+        raise UserError(f"{path} declares no functions: expected a list such as {example}")
+    for number, tool in enumerate(declared, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        function = function if isinstance(function, dict) else {}
+        if not isinstance(function.get("name"), str) or not isinstance(function.get("parameters", {}), dict):
+            raise UserError(f"entry {number} of {path} declares no function: expected a list such as {example}")
+    return declared
+
+
+def _check_nothing_is_for_drawing(context: click.Context) -> None:
+    for name in ("top_k", "top_p", "seed", "sampling_method"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for tokens that are drawn: give a --temperature above 0 too")
+
+
+def _check_nothing_is_stated(context: click.Context, sampling: str) -> None:
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--sampling {sampling} and {option} contradict each other: give one")
+
+
+def _summary(stats: Any) -> str:
+    summary = stats.summary()
+    return ", ".join(
+        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()
+    )

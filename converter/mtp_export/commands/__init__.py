@@ -1,1 +1,0 @@
-"""One module a command, each with its click `command`; imported only when it is called."""

@@ -1,0 +1,1 @@
+"""Export formats: how graphs are traced, converted and written as files."""

@@ -1,0 +1,1 @@
+"""TFLite, for LiteRT and LiteRT-LM."""

@@ -1,0 +1,348 @@
+"""Quantise one parameter at a time and stream it to its place in the file.
+
+The file is a flatbuffer header followed by the data, each buffer at an absolute offset: first the graph's own
+constants, then the parameters, each written once and shared by all signatures. Memory is that of one block of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import flatbuffers
+import numpy as np
+import torch
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+
+from mtp_export.errors import CheckpointError
+from mtp_export.formats.tflite.chain import LoweredGraph
+from mtp_export.source import stored_integers
+from mtp_export.weights.recipes import WeightFormat
+from mtp_export.weights.scales import SMALLEST_SCALE, choose_scales, with_positive_scales
+
+_ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
+_BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
+_QUANTISED_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: schema.TensorType.INT2}
+# Operators whose output is nothing but values of their first input.
+_MOVES = (schema.BuiltinOperator.GATHER, schema.BuiltinOperator.RESHAPE)
+
+OnBlock = Callable[[int, str], None]  # told bytes that were written, and of which parameter
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """What is to be written for one parameter.
+
+    rows(start, stop) gives float32 rows to quantise (or int32, or int8, which are written as they are). With
+    `unit_scale`, rows are int8 already and mean themselves: the graph multiplies by their scales later. With `stored`,
+    they are integers with scales, as a checkpoint has them in this very format. `looked_up` tells a table of which rows
+    are taken from a matrix that is multiplied.
+    """
+
+    shape: tuple[int, ...]
+    format: WeightFormat
+    rows: Callable[[int, int], Any]
+    unit_scale: bool = False
+    stored: bool = False
+    looked_up: bool = False
+
+
+def as_integers(
+    rows: NDArray[np.float32] | stored_integers.Rows, format: WeightFormat
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantise float rows; of rows that are integers already, repeat the scales for the smaller blocks of `format`.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    if not isinstance(rows, stored_integers.Rows):
+        return quantise(rows, format)
+    groups = rows.values.shape[1] // format.block_size if format.block_size else 1
+    return rows.values, np.repeat(rows.scales, groups // rows.scales.shape[1], axis=1)
+
+
+def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric quantisation, values rounded half to even: 8 bits use -127…127, fewer bits their full range.
+
+    With the rule "max", scale = max|x| / (2^(bits-1) - 1), and the result is ai-edge-quantizer's, to the bit. Scales of
+    blocks are rounded to bfloat16 and then float16; those of other rules may be negative.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    count, columns = rows.shape
+    block = format.block_size or columns
+    # In torch, whose reductions over short rows and roundings are several times as fast as numpy's.
+    grouped = torch.from_numpy(rows).view(count, columns // block, block)
+    limit = 2 ** (format.bits - 1) - 1
+    scales = choose_scales(grouped, format)
+    if format.block_size:
+        scales = scales.bfloat16().half().float()
+    lowest = -limit if format.bits >= 8 else -limit - 1
+    values = (grouped / scales[..., None]).round_().clamp_(lowest, limit).to(torch.int8)
+    return values.view(count, columns).numpy(), scales.numpy()
+
+
+def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Several values to a byte, the first in the low bits. Shapes: [R,C] -> [R*C*bits/8]"""
+    flat = values.reshape(-1).view(np.uint8)
+    if bits == 8:
+        return flat
+    per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+    packed = flat[0::per_byte] & mask
+    for i in range(1, per_byte):
+        packed |= (flat[i::per_byte] & mask) << np.uint8(bits * i)
+    return packed
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yield function(item) of each item in turn, computed by several threads a few items ahead."""
+    ahead: deque[Future[Result]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch's own threads out of the way of several that call it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_graph(
+    lowered: LoweredGraph,
+    parameters: Mapping[str, Parameter],
+    path: Path,
+    on_block: OnBlock = lambda size_bytes, name: None,
+) -> None:
+    """Write a `.tflite` with its weights. `on_block` is told of every block of a parameter that was written.
+
+    `lowered` is consumed: its tensors are given their types and buffers.
+    """
+    model = lowered.model
+    constants = [(i, b) for i, b in enumerate(model.buffers) if b.data is not None and len(b.data)]
+    data = {i: np.asarray(buffer.data, np.uint8) for i, buffer in constants}
+    for _, buffer in constants:
+        _reserve(buffer)
+    places = {
+        name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights
+    }
+    missing = sorted(set(lowered.weights) - set(places))
+    if missing:
+        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
+    header_bytes = _aligned(len(_serialise(model)))
+    with path.open("wb") as file:
+        file.seek(header_bytes)
+        for i, constant in data.items():
+            _write(file, model.buffers[i], iter([constant]))
+        for name, place in places.items():
+            _stream(file, model, name, lowered.weights[name], parameters[name], place, on_block)
+        end = file.tell()
+        header = _serialise(model)
+        if _aligned(len(header)) != header_bytes:
+            raise AssertionError("the header changed its size when offsets and scales were filled in")
+        file.seek(0)
+        file.write(header)
+        file.truncate(end)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """The buffers that a parameter was given: its data, and for blockwise formats the scales."""
+
+    data: schema.BufferT
+    scales: schema.BufferT | None
+
+
+def _new_buffer(model: schema.ModelT) -> tuple[int, schema.BufferT]:
+    buffer = schema.BufferT()
+    _reserve(buffer)
+    model.buffers.append(buffer)
+    return len(model.buffers) - 1, buffer
+
+
+def _reserve(buffer: schema.BufferT) -> None:
+    """Mark a buffer as lying outside the flatbuffer: any offset and size but 0, which flatbuffers would leave out."""
+    buffer.data, buffer.offset, buffer.size = None, 1, 1
+
+
+def _declare(model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter) -> _Place:
+    """Give the tensors of a parameter their type, quantisation and shared buffers."""
+    index, data = _new_buffer(model)
+    scales_index, scales = _new_buffer(model) if parameter.format.block_size else (0, None)
+    for subgraph_index, tensor_index in uses:
+        subgraph = model.subgraphs[subgraph_index]
+        tensor = subgraph.tensors[tensor_index]
+        if tuple(tensor.shape) != parameter.shape:
+            raise AssertionError(f"{tensor.name!r}: graph has {list(tensor.shape)}, parameter {parameter.shape}")
+        tensor.buffer = index
+        if parameter.format.bits == 32:
+            continue
+        tensor.type = _QUANTISED_TYPES[parameter.format.bits]
+        if parameter.unit_scale:
+            _retype_unit_scale(model, subgraph, tensor_index)
+        elif parameter.format.block_size:
+            tensor.quantization = _blockwise(subgraph, tensor, parameter, scales_index)
+        else:
+            # Values follow when they are known; the lengths must be right for the size of the header.
+            tensor.quantization = _per_channel(np.zeros(parameter.shape[0], np.float32))
+    return _Place(data=data, scales=scales)
+
+
+def _per_channel(scales: NDArray[np.float32]) -> schema.QuantizationParametersT:
+    quantisation = schema.QuantizationParametersT()
+    quantisation.scale, quantisation.zeroPoint = scales, np.zeros(len(scales), np.int64)
+    quantisation.quantizedDimension = 0
+    return quantisation
+
+
+def _blockwise(
+    subgraph: schema.SubGraphT, tensor: schema.TensorT, parameter: Parameter, scales_buffer: int
+) -> schema.QuantizationParametersT:
+    rows, columns = parameter.shape
+    scales = schema.TensorT()
+    scales.name, scales.type, scales.buffer = tensor.name + b"_scales", schema.TensorType.FLOAT16, scales_buffer
+    scales.shape, scales.hasRank = np.array([rows, columns // parameter.format.block_size], np.int32), True
+    subgraph.tensors.append(scales)
+    details = schema.BlockwiseQuantizationT()
+    details.scales, details.zeroPoints = len(subgraph.tensors) - 1, -1
+    details.blockSize = parameter.format.block_size
+    quantisation = schema.QuantizationParametersT()
+    quantisation.details = details
+    quantisation.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+    return quantisation
+
+
+def _retype_unit_scale(model: schema.ModelT, subgraph: schema.SubGraphT, tensor_index: int) -> None:
+    """Make a table and all that is only gathered and reshaped from it int8 with scale 1.
+
+    The chain ends as the filter of a FULLY_CONNECTED with float32 input, whose kernel multiplies int8 rows without
+    turning them into float32 first.
+    """
+    moved = {tensor_index}
+    for operator in subgraph.operators:
+        code = model.operatorCodes[operator.opcodeIndex].builtinCode
+        if code in _MOVES and int(operator.inputs[0]) in moved:
+            moved.add(int(operator.outputs[0]))
+    for index in moved:
+        subgraph.tensors[index].type = schema.TensorType.INT8
+        subgraph.tensors[index].quantization = _per_channel(np.ones(1, np.float32))
+
+
+def _stream(
+    file: BinaryIO,
+    model: schema.ModelT,
+    name: str,
+    uses: Sequence[tuple[int, int]],
+    parameter: Parameter,
+    place: _Place,
+    on_block: OnBlock,
+) -> None:
+    """Write a parameter's data and fill in its scales."""
+    rows, columns = parameter.shape[0], parameter.shape[-1]
+    quantised = parameter.format.bits < 32 and not parameter.unit_scale
+    # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces.
+    scales = np.empty((rows, columns // (parameter.format.block_size or columns) if quantised else 0), np.float32)
+    multiplied = _is_multiplied(model, uses)
+
+    def packed(rows: Any) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        if not quantised:
+            return rows, None
+        values, row_scales = as_integers(rows, parameter.format)
+        if multiplied:
+            values, row_scales = with_positive_scales(values, row_scales, parameter.format.bits)
+        return pack(values, parameter.format.bits), row_scales
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        done = 0
+        for block, row_scales in row_blocks(parameter, packed):
+            if row_scales is not None:
+                scales[done : done + len(row_scales)] = row_scales
+                done += len(row_scales)
+            yield block
+            on_block(block.nbytes, name)
+
+    _write(file, place.data, blocks())
+    if quantised and place.scales is None:
+        for subgraph_index, tensor_index in uses:
+            model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
+    elif place.scales is not None:
+        _write(file, place.scales, iter([_half(name, scales)]))
+        on_block(scales.nbytes // 2, name)
+
+
+def _half(name: str, scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Scales of blocks as the format has them: exact where they have up to eleven significant bits.
+
+    Raises:
+        CheckpointError: a checkpoint's own scale is beyond what the runtimes take.
+    """
+    size = np.abs(scales)
+    bad = (size < SMALLEST_SCALE) | (size > np.finfo(np.float16).max)
+    if bad.any():
+        raise CheckpointError(
+            f"{name} is stored with a scale of {scales[bad][0]:g}, expected {SMALLEST_SCALE:g} to 65504, which is what "
+            "blocks in a .tflite can have: take --target onnx, or the checkpoint in floats"
+        )
+    return scales.astype(np.float16)
+
+
+def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> bool:
+    """Whether a parameter is a filter of a FULLY_CONNECTED, and no look-up table."""
+    subgraph_index, tensor_index = uses[0]
+    return any(
+        model.operatorCodes[operator.opcodeIndex].builtinCode == schema.BuiltinOperator.FULLY_CONNECTED
+        and tensor_index in operator.inputs
+        for operator in model.subgraphs[subgraph_index].operators
+    )
+
+
+def row_blocks(parameter: Parameter, function: Callable[[Any], Result]) -> Iterator[Result]:
+    """Yield function(rows) of all rows of a parameter, block by block, on as many threads as there are processors."""
+    count = parameter.shape[0]
+    step = max(1, _BLOCK_BYTES // (4 * math.prod(parameter.shape[1:])))
+
+    def block(start: int) -> Result:
+        return function(parameter.rows(start, min(count, start + step)))
+
+    return in_order(block, range(0, count, step), len(os.sched_getaffinity(0)))
+
+
+def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> None:
+    """Write blocks at the next aligned position and note it in the buffer."""
+    file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
+    buffer.offset = file.tell()
+    for block in blocks:
+        file.write(np.ascontiguousarray(block).data)
+    buffer.size = file.tell() - buffer.offset
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _serialise(model: schema.ModelT) -> bytes:
+    builder = flatbuffers.Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())

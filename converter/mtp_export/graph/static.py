@@ -1,0 +1,380 @@
+"""TargetSpec/DrafterSpec → TracedGraph: which graphs a bundle has, and of which segments each signature is made.
+
+A signature is a chain of calls of segments: what comes before the layers, the parts of a layer, the head. Layers of
+one kind share their segments, so a graph of forty layers costs the tracing of four. No parameter enters a segment:
+each is an input, and a call says which parameter of the model it stands for. The lowering chains the segments and
+streams the parameters from the checkpoint to their places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
+from mtp_export.models.drafter import DrafterHead, DrafterPrologue
+from mtp_export.models.layers import FeedForward
+from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
+from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphShape:
+    """The static sizes of a pair's graphs.
+
+    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
+    single_buffer: for a GPU, which writes caches in place and reads them as far as they are filled
+    (`single_buffer.py`): no prefixes then, and in a signature the values' caches are [1,G,D,S], while the segments are
+    traced with [1,G,S,D].
+    """
+
+    cache_length: int
+    num_draft_tokens: int
+    prefill_lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
+    single_buffer: bool = False
+
+    @property
+    def attention_lengths(self) -> tuple[int, ...]:
+        """The whole cache first, then the shorter prefixes."""
+        shorter = () if self.single_buffer else (n for n in self.prefix_lengths if n < self.cache_length)
+        return (self.cache_length, *shorter)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A module to trace: `module(**inputs) -> dict`, its parameters on the meta device.
+
+    inputs and outputs: tensors on the meta device, which carry shape and dtype. dynamic: axes of inputs whose size may
+    vary, by the name of the input.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    dynamic: Mapping[str, frozenset[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One use of a segment: which value of the signature each input and output is, which parameter each leaf."""
+
+    segment: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    weights: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedSignature:
+    """A signature and the calls that compute it.
+
+    The values it starts from are named as its inputs; `outputs` maps the names of its outputs to values.
+    """
+
+    signature: GraphSignature
+    calls: tuple[Call, ...]
+    outputs: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedGraph:
+    """One file of the bundle. `weights` gives the shape of every parameter that any signature uses."""
+
+    role: str
+    segments: Mapping[str, Segment]
+    signatures: tuple[TracedSignature, ...]
+    weights: Mapping[str, tuple[int, ...]]
+
+
+def run_signature(
+    graph: TracedGraph, traced: TracedSignature, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compute a signature in torch, as the exported graph does.
+
+    Returns:
+        Every value, intermediate ones included, by name.
+    """
+    values = dict(inputs)
+    for call in traced.calls:
+        module = graph.segments[call.segment].module
+        parameters = {leaf: weights[name] for leaf, name in call.weights.items()}
+        arguments = {name: values[value] for name, value in call.inputs.items()}
+        outputs = torch.func.functional_call(module, parameters, (), arguments)
+        values.update({value: outputs[name] for name, value in call.outputs.items()})
+    return values
+
+
+class GraphBuilder:
+    """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
+
+    def __init__(self, role: str, *, single_buffer: bool = False) -> None:
+        self.role, self.single_buffer = role, single_buffer
+        self.segments: dict[str, Segment] = {}
+        self.weights: dict[str, tuple[int, ...]] = {}
+        self.signatures: list[TracedSignature] = []
+        self._values: dict[str, Tensor] = {}
+        self._calls: list[Call] = []
+
+    def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Begin a signature from its inputs' shapes and dtypes."""
+        if self.single_buffer:
+            inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}
+        self._values = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in inputs.items()}
+        self._inputs, self._calls = tuple(inputs), []
+
+    def call(
+        self,
+        key: str,
+        build: Callable[[], nn.Module],
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str] | None = None,
+        *,
+        prefix: str | Mapping[str, str] = "",
+    ) -> None:
+        """Append a call. `outputs` renames outputs (default: as they are); `prefix` maps leaves to parameters, one
+        for all or one for each first word of a leaf."""
+        if key not in self.segments:
+            with torch.no_grad(), torch.device("meta"):
+                module = build().eval().requires_grad_(False)
+                arguments = {name: self._values[value] for name, value in inputs.items()}
+                results = module(**arguments)
+            self.segments[key] = Segment(module=module, inputs=arguments, outputs=results, dynamic={})
+        segment = self.segments[key]
+        renamed = {name: (outputs or {}).get(name, name) for name in segment.outputs}
+        weights = {}
+        for leaf, parameter in segment.module.named_parameters():
+            before = prefix if isinstance(prefix, str) else prefix.get(leaf.partition(".")[0], "")
+            weights[leaf] = before + leaf
+            self.weights[before + leaf] = tuple(parameter.shape)
+        self._values.update({renamed[name]: value for name, value in segment.outputs.items()})
+        self._calls.append(Call(segment=key, inputs=dict(inputs), outputs=renamed, weights=weights))
+
+    def finish(
+        self, name: str, kind: SignatureKind, outputs: Mapping[str, str], *, num_tokens: int, attention_length: int
+    ) -> None:
+        """End the signature; `outputs` maps the names of its outputs to values."""
+        signature = GraphSignature(
+            name=name,
+            kind=kind,
+            num_tokens=num_tokens,
+            attention_length=attention_length,
+            inputs=tuple(self._spec(n, n) for n in self._inputs),
+            outputs=tuple(self._spec(n, value) for n, value in outputs.items()),
+        )
+        self.signatures.append(TracedSignature(signature=signature, calls=tuple(self._calls), outputs=dict(outputs)))
+
+    def _spec(self, name: str, value: str) -> TensorSpec:
+        tensor = self._values[value]
+        dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
+        shape = tuple(tensor.shape)
+        if self.single_buffer and name.startswith("kv_cache_v_"):
+            shape = (*shape[:2], shape[3], shape[2])  # as single_buffer.py makes them
+        return TensorSpec(name=name, shape=shape, dtype=dtype)
+
+    def shape_of(self, value: str) -> tuple[int, ...]:
+        return tuple(self._values[value].shape)
+
+    def graph(self) -> TracedGraph:
+        return TracedGraph(
+            role=self.role, segments=self.segments, signatures=tuple(self.signatures), weights=self.weights
+        )
+
+
+def _rope(layer_type: LayerType) -> dict[str, str]:
+    return {name: f"{name}_{layer_type}" for name in ("cos", "sin")}
+
+
+def _read(
+    builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
+) -> dict[str, str]:
+    """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
+    if builder.single_buffer:
+        return {"keys": keys, "values": values, "mask": f"mask_{layer_type}"}
+    read = {"keys": f"{keys}_read", "values": f"{values}_read"}
+    if layer_type == SLIDING:
+        builder.call(f"window_{key}", ReadWindow, {"slots": "slots", "keys": keys, "values": values}, read)
+        return read | {"mask": f"mask_{SLIDING}"}
+    if builder.shape_of(keys)[2] == length:
+        return {"keys": keys, "values": values, "mask": "mask"}
+    read["mask"] = f"mask_{FULL}"
+    inputs = {"mask": "mask", "keys": keys, "values": values}
+    builder.call(f"prefix_{key}_{length}", lambda: ReadPrefix(length), inputs, read)
+    return read
+
+
+def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
+    """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
+    builder = GraphBuilder("target", single_buffer=shape.single_buffer)
+    passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
+    for length in shape.attention_lengths:
+        passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
+    for kind, num_tokens, length in passes:
+        _target_pass(builder, spec, shape.cache_length, kind, num_tokens, length)
+    return builder.graph()
+
+
+def _target_pass(
+    builder: GraphBuilder,
+    spec: TargetSpec,
+    cache_length: int,
+    kind: SignatureKind,
+    num_tokens: int,
+    length: int,
+) -> None:
+    caches = {f"kv_cache_{p}_{i}": spec.cache_shape(i, cache_length) for i in range(spec.num_caches) for p in "kv"}
+    builder.start(
+        {
+            "embeddings": ((1, num_tokens, spec.hidden_size), torch.float32),
+            "per_layer_embeddings": ((1, num_tokens, spec.num_layers, spec.per_layer_size), torch.float32),
+            "input_pos": ((num_tokens,), torch.int32),
+            "mask": ((1, 1, num_tokens, cache_length), torch.float32),
+            **{name: (cache, torch.float32) for name, cache in caches.items()},
+        }
+    )
+    prefill = kind == "prefill"
+    num_layers = spec.num_caches if prefill else spec.num_layers
+    given = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
+    key = f"prologue_{num_layers}_{num_tokens}"
+    prologue = functools.partial(TargetPrologue, spec, num_layers, single_buffer=builder.single_buffer)
+    builder.call(key, prologue, {n: n for n in given})
+    x = "embeddings"
+    reads: dict[int, dict[str, str]] = {}
+    for i in range(num_layers):
+        x = _target_layer(builder, spec, i, x, num_tokens, length, reads, rows_only=prefill and i == num_layers - 1)
+    outputs = {name: f"{name}_next" for name in caches}
+    if not prefill:
+        builder.call(f"head_{num_tokens}", lambda: TargetHead(spec), {"x": x})
+        outputs |= {"logits": "logits", "activations": "activations"}
+    name = f"prefill_{num_tokens}" if prefill else kind if length == cache_length else f"{kind}_{length}"
+    builder.finish(name, kind, outputs, num_tokens=num_tokens, attention_length=length)
+
+
+def _target_layer(
+    builder: GraphBuilder,
+    spec: TargetSpec,
+    i: int,
+    x: str,
+    num_tokens: int,
+    length: int,
+    reads: dict[int, dict[str, str]],
+    *,
+    rows_only: bool,
+) -> str:
+    """Append layer i; returns the name of its output. `reads` keeps what was read of each cache: once per pass."""
+    kind, width, cache = spec.layer_types[i], spec.intermediate_sizes[i], spec.cache_index(i)
+    key, prefix = f"{kind}_{num_tokens}", f"layers.{i}."
+    if i == cache:
+        names = {"key_cache": f"kv_cache_k_{i}", "value_cache": f"kv_cache_v_{i}"}
+        written = {n: f"{v}_next" for n, v in names.items()}
+        inputs = {"x": x, "input_pos": "input_pos", **_rope(kind), **names}
+        builder.call(f"rows_{key}", lambda: OwnerRows(spec, kind), inputs, written, prefix=prefix)
+        if rows_only:
+            return x
+        reads[cache] = _read(builder, kind, written["key_cache"], written["value_cache"], key, length)
+    attended = _attention(builder, spec, kind, x, reads[cache], key, length, i, prefix)
+    inputs = {"x": x, "attended": attended, "per_layer_input": f"per_layer_input_{i}"}
+    feed_forward = f"feed_forward_{width}_{num_tokens}"
+    builder.call(feed_forward, lambda: TargetFeedForward(spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix)
+    return f"x_{i}"
+
+
+def _attention(
+    builder: GraphBuilder,
+    spec: DecoderSpec,
+    kind: LayerType,
+    x: str,
+    read: Mapping[str, str],
+    key: str,
+    length: int,
+    i: int,
+    prefix: str,
+) -> str:
+    """Append query and attention of layer i; returns the name of the attended value."""
+    builder.call(
+        f"query_{key}", lambda: ReaderQuery(spec, kind), {"x": x, **_rope(kind)}, {"query": f"query_{i}"}, prefix=prefix
+    )
+    attend = f"attend_{key}" + (f"_{length}" if kind == FULL else "")  # a window has one length
+    inputs = {"query": f"query_{i}", **read}
+    builder.call(attend, lambda: Attend(spec, kind), inputs, {"attended": f"attended_{i}"}, prefix=prefix)
+    return f"attended_{i}"
+
+
+def trace_drafter(
+    spec: DrafterSpec,
+    target: TargetSpec,
+    shape: GraphShape,
+    *,
+    position_offset: int,
+    row_scales: bool,
+) -> TracedGraph:
+    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. For a GPU it keeps to
+    operations that one takes."""
+    builder = GraphBuilder("drafter", single_buffer=shape.single_buffer)
+    for length in shape.attention_lengths:
+        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
+    return builder.graph()
+
+
+def _draft_pass(
+    builder: GraphBuilder,
+    spec: DrafterSpec,
+    target: TargetSpec,
+    cache_length: int,
+    length: int,
+    position_offset: int,
+    row_scales: bool,
+) -> None:
+    owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
+    caches = {f"kv_cache_{p}_{i}": target.cache_shape(i, cache_length) for i in owners.values() for p in "kv"}
+    builder.start(
+        {
+            "activations": ((1, 1, 2 * spec.backbone_hidden_size), torch.float32),
+            "input_pos": ((1,), torch.int32),
+            "mask": ((1, 1, 1, cache_length), torch.float32),
+            **{name: (cache, torch.float32) for name, cache in caches.items()},
+        }
+    )
+    inputs = {n: n for n in ("activations", "input_pos", "mask")}
+    prologue = functools.partial(DrafterPrologue, spec, position_offset, single_buffer=builder.single_buffer)
+    builder.call("prologue", prologue, inputs)
+    reads = {
+        kind: _read(builder, kind, f"kv_cache_k_{owner}", f"kv_cache_v_{owner}", kind, length)
+        for kind, owner in owners.items()
+    }
+    x = "x"
+    for i, (kind, width) in enumerate(zip(spec.layer_types, spec.intermediate_sizes, strict=True)):
+        prefix = f"model.layers.{i}."
+        attended = _attention(builder, spec, kind, x, reads[kind], kind, length, i, prefix)
+        feed_forward = {"x": x, "attended": attended}
+        _feed_forward(builder, spec, width, feed_forward, f"x_{i}", prefix)
+        x = f"x_{i}"
+    builder.call(
+        "head",
+        lambda: DrafterHead(spec, row_scales=row_scales, delegated=builder.single_buffer),
+        {"x": x},
+        prefix={"norm": "model."},
+    )
+    name = "draft" if length == cache_length else f"draft_{length}"
+    outputs = {n: n for n in ("logits", "projected_activations")}
+    builder.finish(name, "draft", outputs, num_tokens=1, attention_length=length)
+
+
+def _feed_forward(
+    builder: GraphBuilder, spec: DecoderSpec, width: int, inputs: Mapping[str, str], output: str, prefix: str
+) -> None:
+    builder.call(f"feed_forward_{width}", lambda: FeedForward(spec, width), inputs, {"x": output}, prefix=prefix)
+
+
+def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
+    """The graph of one token's embedding (`embedder`), or of its per-layer embeddings (`per_layer_embedder`)."""
+    builder = GraphBuilder(role)
+    builder.start({"token_ids": ((1, 1), torch.int32)})
+    builder.call("embed", lambda: EMBEDDERS[role](spec), {"token_ids": "token_ids"})
+    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=1, attention_length=0)
+    return builder.graph()

@@ -1,0 +1,1 @@
+"""Parameters of graphs: where they come from, and how they are quantised."""

@@ -1,0 +1,1 @@
+"""The speculative loop, its cache, its sampling and its sessions."""

@@ -1,0 +1,1 @@
+"""Times of passes and rounds, and the comparison of outputs."""
