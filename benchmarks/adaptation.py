@@ -27,8 +27,8 @@ from benchmarks.machine import write_result
 from mtp_calibration.choose.head import Rounds
 from mtp_calibration.drafter import adapt
 from mtp_calibration.same_model.observe import Text
-from mtp_export.pipeline import open_made_from
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.source.pair import open_made_from
 from mtp_runtime import Session
 from mtp_runtime.text.tokenizer import Tokenizer
 

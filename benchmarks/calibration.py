@@ -26,7 +26,7 @@ from mtp_calibration.report.acceptance import measure_acceptance, on_device
 from mtp_calibration.same_model.calibrate import calibrate
 from mtp_calibration.same_model.observe import continued
 from mtp_export.check.prompts import Prompt, calibration_prompts, heldout_prompts, in_turn
-from mtp_export.pipeline import Pair, open_made_from
+from mtp_export.source.pair import Pair, open_made_from
 from mtp_runtime import Session
 from tests.damage import damaged, doubled_scales, other_position, turned_centroids
 

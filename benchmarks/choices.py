@@ -17,7 +17,7 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration.same_model.calibrate import calibrate
 from mtp_export.check.prompts import calibration_prompts, held_out
-from mtp_export.pipeline import open_made_from
+from mtp_export.source.pair import open_made_from
 
 GOAL = 0.4
 

@@ -23,7 +23,7 @@ from mtp_calibration.drafter.adapt import load
 from mtp_calibration.drafter.cluster_head import cluster, drawn_answers
 from mtp_calibration.same_model.observe import continued
 from mtp_export.check.prompts import calibration_prompts, for_tuning, heldout_prompts, in_turn
-from mtp_export.pipeline import open_made_from
+from mtp_export.source.pair import open_made_from
 from mtp_runtime import Session
 
 GOAL = 0.98

@@ -34,9 +34,11 @@ from mtp_export.arch.published import PAIRS
 from mtp_export.formats.onnx import convert as lower_onnx
 from mtp_export.formats.onnx.write import write_onnx
 from mtp_export.formats.tflite import chain as lower_tflite
-from mtp_export.formats.tflite.write import Parameter, write_graph
-from mtp_export.graph.static import GraphBuilder, TracedGraph
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32, INT8, WeightFormat
 
 SPEC = PAIRS["e2b"].drafter

@@ -29,8 +29,10 @@ from benchmarks.machine import write_result
 from mtp_export.formats.onnx import convert as lower_onnx
 from mtp_export.formats.onnx.write import write_onnx
 from mtp_export.formats.tflite import chain as lower_tflite
-from mtp_export.formats.tflite.write import Parameter, write_graph
-from mtp_export.graph.static import GraphBuilder, TracedGraph
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import INT4, INT8, WeightFormat
 from mtp_runtime.backends.onnx.graphs import open_graph
 from mtp_runtime.measure.timing import expected_committed

@@ -30,17 +30,12 @@ from benchmarks.machine import write_result
 from benchmarks.matrices import random_rows
 from mtp_export.arch import published
 from mtp_export.formats.tflite import chain as lower_tflite
-from mtp_export.formats.tflite.write import Parameter, write_graph
-from mtp_export.graph.static import (
-    GraphBuilder,
-    GraphShape,
-    Segment,
-    TracedGraph,
-    TracedSignature,
-    trace_drafter,
-    trace_target,
-)
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import Segment, TracedGraph, TracedSignature
+from mtp_export.graph.static import GraphShape, trace_drafter, trace_target
 from mtp_export.weights.mapping import target_format
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import RECIPES, Recipe, WeightFormat
 
 MOST_BYTES = 128 << 20  # of the weights of all copies, more than the caches hold

@@ -15,32 +15,31 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from mtp_export.arch import gemma4, published
-from mtp_export.arch.spec import DrafterSpec, PairSpec, TargetSpec
+from mtp_export.arch import gemma4
 from mtp_export.bundle import litertlm
 from mtp_export.bundle.chat_ends import check_chat_template, read_chat_texts, reply_ends
 from mtp_export.bundle.journal import Journal, identity
 from mtp_export.bundle.staging import staged_folder
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
-from mtp_export.errors import CheckpointError, GateError, OutputError
+from mtp_export.errors import GateError, OutputError
 from mtp_export.formats import sizes
 from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.formats.tflite.gpu_table import DELEGATED_ROLES
 from mtp_export.formats.tflite.passes.composites import with_composites
 from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
-from mtp_export.formats.tflite.write import Parameter, write_graph
+from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.dynamic import trace_graphs
-from mtp_export.graph.static import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
 from mtp_export.source import texts
-from mtp_export.source.adapters import AdaptedCheckpoint, adapter_files
-from mtp_export.source.checkpoint import Checkpoint, hash_file
-from mtp_export.source.embedded import EMBEDDED
-from mtp_export.source.hub import locate
+from mtp_export.source.checkpoint import hash_file
 from mtp_export.source.left_aside import left_aside
+from mtp_export.source.pair import Pair, check_floats, input_files, open_pair
 from mtp_export.source.stored_integers import check_runs
 from mtp_export.source.templates import read_template
 from mtp_export.weights import mapping
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import DRAFTER_RECIPES, FLOAT32, RECIPES, WeightFormat, with_embedders
 from mtp_runtime.bundle.contract import BATCH_ROLES, FORMAT_VERSION, FileEntry, Manifest, batch_role
 from mtp_runtime.text.tokenizer import Tokenizer
@@ -74,19 +73,6 @@ class ExportResult:
     seconds: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
-    """An opened pair that has been checked."""
-
-    model: PairSpec
-    adapters: Sequence[Path]
-    target: AdaptedCheckpoint
-    drafter: Checkpoint
-    target_spec: TargetSpec
-    drafter_spec: DrafterSpec
-    stop_token_ids: tuple[int, ...]
-
-
 def export(config: ExportConfig, progress: Progress, *, resume: bool = False) -> ExportResult:
     """Export a pair as `config` says; with `resume`, without the graphs that a killed export of it has written already.
 
@@ -98,7 +84,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     with staged_folder(config.output, force=config.force, resume=resume) as folder:
         pair = open_pair(config)
         if config.gate:
-            _check_floats(pair)
+            check_floats(pair)
         journal = Journal(folder, _made_of(config, pair))
         shape = graph_shape(config, pair)
         format = FORMATS[config.export_format]
@@ -162,16 +148,6 @@ def _choices() -> ModuleType:
     return choices
 
 
-def with_top_k(spec: DrafterSpec, top_k: int | None) -> DrafterSpec:
-    """Raises:
-    UserError: there are not so many clusters.
-    """
-    if top_k is None:
-        return spec
-    in_range("--centroid-top-k", top_k, 1, spec.head.num_centroids)
-    return dataclasses.replace(spec, head=dataclasses.replace(spec.head, top_k=top_k))
-
-
 def _matrix_values(values: Mapping[str, Mapping[str, Parameter]]) -> int:
     return sum(math.prod(p.shape) for p in values["target"].values() if p.format.bits < FLOAT32.bits)
 
@@ -196,80 +172,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
-
-
-def open_pair(config: ExportConfig, find: Callable[[str], Path] = locate) -> Pair:
-    """Open and check both checkpoints, the target first: a wrong one costs no download of the drafter. `find` gives
-    the folder of what a user or a model names.
-
-    Raises:
-        CheckpointError: one is damaged or of another architecture, or they do not fit each other.
-    """
-    model = published.PAIRS[config.model]
-    folder = _folder(config.target, model.target_id, "target", find)
-    target = AdaptedCheckpoint(folder, "target", config.adapters, chat_template=config.chat_template)
-    target_spec = gemma4.read_target_spec(target.config, str(target.folder / "config.json"))
-    gemma4.check_model(model.name, "target", model.target, target_spec)
-    stop_ids = texts.stop_token_ids(target, target_spec)
-    read_template(target)  # a file that cannot be read is told before the drafter is fetched
-    drafter = Checkpoint(_folder(config.drafter, model.drafter_id, "drafter", find), "drafter")
-    if drafter.formats:
-        raise CheckpointError(
-            f"{drafter.folder / 'config.json'}: the drafter is stored as integers, expected floats: "
-            "take the drafter's own checkpoint, which is published in floats"
-        )
-    drafter_spec = gemma4.read_drafter_spec(drafter.config, str(drafter.folder / "config.json"))
-    gemma4.check_pair(target_spec, drafter_spec)
-    gemma4.check_model(model.name, "drafter", model.drafter, drafter_spec)
-    return Pair(
-        model=model,
-        adapters=config.adapters,
-        target=target,
-        drafter=drafter,
-        target_spec=target_spec,
-        drafter_spec=with_top_k(drafter_spec, config.centroid_top_k),
-        stop_token_ids=stop_ids,
-    )
-
-
-def open_made_from(model: str, target: str | None, drafter: str | None, adapters: tuple[Path, ...]) -> Pair:
-    """Open the pair that a bundle of `model` was made from; None stands for the model's own.
-
-    Raises:
-        MtpError: as `open_pair` does, or the model is unknown.
-    """
-    config = ExportConfig(
-        model=model,
-        export_format="tflite",
-        target=target,
-        drafter=drafter,
-        recipe="f32",
-        output=Path(),
-        adapters=adapters,
-    )
-    config.check()
-    pair = open_pair(config)
-    _check_floats(pair)
-    return pair
-
-
-def _check_floats(pair: Pair) -> None:
-    """Check that a pair is in floats: what measures a bundle holds it against them.
-
-    Raises:
-        CheckpointError: it is stored as integers.
-    """
-    if pair.target.formats:
-        raise CheckpointError(
-            f"{pair.target.folder / 'config.json'}: the target is stored as integers, and there are no floats to hold "
-            "a bundle against: leave --gate out, and compare with `mtp-export parity`"
-        )
-
-
-def _folder(given: str | None, published_id: str, part: str, find: Callable[[str], Path]) -> Path:
-    if given is not None:
-        return find(given)
-    return find(published_id) if published_id else EMBEDDED / part
 
 
 def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
@@ -503,13 +405,6 @@ def _write_rest(
     litertlm.write_manifest(folder, manifest)
     progress.advance(1)
     return manifest
-
-
-def input_files(pair: Pair) -> list[tuple[str, Path]]:
-    """Every file that an export depends on, by the part that it belongs to."""
-    adapters = [(f"adapter_{i}", path) for i, folder in enumerate(pair.adapters) for path in adapter_files(folder)]
-    of_pair = [(part.part, path) for part in (pair.target, pair.drafter) for path in part.files()]
-    return of_pair + adapters
 
 
 def manifest_of(

@@ -24,11 +24,12 @@ from mtp_export import pipeline
 from mtp_export.arch.spec import TargetSpec
 from mtp_export.config import ExportConfig
 from mtp_export.formats import sizes
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.graph.static import GraphShape, TracedGraph
-from mtp_export.pipeline import Pair
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import GraphShape
 from mtp_export.source import texts
 from mtp_export.source.headers import Headers
+from mtp_export.source.pair import Pair, input_files, open_pair
+from mtp_export.weights.parameter import Parameter
 from mtp_runtime.bundle.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry
 from mtp_runtime.errors import UserError
 
@@ -117,12 +118,12 @@ def plan(config: ExportConfig) -> Plan:
         )
     with tempfile.TemporaryDirectory(prefix="mtp-plan-") as scratch:
         headers = Headers(Path(scratch))
-        pair = pipeline.open_pair(config, headers.find)
+        pair = open_pair(config, headers.find)
         texts.check_texts(pair.target, pair.target_spec)
         shape = pipeline.graph_shape(config, pair)
         graphs = pipeline.FORMATS[config.export_format].trace(config, pair, shape)
         values = pipeline.pair_parameters(config, pair, graphs)
-        inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in pipeline.input_files(pair)}
+        inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in input_files(pair)}
         files = _files(config, pair, shape, graphs, values, inputs)
         unused = pipeline.pair_left_aside(pair, graphs, reads_weights=False)
         notes = texts.notes(pair.target, pair.target_spec)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from mtp_export.arch.published import NANO
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import open_pair
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.source.pair import open_pair
 from tests.differential.oracle import (
     INDEX,
     PREFIX,

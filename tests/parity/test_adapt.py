@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from mtp_calibration.drafter.adapt import Adaptation, Step, adapt, draft_step, load, merge_adapters, round_masks
 from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, lookup_name
-from mtp_export.pipeline import Pair, open_made_from
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.source.pair import Pair, open_made_from
 from tests.unit.test_adapters import ADAPTED, save_adapter
 
 CPU = torch.device("cpu")

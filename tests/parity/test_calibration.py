@@ -18,6 +18,7 @@ from mtp_export import pipeline
 from mtp_export.check.prompts import calibration_prompts, in_turn
 from mtp_export.errors import GateError
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.source.pair import Pair, open_made_from
 from mtp_runtime import read_manifest
 from tests.conftest import Export, run_cli
 from tests.damage import damaged, doubled_scales, other_position, turned_centroids
@@ -26,15 +27,15 @@ _GATE, _BEHIND_A_NORM = "layers.3.mlp.gate_proj.weight", "layers.7.self_attn.o_p
 
 
 @pytest.fixture(scope="module")
-def pair() -> pipeline.Pair:
-    return pipeline.open_made_from("nano", None, None, ())
+def pair() -> Pair:
+    return open_made_from("nano", None, None, ())
 
 
-def calibrated(bundle: Path, pair: pipeline.Pair, prompts: int = 2) -> Calibration:
+def calibrated(bundle: Path, pair: Pair, prompts: int = 2) -> Calibration:
     return calibrate(bundle, pair, in_turn(calibration_prompts(), prompts), max_new_tokens=24)
 
 
-def test_float_weights_change_nothing(export_nano: Export, pair: pipeline.Pair) -> None:
+def test_float_weights_change_nothing(export_nano: Export, pair: Pair) -> None:
     found = calibrated(export_nano("f32"), pair)
     assert found.passed, found.verdict.summary
     assert found.quality.kl_per_token < 1e-5
@@ -59,7 +60,7 @@ def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_p
     assert max(quality.hops.values()) < 0.05
 
 
-def test_damages_are_told_apart(export_nano: Export, pair: pipeline.Pair, tmp_path: Path) -> None:
+def test_damages_are_told_apart(export_nano: Export, pair: Pair, tmp_path: Path) -> None:
     """Each has one finding that says what is wrong: no output would show three of the four."""
 
     def damage(folder: Path) -> None:
@@ -90,7 +91,7 @@ class Stages:
 
 
 def test_an_export_keeps_no_bundle_that_misses_the_gate(
-    export_nano: Export, pair: pipeline.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_nano: Export, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last stage of `export --gate`, on the folder that would take the output's name."""
     monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 1)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import open_made_from
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.source.pair import open_made_from
 from tests.conftest import run_cli
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma4ForCausalLM
 
-from mtp_export.graph.static import GraphShape, run_signature, trace_drafter
+from mtp_export.graph.ir import run_signature
+from mtp_export.graph.static import GraphShape, trace_drafter
 from tests.parity.tiny import StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
 
 # Reordered float32 sums over at most a hundred terms of order one differ by some 1e-6; 1e-4 leaves no room for a

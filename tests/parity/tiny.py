@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
-from mtp_export.graph.static import GraphShape, run_signature, trace_embedder, trace_target
+from mtp_export.graph.ir import run_signature
+from mtp_export.graph.static import GraphShape, trace_embedder, trace_target
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from mtp_export.arch.published import NANO
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.graph.static import GraphBuilder, TracedGraph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.layers import FeedForward
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32, WeightFormat
 
 

@@ -16,9 +16,10 @@ from mtp_export.check.reference import greedy
 from mtp_export.cli.export import command, config_of
 from mtp_export.config import ExportConfig
 from mtp_export.formats.sizes import graph_files, litertlm_bytes
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.pipeline import FORMATS, graph_shape, open_pair, pair_parameters
+from mtp_export.pipeline import FORMATS, graph_shape, pair_parameters
+from mtp_export.source.pair import open_pair
 from mtp_export.source.texts import text_sizes
+from mtp_export.weights.parameter import Parameter
 from mtp_runtime.errors import UserError
 from tests.unit.tiny_files import MODELS, pair_arguments, tiny_model
 

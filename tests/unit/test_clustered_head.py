@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from mtp_export.arch.spec import ClusteredHeadSpec
 from mtp_export.formats.onnx.convert import lower
 from mtp_export.formats.onnx.write import write_onnx
-from mtp_export.formats.tflite.write import Parameter, quantise
-from mtp_export.graph.static import GraphBuilder, TracedGraph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
+from mtp_export.weights.parameter import Parameter
+from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, INT8
 from mtp_runtime.backends.onnx.graphs import open_graph
 

@@ -25,7 +25,8 @@ from mtp_export import pipeline
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
 from mtp_export.errors import CheckpointError
-from mtp_export.graph.static import GraphShape, TracedGraph, trace_drafter, trace_embedder, trace_target
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
 from mtp_export.source.embedded import EMBEDDED
 from tests.parity.tiny import Tiny
 from tests.unit.gemma4_configs import F, S, drafter_config, target_config

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mtp_calibration.choose.gptq import gptq
 from mtp_calibration.same_model.float_pair import restored
-from mtp_export.formats.tflite.write import quantise
 from mtp_export.source.stored_integers import Rows
+from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import INT4, INT4_BLOCKS, INT8, WeightFormat
 
 

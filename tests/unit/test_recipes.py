@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mtp_export.formats.tflite.write import quantise
+from mtp_export.weights.quantise import quantise, with_positive_scales
 from mtp_export.weights.recipes import INT8, Q4_0, RECIPES, WeightFormat, with_embedders
-from mtp_export.weights.scales import with_positive_scales
 from tools.synthesize.values import on_q4_0_lattice
 
 

@@ -21,10 +21,11 @@ from mtp_export.arch.published import NANO
 from mtp_export.cli.export import command, config_of
 from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import FORMATS, export, graph_shape, open_pair, pair_parameters
+from mtp_export.pipeline import FORMATS, export, graph_shape, pair_parameters
 from mtp_export.source import stored_integers
 from mtp_export.source.adapters import AdaptedCheckpoint
 from mtp_export.source.checkpoint import Checkpoint, TensorInfo
+from mtp_export.source.pair import open_pair
 from mtp_export.weights.recipes import WeightFormat
 from tests.unit.test_adapters import save_adapter
 from tests.unit.test_checkpoint import NothingSlow

@@ -18,9 +18,12 @@ from mtp_export.errors import CheckpointError
 from mtp_export.formats.onnx import convert as lower_onnx
 from mtp_export.formats.onnx.write import write_onnx
 from mtp_export.formats.tflite import chain as tflite
-from mtp_export.formats.tflite.write import _QUANTISED_TYPES, Parameter, pack, quantise, write_graph
-from mtp_export.graph.static import TracedGraph, trace_embedder
+from mtp_export.formats.tflite.write import _QUANTISED_TYPES, write_graph
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import trace_embedder
 from mtp_export.source.stored_integers import Rows
+from mtp_export.weights.parameter import Parameter
+from mtp_export.weights.quantise import pack, quantise
 from mtp_export.weights.recipes import FLOAT32, INT4, INT8, WeightFormat
 from tests.unit.small_graphs import feed_forward_graph, random_parameters
 from tools.synthesize.values import pack_words
@@ -116,7 +119,7 @@ def test_rows_in_pieces_give_the_same_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is held in memory at a time must not show in the bytes."""
-    monkeypatch.setattr("mtp_export.formats.tflite.write._BLOCK_BYTES", 4096)
+    monkeypatch.setattr("mtp_export.weights.parameter._BLOCK_BYTES", 4096)
     write_graph(copy.deepcopy(lowered[1]), random_parameters(graphs[1], INT8), tmp_path / "pieces.tflite")
     assert (tmp_path / "pieces.tflite").read_bytes() == written["embedder", INT8].read_bytes()
 
@@ -160,7 +163,7 @@ def test_run_in_torch_equals_the_graph(
     """The float file computes what the traced modules compute."""
     from ai_edge_litert.interpreter import Interpreter
 
-    from mtp_export.graph.static import run_signature
+    from mtp_export.graph.ir import run_signature
 
     for graph in graphs:
         traced = graph.signatures[0]
@@ -261,7 +264,7 @@ def test_the_same_in_onnx_with_a_scale_repeated_for_each_block(
 
 def run_against_torch(graph: TracedGraph, parameters: dict[str, Parameter], path: Path) -> None:
     """ONNX Runtime multiplies what is stored; its activations are rounded to int8."""
-    from mtp_export.graph.static import run_signature
+    from mtp_export.graph.ir import run_signature
     from mtp_runtime.backends.onnx.graphs import open_graph
 
     def restored(parameter: Parameter) -> torch.Tensor:

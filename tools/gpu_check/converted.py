@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mtp_export.formats.tflite import chain as tflite
-from mtp_export.graph.static import TracedGraph
+from mtp_export.graph.ir import TracedGraph
 
 _PACKAGE = Path(tflite.__file__).parents[1]
 

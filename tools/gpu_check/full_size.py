@@ -27,9 +27,12 @@ from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle.litertlm import write_litertlm
 from mtp_export.config import ExportConfig
 from mtp_export.formats.tflite import chain as tflite
-from mtp_export.formats.tflite.write import Parameter, write_graph
-from mtp_export.graph.static import GraphShape, TracedGraph, trace_target
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import GraphShape, trace_target
 from mtp_export.models.layers import RMSNorm
+from mtp_export.source.pair import Pair, open_pair
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import INT8
 from mtp_runtime import read_manifest
 from tools.synthesize.__main__ import synthesize
@@ -148,7 +151,7 @@ def export_config(
 
 
 def _write_others(config: ExportConfig, found: FullSize) -> None:
-    pair = pipeline.open_pair(config)
+    pair = open_pair(config)
     graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
     values = pipeline.pair_parameters(config, pair, graphs)
     _write(config, trace_passes(pair.model), values["target"], found.passes)
@@ -184,7 +187,7 @@ def _convert(model: str, recipe: str, delegate: str) -> list[TracedGraph]:
     spec, config = published.PAIRS[model], export_config(model, recipe, delegate, Path(), None)
     # All that tracing looks at of a pair.
     specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
-    pair = cast(pipeline.Pair, specs)
+    pair = cast(Pair, specs)
     graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
     tflite.lower(graphs, config.workers)
     return graphs

@@ -12,10 +12,11 @@ from mtp_calibration.choose.gptq import round_target
 from mtp_export.check.prompts import in_turn
 from mtp_export.config import ExportConfig
 from mtp_export.formats import sizes
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.graph.static import TracedGraph
-from mtp_export.pipeline import FORMATS, Pair, Progress, with_top_k
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.pipeline import FORMATS, Progress
 from mtp_export.source import texts
+from mtp_export.source.pair import Pair, with_top_k
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32, WeightFormat
 from mtp_runtime.errors import UserError
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtp_calibration.same_model.float_pair import FloatTarget, OnProduct, restored
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.graph.static import Call
-from mtp_export.pipeline import Pair
+from mtp_export.graph.ir import Call
+from mtp_export.source.pair import Pair
 from mtp_export.source.stored_integers import Rows
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import WeightFormat
 
 _DAMPING = 0.01  # of the mean second moment, added to each: directions that no text has are left alone

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, lookup_name
 from mtp_calibration.same_model.observe import Text, accepted
-from mtp_export.pipeline import Pair
+from mtp_export.source.pair import Pair
 
 _DEPTH = 4  # chained steps of a round
 _ENOUGH = 0.995  # of the accepted drafts that all clusters would give

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mtp_calibration.same_model.float_pair import LOOKUPS, FloatTarget, lookup_name, with_format
 from mtp_calibration.same_model.metrics import Agreement
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.pipeline import Pair
+from mtp_export.source.pair import Pair
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32, INT4, INT8, WeightFormat
 
 _FINER = (127 / 7) ** 2

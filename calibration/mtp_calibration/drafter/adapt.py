@@ -26,9 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mtp_export.pipeline import Pair
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.names import canonical_module
+from mtp_export.source.pair import Pair
 from mtp_runtime.errors import UserError
 
 DEPTH = 4  # chained steps of a round

@@ -12,7 +12,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from mtp_export.formats.tflite.write import Parameter
+from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32
 from mtp_runtime import Bundle
 from mtp_runtime.bundle.contract import GRAPH_ROLES

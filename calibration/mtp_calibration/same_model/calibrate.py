@@ -11,8 +11,8 @@ from mtp_calibration.same_model.gate import Bars, Verdict, bars_for, judge
 from mtp_calibration.same_model.quality import Quality, measure
 from mtp_export.check.prompts import Prompt
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import Pair, input_files
 from mtp_export.source.checkpoint import hash_file
+from mtp_export.source.pair import Pair, input_files
 from mtp_runtime import Manifest, Session
 
 CALIBRATION_NAME = "calibration.json"

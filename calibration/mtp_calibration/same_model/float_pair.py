@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtp_export.arch.spec import FULL, SLIDING
-from mtp_export.formats.tflite.write import Parameter, quantise
-from mtp_export.graph.static import Call, GraphShape, trace_drafter, trace_embedder, trace_target
-from mtp_export.pipeline import Pair
+from mtp_export.graph.ir import Call
+from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
+from mtp_export.source.pair import Pair
 from mtp_export.weights import mapping
+from mtp_export.weights.parameter import Parameter
+from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, RECIPES, WeightFormat
 
 Values = Mapping[str, Parameter]

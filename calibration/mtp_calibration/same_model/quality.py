@@ -16,8 +16,8 @@ from mtp_calibration.same_model.metrics import Agreement, Divergence, RelativeEr
 from mtp_calibration.same_model.observe import Observed, Text, accepted, continued, observe
 from mtp_calibration.same_model.structured import is_valid
 from mtp_export.check.prompts import Prompt
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.pipeline import Pair
+from mtp_export.source.pair import Pair
+from mtp_export.weights.parameter import Parameter
 from mtp_runtime import Session
 
 _MOST_ROWS = 2048  # of a weight that are compared

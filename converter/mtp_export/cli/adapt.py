@@ -62,7 +62,7 @@ def command(
         from mtp_calibration.choose.calibration_texts import calibration_texts
         from mtp_calibration.drafter.adapt import Adaptation, adapt
         from mtp_export.check.prompts import read_prompts
-        from mtp_export.pipeline import open_made_from
+        from mtp_export.source.pair import open_made_from
 
         pair = open_made_from(model, checkpoint, drafter, adapters)
         shares: list[float] = []

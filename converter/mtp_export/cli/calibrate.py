@@ -98,7 +98,7 @@ def _calibrate(
     from mtp_calibration.same_model.calibrate import calibrate, check_inputs
     from mtp_calibration.same_model.gate import bars_for
     from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts
-    from mtp_export.pipeline import open_made_from
+    from mtp_export.source.pair import open_made_from
     from mtp_runtime import read_manifest
 
     manifest = read_manifest(bundle)

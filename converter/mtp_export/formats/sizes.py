@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_export.config import ExportConfig
-from mtp_export.formats.tflite.write import Parameter
-from mtp_export.graph.static import Segment, TracedGraph
+from mtp_export.graph.ir import Segment, TracedGraph
+from mtp_export.weights.parameter import Parameter
 from mtp_runtime.bundle.contract import BATCH_ROLES, batch_role
 
 _ALIGNMENT = 64  # of a parameter in either format

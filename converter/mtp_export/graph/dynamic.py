@@ -13,7 +13,8 @@ import msgspec
 import torch
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
-from mtp_export.graph.static import GraphBuilder, TracedGraph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.models import dynamic as in_place
 from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead

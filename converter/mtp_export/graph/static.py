@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
 from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
-from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
+from mtp_runtime.bundle.contract import SignatureKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,146 +45,6 @@ class GraphShape:
         """The whole cache first, then the shorter prefixes."""
         shorter = () if self.single_buffer else (n for n in self.prefix_lengths if n < self.cache_length)
         return (self.cache_length, *shorter)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A module to trace: `module(**inputs) -> dict`, its parameters on the meta device.
-
-    inputs and outputs: tensors on the meta device, which carry shape and dtype. dynamic: axes of inputs whose size may
-    vary, by the name of the input.
-    """
-
-    module: nn.Module
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    dynamic: Mapping[str, frozenset[int]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One use of a segment: which value of the signature each input and output is, which parameter each leaf."""
-
-    segment: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-    weights: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TracedSignature:
-    """A signature and the calls that compute it.
-
-    The values it starts from are named as its inputs; `outputs` maps the names of its outputs to values.
-    """
-
-    signature: GraphSignature
-    calls: tuple[Call, ...]
-    outputs: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TracedGraph:
-    """One file of the bundle. `weights` gives the shape of every parameter that any signature uses."""
-
-    role: str
-    segments: Mapping[str, Segment]
-    signatures: tuple[TracedSignature, ...]
-    weights: Mapping[str, tuple[int, ...]]
-
-
-def run_signature(
-    graph: TracedGraph, traced: TracedSignature, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Compute a signature in torch, as the exported graph does.
-
-    Returns:
-        Every value, intermediate ones included, by name.
-    """
-    values = dict(inputs)
-    for call in traced.calls:
-        module = graph.segments[call.segment].module
-        parameters = {leaf: weights[name] for leaf, name in call.weights.items()}
-        arguments = {name: values[value] for name, value in call.inputs.items()}
-        outputs = torch.func.functional_call(module, parameters, (), arguments)
-        values.update({value: outputs[name] for name, value in call.outputs.items()})
-    return values
-
-
-class GraphBuilder:
-    """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
-
-    def __init__(self, role: str, *, single_buffer: bool = False) -> None:
-        self.role, self.single_buffer = role, single_buffer
-        self.segments: dict[str, Segment] = {}
-        self.weights: dict[str, tuple[int, ...]] = {}
-        self.signatures: list[TracedSignature] = []
-        self._values: dict[str, Tensor] = {}
-        self._calls: list[Call] = []
-
-    def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        """Begin a signature from its inputs' shapes and dtypes."""
-        if self.single_buffer:
-            inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}
-        self._values = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in inputs.items()}
-        self._inputs, self._calls = tuple(inputs), []
-
-    def call(
-        self,
-        key: str,
-        build: Callable[[], nn.Module],
-        inputs: Mapping[str, str],
-        outputs: Mapping[str, str] | None = None,
-        *,
-        prefix: str | Mapping[str, str] = "",
-    ) -> None:
-        """Append a call. `outputs` renames outputs (default: as they are); `prefix` maps leaves to parameters, one
-        for all or one for each first word of a leaf."""
-        if key not in self.segments:
-            with torch.no_grad(), torch.device("meta"):
-                module = build().eval().requires_grad_(False)
-                arguments = {name: self._values[value] for name, value in inputs.items()}
-                results = module(**arguments)
-            self.segments[key] = Segment(module=module, inputs=arguments, outputs=results, dynamic={})
-        segment = self.segments[key]
-        renamed = {name: (outputs or {}).get(name, name) for name in segment.outputs}
-        weights = {}
-        for leaf, parameter in segment.module.named_parameters():
-            before = prefix if isinstance(prefix, str) else prefix.get(leaf.partition(".")[0], "")
-            weights[leaf] = before + leaf
-            self.weights[before + leaf] = tuple(parameter.shape)
-        self._values.update({renamed[name]: value for name, value in segment.outputs.items()})
-        self._calls.append(Call(segment=key, inputs=dict(inputs), outputs=renamed, weights=weights))
-
-    def finish(
-        self, name: str, kind: SignatureKind, outputs: Mapping[str, str], *, num_tokens: int, attention_length: int
-    ) -> None:
-        """End the signature; `outputs` maps the names of its outputs to values."""
-        signature = GraphSignature(
-            name=name,
-            kind=kind,
-            num_tokens=num_tokens,
-            attention_length=attention_length,
-            inputs=tuple(self._spec(n, n) for n in self._inputs),
-            outputs=tuple(self._spec(n, value) for n, value in outputs.items()),
-        )
-        self.signatures.append(TracedSignature(signature=signature, calls=tuple(self._calls), outputs=dict(outputs)))
-
-    def _spec(self, name: str, value: str) -> TensorSpec:
-        tensor = self._values[value]
-        dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
-        shape = tuple(tensor.shape)
-        if self.single_buffer and name.startswith("kv_cache_v_"):
-            shape = (*shape[:2], shape[3], shape[2])  # as single_buffer.py makes them
-        return TensorSpec(name=name, shape=shape, dtype=dtype)
-
-    def shape_of(self, value: str) -> tuple[int, ...]:
-        return tuple(self._values[value].shape)
-
-    def graph(self) -> TracedGraph:
-        return TracedGraph(
-            role=self.role, segments=self.segments, signatures=tuple(self.signatures), weights=self.weights
-        )
 
 
 def _rope(layer_type: LayerType) -> dict[str, str]:

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.errors import CheckpointError
-from mtp_export.weights.recipes import WeightFormat
-from mtp_export.weights.scales import SMALLEST_SCALE
+from mtp_export.weights.recipes import SMALLEST_SCALE, WeightFormat
 
 KEY = "quantization_config"
 METHOD = "compressed-tensors"

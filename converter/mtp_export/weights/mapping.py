@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.arch.spec import DrafterSpec
-from mtp_export.formats.tflite.write import Parameter, quantise
-from mtp_export.graph.static import TracedGraph
+from mtp_export.graph.ir import TracedGraph
 from mtp_export.source.checkpoint import EMBEDDINGS, Checkpoint, check_tensors, read_token_ordering
+from mtp_export.weights.parameter import Parameter
+from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, INT8, Recipe, WeightFormat
 
 _EMBEDDING = EMBEDDINGS["drafter"]

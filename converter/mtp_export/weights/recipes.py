@@ -13,6 +13,7 @@ from typing import Literal
 # llama.cpp's q4_0 does it, whose lattice a QAT checkpoint was trained for.
 ScaleRule = Literal["max", "fitted", "q4_0"]
 _SMALLEST_BLOCK = 32
+SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number: runtimes refuse a scale below it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 from mtp_export.formats.segment_cache import cached_results
-from mtp_export.graph.static import Call, Segment, TracedGraph
+from mtp_export.graph.ir import Call, Segment, TracedGraph
 from mtp_export.models import ops
 from mtp_runtime.bundle.contract import TensorSpec
 

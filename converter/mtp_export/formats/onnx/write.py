@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from mtp_export.formats.onnx.convert import MICROSOFT_DOMAIN, LoweredGraph
-from mtp_export.formats.tflite.write import OnBlock, Parameter, as_integers, pack, row_blocks
+from mtp_export.weights.parameter import OnBlock, Parameter, row_blocks
+from mtp_export.weights.quantise import as_integers, pack
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
 # Columns that share a scale, whatever a recipe says. With 32, MatMulNBits gives a row the same bits however many

@@ -15,7 +15,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from mtp_export.formats.segment_cache import cached_results
-from mtp_export.graph.static import Segment, TracedGraph, TracedSignature
+from mtp_export.graph.ir import Segment, TracedGraph, TracedSignature
 from mtp_runtime.bundle.contract import TensorSpec
 
 _BATCH = 6  # segments converted at a time: enough to share the fixed cost, few enough to show progress

@@ -26,7 +26,7 @@ from litert_torch.backend.lowerings import utils
 from litert_torch.fx_infra.decomp import add_pre_lower_decomp
 from torch import Tensor, nn
 
-from mtp_export.graph.static import Segment
+from mtp_export.graph.ir import Segment
 from mtp_export.models import ops
 
 

@@ -6,128 +6,30 @@ constants, then the parameters, each written once and shared by all signatures. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import flatbuffers
 import numpy as np
-import torch
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
 from mtp_export.errors import CheckpointError
 from mtp_export.formats.tflite.chain import LoweredGraph
-from mtp_export.source import stored_integers
-from mtp_export.weights.recipes import WeightFormat
-from mtp_export.weights.scales import SMALLEST_SCALE, choose_scales, with_positive_scales
+from mtp_export.weights.parameter import (
+    OnBlock,
+    Parameter,
+    row_blocks,
+)
+from mtp_export.weights.quantise import as_integers, pack, with_positive_scales
+from mtp_export.weights.recipes import SMALLEST_SCALE
 
 _ALIGNMENT = 64  # of every buffer, so that mapped weights suit any vector unit
-_BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
 _QUANTISED_TYPES = {8: schema.TensorType.INT8, 4: schema.TensorType.INT4, 2: schema.TensorType.INT2}
 # Operators whose output is nothing but values of their first input.
 _MOVES = (schema.BuiltinOperator.GATHER, schema.BuiltinOperator.RESHAPE)
-
-OnBlock = Callable[[int, str], None]  # told bytes that were written, and of which parameter
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """What is to be written for one parameter.
-
-    rows(start, stop) gives float32 rows to quantise (or int32, or int8, which are written as they are). With
-    `unit_scale`, rows are int8 already and mean themselves: the graph multiplies by their scales later. With `stored`,
-    they are integers with scales, as a checkpoint has them in this very format. `looked_up` tells a table of which rows
-    are taken from a matrix that is multiplied.
-    """
-
-    shape: tuple[int, ...]
-    format: WeightFormat
-    rows: Callable[[int, int], Any]
-    unit_scale: bool = False
-    stored: bool = False
-    looked_up: bool = False
-
-
-def as_integers(
-    rows: NDArray[np.float32] | stored_integers.Rows, format: WeightFormat
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantise float rows; of rows that are integers already, repeat the scales for the smaller blocks of `format`.
-
-    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
-    """
-    if not isinstance(rows, stored_integers.Rows):
-        return quantise(rows, format)
-    groups = rows.values.shape[1] // format.block_size if format.block_size else 1
-    return rows.values, np.repeat(rows.scales, groups // rows.scales.shape[1], axis=1)
-
-
-def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric quantisation, values rounded half to even: 8 bits use -127…127, fewer bits their full range.
-
-    With the rule "max", scale = max|x| / (2^(bits-1) - 1), and the result is ai-edge-quantizer's, to the bit. Scales of
-    blocks are rounded to bfloat16 and then float16; those of other rules may be negative.
-
-    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
-    """
-    count, columns = rows.shape
-    block = format.block_size or columns
-    # In torch, whose reductions over short rows and roundings are several times as fast as numpy's.
-    grouped = torch.from_numpy(rows).view(count, columns // block, block)
-    limit = 2 ** (format.bits - 1) - 1
-    scales = choose_scales(grouped, format)
-    if format.block_size:
-        scales = scales.bfloat16().half().float()
-    lowest = -limit if format.bits >= 8 else -limit - 1
-    values = (grouped / scales[..., None]).round_().clamp_(lowest, limit).to(torch.int8)
-    return values.view(count, columns).numpy(), scales.numpy()
-
-
-def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Several values to a byte, the first in the low bits. Shapes: [R,C] -> [R*C*bits/8]"""
-    flat = values.reshape(-1).view(np.uint8)
-    if bits == 8:
-        return flat
-    per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
-    packed = flat[0::per_byte] & mask
-    for i in range(1, per_byte):
-        packed |= (flat[i::per_byte] & mask) << np.uint8(bits * i)
-    return packed
-
-
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Yield function(item) of each item in turn, computed by several threads a few items ahead."""
-    ahead: deque[Future[Result]] = deque()
-    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch's own threads out of the way of several that call it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def write_graph(
@@ -316,17 +218,6 @@ def _is_multiplied(model: schema.ModelT, uses: Sequence[tuple[int, int]]) -> boo
         and tensor_index in operator.inputs
         for operator in model.subgraphs[subgraph_index].operators
     )
-
-
-def row_blocks(parameter: Parameter, function: Callable[[Any], Result]) -> Iterator[Result]:
-    """Yield function(rows) of all rows of a parameter, block by block, on as many threads as there are processors."""
-    count = parameter.shape[0]
-    step = max(1, _BLOCK_BYTES // (4 * math.prod(parameter.shape[1:])))
-
-    def block(start: int) -> Result:
-        return function(parameter.rows(start, min(count, start + step)))
-
-    return in_order(block, range(0, count, step), len(os.sched_getaffinity(0)))
 
 
 def _write(file: BinaryIO, buffer: schema.BufferT, blocks: Iterator[NDArray[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Scales of blocks of weights, by the rule that a recipe names."""
+"""Floats to integers and scales, and integers to bytes: the one home of levels, scales and packing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtp_export.weights.recipes import WeightFormat
+from mtp_export.source import stored_integers
+from mtp_export.weights.recipes import SMALLEST_SCALE, WeightFormat
 
-SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number: runtimes refuse a scale below it
 # What is tried of the largest magnitude. Two bits have the levels -2, -1, 0 and 1: negative scales turn them round.
 _FITTED = {
     2: (0.35, 0.45, 0.55, 0.7, 0.85, -0.35, -0.45, -0.55, -0.7, -0.85),
@@ -61,3 +61,49 @@ def with_positive_scales(
     blocks = values.reshape(*scales.shape, -1)
     bounded = np.maximum(blocks, 1 - 2 ** (bits - 1))
     return np.where(negative[..., None], -bounded, blocks).reshape(values.shape), np.abs(scales)
+
+
+def as_integers(
+    rows: NDArray[np.float32] | stored_integers.Rows, format: WeightFormat
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantise float rows; of rows that are integers already, repeat the scales for the smaller blocks of `format`.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    if not isinstance(rows, stored_integers.Rows):
+        return quantise(rows, format)
+    groups = rows.values.shape[1] // format.block_size if format.block_size else 1
+    return rows.values, np.repeat(rows.scales, groups // rows.scales.shape[1], axis=1)
+
+
+def quantise(rows: NDArray[np.float32], format: WeightFormat) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric quantisation, values rounded half to even: 8 bits use -127…127, fewer bits their full range.
+
+    With the rule "max", scale = max|x| / (2^(bits-1) - 1), and the result is ai-edge-quantizer's, to the bit. Scales of
+    blocks are rounded to bfloat16 and then float16; those of other rules may be negative.
+
+    Shapes: rows [R,C] -> values [R,C], scales [R,1] or [R,C/block]
+    """
+    count, columns = rows.shape
+    block = format.block_size or columns
+    # In torch, whose reductions over short rows and roundings are several times as fast as numpy's.
+    grouped = torch.from_numpy(rows).view(count, columns // block, block)
+    limit = 2 ** (format.bits - 1) - 1
+    scales = choose_scales(grouped, format)
+    if format.block_size:
+        scales = scales.bfloat16().half().float()
+    lowest = -limit if format.bits >= 8 else -limit - 1
+    values = (grouped / scales[..., None]).round_().clamp_(lowest, limit).to(torch.int8)
+    return values.view(count, columns).numpy(), scales.numpy()
+
+
+def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Several values to a byte, the first in the low bits. Shapes: [R,C] -> [R*C*bits/8]"""
+    flat = values.reshape(-1).view(np.uint8)
+    if bits == 8:
+        return flat
+    per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+    packed = flat[0::per_byte] & mask
+    for i in range(1, per_byte):
+        packed |= (flat[i::per_byte] & mask) << np.uint8(bits * i)
+    return packed
