@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -32,6 +31,7 @@ from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.dynamic import trace_graphs
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
+from mtp_export.progress import Clock, Progress
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import hash_file
 from mtp_export.source.left_aside import left_aside
@@ -50,14 +50,6 @@ if TYPE_CHECKING:
 EMBEDDERS = ("embedder", "per_layer_embedder")
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 _GATE_PROMPTS = 16
-
-
-class Progress(Protocol):
-    """Told what an export is doing: a stage of so many units, and units done; of bytes, whose they are."""
-
-    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None: ...
-
-    def advance(self, done: int, name: str = "") -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +71,7 @@ def export(config: ExportConfig, progress: Progress, *, resume: bool = False) ->
     Raises:
         MtpError: with what was wrong and what to do; nothing is left behind then.
     """
-    clock = _Clock()
+    clock = Clock()
     config.check()
     with staged_folder(config.output, force=config.force, resume=resume) as folder:
         pair = open_pair(config)
@@ -159,19 +151,6 @@ def _made_of(config: ExportConfig, pair: Pair) -> str:
     files = [*input_files(pair), *([("prompts", config.prompts)] if config.prompts else [])]
     inputs = [(part, str(path), path.stat().st_size, path.stat().st_mtime_ns) for part, path in files]
     return identity(version("mtp-export"), dataclasses.asdict(asked), inputs)
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
 
 
 def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
@@ -272,7 +251,7 @@ def _write_tflite(
     folder: Path,
     journal: Journal,
     progress: Progress,
-    clock: _Clock,
+    clock: Clock,
     ends: ReplyEnds | None,
 ) -> dict[str, Path]:
     from mtp_export.formats.tflite import chain as tflite
@@ -323,7 +302,7 @@ def _write_onnx(
     folder: Path,
     journal: Journal,
     progress: Progress,
-    clock: _Clock,
+    clock: Clock,
     ends: ReplyEnds | None,
 ) -> dict[str, Path]:
     from mtp_export.formats.onnx import convert as onnx

@@ -13,7 +13,8 @@ from mtp_export.check.prompts import in_turn
 from mtp_export.config import ExportConfig
 from mtp_export.formats import sizes
 from mtp_export.graph.ir import TracedGraph
-from mtp_export.pipeline import FORMATS, Progress
+from mtp_export.pipeline import FORMATS
+from mtp_export.progress import Progress
 from mtp_export.source import texts
 from mtp_export.source.pair import Pair, with_top_k
 from mtp_export.weights.parameter import Parameter
