@@ -20,21 +20,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtp_export import pipeline
-from mtp_export.arch.spec import TargetSpec
+from mtp_export.bundle.manifest import BundleContents, manifest_of
 from mtp_export.config import ExportConfig
-from mtp_export.formats import sizes
-from mtp_export.graph.ir import TracedGraph
-from mtp_export.graph.static import GraphShape
+from mtp_export.formats.format import Format, format_of
+from mtp_export.formats.sizes import litertlm_bytes
+from mtp_export.pair_graphs import Settings, TracedPair, pair_left_aside, trace_pair
 from mtp_export.source import texts
 from mtp_export.source.headers import Headers
-from mtp_export.source.pair import Pair, input_files, open_pair
-from mtp_export.weights.parameter import Parameter
-from mtp_runtime.bundle.contract import GRAPH_ROLES, MANIFEST_NAME, FileEntry
+from mtp_export.source.pair import input_files, open_pair
+from mtp_runtime.bundle.contract import MANIFEST_NAME, FileEntry
 from mtp_runtime.errors import UserError
 
 _TRACE_S, _START_S = 2.5, 6.0
-_SEGMENT_S = {"tflite": 1.0, "onnx": 2.1}
 _VALUES_PER_S = 65e6  # and processor
 _BYTES_PER_S = 700e6
 _PROCESS_BYTES, _FLIGHT_BYTES = 340 << 20, 48 << 20
@@ -75,6 +72,7 @@ class Plan:
     output: str
     model: str
     export_format: str
+    backend: str
     recipe: str
     drafter_recipe: str
     files_bytes: Mapping[str, int]
@@ -111,68 +109,65 @@ def plan(config: ExportConfig) -> Plan:
         MtpError: what `export` would raise of these options, checkpoints and their headers.
     """
     config.check()
-    if config.max_size_bytes is not None or config.measured or config.rounding == "gptq":
+    if config.refinement.needs_prompts:
         raise UserError(
             "a plan reads no weight, and --max-size, --rounding gptq and auto are settled by measuring: plan without "
             "them; gptq changes no size"
         )
+    format = format_of(config.format)
     with tempfile.TemporaryDirectory(prefix="mtp-plan-") as scratch:
         headers = Headers(Path(scratch))
-        pair = open_pair(config, headers.find)
+        pair = open_pair(config.source, config.graph.centroid_top_k, headers.find)
         texts.check_texts(pair.target, pair.target_spec)
-        shape = pipeline.graph_shape(config, pair)
-        graphs = pipeline.FORMATS[config.export_format].trace(config, pair, shape)
-        values = pipeline.pair_parameters(config, pair, graphs)
+        traced = trace_pair(Settings(config=config, pair=pair), format)
         inputs = {f"{part}/{path.name}": path.stat().st_size for part, path in input_files(pair)}
-        files = _files(config, pair, shape, graphs, values, inputs)
-        unused = pipeline.pair_left_aside(pair, graphs, reads_weights=False)
+        graph_sizes = format.file_sizes(traced.graphs, traced.values)
+        files = _files(traced, format, graph_sizes, inputs)
+        unused = pair_left_aside(pair, traced.graphs, reads_weights=False)
         notes = texts.notes(pair.target, pair.target_spec)
+    shape = traced.shape
     return Plan(
         output=str(config.output),
-        model=config.model,
-        export_format=config.export_format,
-        recipe=config.recipe,
-        drafter_recipe=pipeline.drafter_recipe(config),
+        model=config.source.model,
+        export_format=format.name,
+        backend=format.backend,
+        recipe=config.quantisation.recipe,
+        drafter_recipe=config.quantisation.drafter,
         files_bytes=files,
-        signatures={graph.role: [traced.signature.name for traced in graph.signatures] for graph in graphs},
+        signatures={graph.role: [t.signature.name for t in graph.signatures] for graph in traced.graphs},
         cache_length=shape.cache_length,
         context_length=shape.cache_length - shape.num_draft_tokens,
         num_draft_tokens=shape.num_draft_tokens,
         workers=config.workers,
         input_bytes=sum(inputs.values()),
         download_bytes=headers.download_bytes,
-        memory_bytes=_memory(config, graphs, files, values),
-        seconds=_seconds(config, graphs, values, sum(inputs.values()), files),
+        memory_bytes=_memory(traced, format, graph_sizes),
+        seconds=_seconds(traced, format, sum(inputs.values()), files),
         disks=_disks(config.output, sum(files.values()), headers.download_bytes),
-        device=_device(config, pair.target_spec, shape, values),
+        device=_device(traced, format),
         left_aside=unused,
         notes=notes,
     )
 
 
 def _files(
-    config: ExportConfig,
-    pair: Pair,
-    shape: GraphShape,
-    graphs: Sequence[TracedGraph],
-    values: Mapping[str, Mapping[str, Parameter]],
-    inputs: Mapping[str, int],
+    traced: TracedPair, format: Format, graph_sizes: Mapping[str, int], inputs: Mapping[str, int]
 ) -> dict[str, int]:
-    """Bytes of every file of the bundle, by name."""
-    graph_sizes = sizes.graph_files(config, graphs, values)
-    text_sizes = texts.text_sizes(pair.target)
-    format = config.export_format
-    entries = {role: _entry(sizes.file_name(format, role), size) for role, size in graph_sizes.items()}
-    entries |= {role: _entry(texts.file_name(role), size) for role, size in text_sizes.items()}
+    """Return the bytes of every file of the bundle, by name."""
+    text_sizes = texts.text_sizes(traced.settings.pair.target)
+    plain = {role: _entry(format.file_name(role), size) for role, size in graph_sizes.items()}
+    plain |= {role: _entry(texts.file_name(role), size) for role, size in text_sizes.items()}
+    of_inputs = [_entry(name, size) for name, size in inputs.items()]
 
-    def manifest_bytes() -> int:
-        of_inputs = [_entry(name, size) for name, size in inputs.items()]
-        return len(pipeline.manifest_of(config, pair, shape, graphs, of_inputs, entries).to_json())
+    def manifest_bytes(entries: Mapping[str, FileEntry]) -> int:
+        return len(manifest_of(BundleContents(traced=traced, bits={}, files=entries), of_inputs).to_json())
 
-    if pipeline.FORMATS[config.export_format].container:
-        size = sizes.litertlm_bytes(graph_sizes, text_sizes["tokenizer"], manifest_bytes())
-        entries["litertlm"] = _entry(f"{config.model}.litertlm", size)
-    return {entry.path: entry.size_bytes for entry in entries.values()} | {MANIFEST_NAME: manifest_bytes()}
+    container = {}
+    if format.container:
+        size = litertlm_bytes(graph_sizes, text_sizes["tokenizer"], manifest_bytes(plain))
+        container = {"litertlm": _entry(f"{traced.settings.config.source.model}.litertlm", size)}
+    entries = plain | container
+    return {entry.path: entry.size_bytes for entry in entries.values()} | {MANIFEST_NAME: manifest_bytes(entries)}
 
 
 def _entry(path: str, size_bytes: int) -> FileEntry:
@@ -180,35 +175,22 @@ def _entry(path: str, size_bytes: int) -> FileEntry:
     return FileEntry(path=path, sha256="0" * 64, size_bytes=size_bytes)
 
 
-def _memory(
-    config: ExportConfig,
-    graphs: Sequence[TracedGraph],
-    files: Mapping[str, int],
-    values: Mapping[str, Mapping[str, Parameter]],
-) -> int:
-    workers = min(config.workers, sum(len(graph.segments) for graph in graphs))
-    header = 0
-    if config.export_format == "tflite":
-        names = {graph.role: sizes.file_name("tflite", graph.role) for graph in graphs}
-        header = max(files[name] - sizes.stored_bytes("tflite", values[role]) for role, name in names.items())
-    writing = _PROCESS_BYTES + _HEADER_COPIES * header + _FLIGHT_BYTES * _processors()
+def _memory(traced: TracedPair, format: Format, graph_sizes: Mapping[str, int]) -> int:
+    workers = min(traced.settings.config.workers, sum(len(graph.segments) for graph in traced.graphs))
+    # What a graph's file has besides its weights; weights beside a graph are no part of its file.
+    headers = [graph_sizes[role] - format.stored_bytes(values) for role, values in traced.values.items()]
+    writing = _PROCESS_BYTES + _HEADER_COPIES * max(0, *headers) + _FLIGHT_BYTES * _processors()
     return max(_PROCESS_BYTES * (1 + workers), writing)
 
 
-def _seconds(
-    config: ExportConfig,
-    graphs: Sequence[TracedGraph],
-    values: Mapping[str, Mapping[str, Parameter]],
-    input_bytes: int,
-    files: Mapping[str, int],
-) -> dict[str, float]:
-    """Seconds by stage, as an export names them."""
-    segments = sum(len(graph.segments) for graph in graphs)
-    count = sum(math.prod(parameter.shape) for part in values.values() for parameter in part.values())
+def _seconds(traced: TracedPair, format: Format, input_bytes: int, files: Mapping[str, int]) -> dict[str, float]:
+    """Return seconds by stage, as an export names them."""
+    segments = sum(len(graph.segments) for graph in traced.graphs)
+    count = sum(math.prod(parameter.shape) for part in traced.values.values() for parameter in part.values())
     container = sum(size for name, size in files.items() if name.endswith(".litertlm"))
     return {
         "trace": _TRACE_S,
-        "lower": round(_START_S + segments * _SEGMENT_S[config.export_format] / config.workers, 1),
+        "lower": round(_START_S + segments * format.segment_s / traced.settings.config.workers, 1),
         "weights": round(count / (_VALUES_PER_S * _processors()), 1),
         "bundle": round((input_bytes + sum(files.values()) + container) / _BYTES_PER_S, 1),
     }
@@ -239,10 +221,9 @@ def _disk(folder: Path, needed: int) -> Disk:
     return Disk(folder=str(folder), needed_bytes=needed, free_bytes=shutil.disk_usage(folder).free)
 
 
-def _device(
-    config: ExportConfig, spec: TargetSpec, shape: GraphShape, values: Mapping[str, Mapping[str, Parameter]]
-) -> Device:
-    of_role = {role: sizes.stored_bytes(config.export_format, values[role]) for role in GRAPH_ROLES}
+def _device(traced: TracedPair, format: Format) -> Device:
+    spec, shape = traced.settings.pair.target_spec, traced.shape
+    of_role = {role: format.stored_bytes(values) for role, values in traced.values.items()}
     caches = sum(math.prod(spec.cache_shape(i, shape.cache_length)) for i in range(spec.num_caches))
     return Device(
         weights_bytes=of_role["target"] + of_role["drafter"],

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told what an export is doing: a stage of so many units, and units done; of bytes, whose they are."""
+    """Watches an export: a stage of so many units, and units that are done; of bytes, whose they are."""
 
     def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None: ...
 

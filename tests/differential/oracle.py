@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from mtp_export.arch.gemma4 import read_target_spec
-from mtp_export.config import ExportConfig
-from mtp_export.pipeline import ExportResult, export
+from mtp_export.config import ExportConfig, FormatConfig, GraphConfig, QuantisationConfig, SourceConfig
+from mtp_export.export import ExportResult, export
 from mtp_export.plan import Plan, plan
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.embedded import EMBEDDED
@@ -124,14 +124,13 @@ class Silent:
 
 def export_config(pair: Pair, output: Path, export_format: str = "tflite") -> ExportConfig:
     return ExportConfig(
-        model="nano",
-        export_format=export_format,
-        target=str(pair.target),
-        drafter=str(pair.drafter),
-        recipe="f32",
+        source=SourceConfig(
+            model="nano", target=str(pair.target), drafter=str(pair.drafter), adapters=tuple(pair.adapters)
+        ),
+        format=FormatConfig(name=export_format),
+        quantisation=QuantisationConfig(recipe="f32"),
+        graph=GraphConfig(cache_length=CACHE_LENGTH),
         output=output,
-        cache_length=CACHE_LENGTH,
-        adapters=pair.adapters,
     )
 
 

@@ -13,7 +13,8 @@ from litert_lm_builder.litertlm_header_schema_py_generated import AnySectionData
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from mtp_export.check.stock_runtime import run_stock
-from mtp_export.pipeline import export
+from mtp_export.config import FormatConfig
+from mtp_export.export import export
 from mtp_runtime import Session
 from mtp_runtime.bundle import litertlm
 from mtp_runtime.generate.session_batch import SessionBatch
@@ -50,8 +51,8 @@ def suppressing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     with nano_pair() as pair:
         changes = {"suppress_tokens": [*suppressed, 99999], **SAMPLER}
         rewrite_json(pair.target / "generation_config.json", changes)
-        config = dataclasses.replace(export_config(pair, output), export_format=request.param)
-        export(dataclasses.replace(config, batch_size=2 if request.param == "onnx" else 1), Silent())
+        format = FormatConfig(name=request.param, batch_size=2 if request.param == "onnx" else 1)
+        export(dataclasses.replace(export_config(pair, output), format=format), Silent())
         model = loaded(pair.target)
         options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": NEW_TOKENS}
         answer = model.generate(torch.tensor([prompt]), **options, output_scores=True, return_dict_in_generate=True)

@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mtp_calibration.choose.refinement import MeasuredRefinement
 from mtp_calibration.same_model.calibrate import Calibration, calibrate
 from mtp_calibration.same_model.gate import bars_for, judge
 from mtp_calibration.same_model.quality import Quality
-from mtp_export import pipeline
 from mtp_export.check.prompts import calibration_prompts, in_turn
+from mtp_export.config import RefinementConfig
 from mtp_export.errors import GateError
 from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import Pair, open_made_from
@@ -90,18 +91,16 @@ class Stages:
         raise AssertionError("the gate counts nothing")
 
 
-def test_an_export_keeps_no_bundle_that_misses_the_gate(
-    export_nano: Export, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_keeps_no_bundle_that_misses_the_gate(export_nano: Export, pair: Pair, tmp_path: Path) -> None:
     """The last stage of `export --gate`, on the folder that would take the output's name."""
-    monkeypatch.setattr(pipeline, "_GATE_PROMPTS", 1)
+    refinement = MeasuredRefinement(RefinementConfig(gate=True), gate_prompts=1)
     bundle = damaged(export_nano("int8"), tmp_path / "bundle", turned_centroids)
     with pytest.raises(GateError, match=r"was not kept: clustered head: .* centroids are in another order"):
-        pipeline._pass_gate(bundle, pair, Stages())
+        refinement.gate(bundle, pair, Stages())
     assert not (bundle / "calibration.json").exists()
     sound = damaged(export_nano("int8"), tmp_path / "sound", lambda folder: None)
     stages = Stages()
-    pipeline._pass_gate(sound, pair, stages)
+    refinement.gate(sound, pair, stages)
     assert json.loads((sound / "calibration.json").read_text())["passed"] is True
     assert "the bundle against the float model" in stages.names
 

@@ -357,7 +357,7 @@ def test_an_export_depends_on_its_adapters(tiny: Path, tmp_path: Path, monkeypat
     config = config_of(
         {name: value for name, value in options.items() if name not in ("dry_run", "resume", "as_json", "debug")}
     )
-    pair = open_pair(config)
+    pair = open_pair(config.source)
     inputs = [f"{part}/{path.name}" for part, path in input_files(pair)]
     assert inputs[-2:] == ["adapter_0/adapter_config.json", "adapter_0/adapter_model.safetensors"]
     name = f"{ADAPTED[0]}.weight"

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtp_export.arch.config_keys import unknown_keys
-from mtp_export.config import ExportConfig
+from mtp_export.config import ExportConfig, SourceConfig
 from mtp_export.errors import CheckpointError
+from mtp_export.export import export
 from mtp_export.graph.static import trace_embedder
-from mtp_export.pipeline import export
 from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
 from mtp_export.source.hub import locate
 from mtp_export.source.left_aside import left_aside
@@ -49,15 +49,11 @@ def known_model(tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(folder: Path, **changes: Any) -> ExportConfig:
-    config = ExportConfig(
-        model="tiny",
-        export_format="tflite",
-        target=str(folder / "target"),
-        drafter=str(folder / "drafter"),
-        recipe="int8",
-        output=folder.parent / "output" / "out",
+    """Return an export of the pair in `folder`; `changes` are fields of SourceConfig."""
+    source = SourceConfig(model="tiny", target=str(folder / "target"), drafter=str(folder / "drafter"))
+    return ExportConfig(
+        source=dataclasses.replace(source, **changes), output=folder.parent / "output" / "out", workers=1
     )
-    return dataclasses.replace(config, **changes)
 
 
 def refusal(folder: Path, **changes: Any) -> str:

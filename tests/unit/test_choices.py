@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from mtp_calibration.choose.choices import rounded_by_gptq, with_measured, within_size
 from mtp_calibration.choose.head import TopKRow, enough, float_answers, position_test, top_ks
+from mtp_calibration.choose.refinement import rounded_by_gptq, with_measured, within_size
 from mtp_export.check.reference import greedy
 from mtp_export.cli.export import command, config_of
 from mtp_export.config import ExportConfig
-from mtp_export.formats.sizes import graph_files, litertlm_bytes
-from mtp_export.pipeline import FORMATS, graph_shape, pair_parameters
+from mtp_export.formats.format import format_of
+from mtp_export.formats.sizes import litertlm_bytes
+from mtp_export.pair_graphs import Settings, trace_pair
+from mtp_export.refinement import WeightsRequest
 from mtp_export.source.pair import open_pair
 from mtp_export.source.texts import text_sizes
 from mtp_export.weights.parameter import Parameter
@@ -83,35 +85,38 @@ def asked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 def test_settings_of_the_drafter_are_measured(asked: Callable[..., ExportConfig]) -> None:
     """Along what transformers' own target would say."""
     config = asked("--drafter-position-offset", "auto", "--centroid-top-k", "auto")
-    assert config.measured == ("drafter_position_offset", "centroid_top_k")
-    pair = open_pair(config)
+    assert config.refinement.measured == ("drafter_position_offset", "centroid_top_k")
+    pair = open_pair(config.source)
     texts = [[2, 30, 40, 50], [2, 31]]
     answers = [list(text.ids) for text in float_answers(pair, texts, 12)]
     own = [ids[len(text) :] for ids, text in zip(answers, texts, strict=True)]
     assert [len(ids) for ids in own] == [12, 12]
     assert greedy(pair.target.folder, texts, own) == own
-    found, measured = with_measured(config, pair, Stages())
-    assert found.drafter_position_offset in (0, 1)
+    settled = with_measured(Settings(config=config, pair=pair), Stages())
+    measured = settled.pair
+    assert settled.config.graph.drafter_position_offset in (0, 1)
     assert measured.drafter_spec.head.top_k in top_ks(16)
     assert dataclasses.replace(measured.drafter_spec, head=pair.drafter_spec.head) == pair.drafter_spec
 
 
 def test_a_size_and_a_rounding_are_kept(asked: Callable[..., ExportConfig], tmp_path: Path) -> None:
     config = asked("--max-size", "0.4MB", "--rounding", "gptq")
-    pair = open_pair(config)
-    graphs = FORMATS["tflite"].trace(config, pair, graph_shape(config, pair))
-    values = pair_parameters(config, pair, graphs)
+    pair, format = open_pair(config.source), format_of(config.format)
+    traced = trace_pair(Settings(config=config, pair=pair), format)
+    request = WeightsRequest(traced=traced, format=format, folder=tmp_path, written=frozenset())
 
     def file_bytes(values: Mapping[str, Mapping[str, Parameter]]) -> int:
-        return sum(graph_files(config, graphs, values).values())
+        return sum(format.file_sizes(traced.graphs, values).values())
 
     # Half way between all at 8 and all at 4 bits; the sections and texts of a container come on top.
-    most = litertlm_bytes(graph_files(config, graphs, values), text_sizes(pair.target)["tokenizer"], 64 << 10) - 20_000
-    mixed, bits = within_size(config, pair, graphs, values, most, Stages())
-    assert set(bits.values()) <= {2, 4, 8}
-    assert file_bytes(mixed) <= file_bytes(values) - 20_000
+    tokenizer_bytes = text_sizes(pair.target)["tokenizer"]
+    most = litertlm_bytes(format.file_sizes(traced.graphs, traced.values), tokenizer_bytes, 64 << 10) - 20_000
+    sized = within_size(request, most, Stages())
+    mixed = sized.values
+    assert set(sized.bits.values()) <= {2, 4, 8}
+    assert file_bytes(mixed) <= file_bytes(traced.values) - 20_000
     stages = Stages()
-    rounded = rounded_by_gptq(config, pair, mixed, tmp_path, stages)
+    rounded = rounded_by_gptq(request, mixed, stages)
     assert stages.done["rounding matrices"] > 0
     matrix = rounded["target"]["layers.1.mlp.down_proj.weight"]
     assert matrix.stored
@@ -119,4 +124,4 @@ def test_a_size_and_a_rounding_are_kept(asked: Callable[..., ExportConfig], tmp_
     assert file_bytes(rounded) == file_bytes(mixed)
     assert not rounded["target"]["embed_tokens.weight"].stored, "the head keeps the nearest values"
     with pytest.raises(UserError, match="the smallest mixed recipe takes"):
-        within_size(config, pair, graphs, values, 1000, Stages())
+        within_size(request, 1000, Stages())

@@ -21,16 +21,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mtp_export import pipeline
+from mtp_export import pair_graphs
 from mtp_export.arch import gemma4, published
 from mtp_export.arch.spec import DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.config import ExportConfig, FormatConfig, GraphConfig, SourceConfig
 from mtp_export.errors import CheckpointError
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
 from mtp_export.source.embedded import EMBEDDED
 from tests.parity.tiny import Tiny
 from tests.unit.gemma4_configs import F, S, drafter_config, target_config
-from tests.unit.test_checkpoint import config_of
 
 PUBLISHED = {"e2b": published.E2B, "e4b": published.E4B}
 Change = Callable[[dict[str, Any]], object]
@@ -275,14 +275,21 @@ def test_another_model_than_the_one_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "delegate", "given", "drafts"),
+    ("model", "delegate", "requested", "drafts"),
     [("nano", "cpu", None, 4), ("e2b", "cpu", None, 3), ("e4b", "gpu", None, 3), ("e2b", "gpu", 7, 7)],
 )
-def test_drafts_of_a_round_by_model_and_processor(model: str, delegate: str, given: int | None, drafts: int) -> None:
+def test_drafts_of_a_round_by_model_and_processor(
+    model: str, delegate: str, requested: int | None, drafts: int
+) -> None:
     spec = published.PAIRS[model]
     pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target)
-    config = config_of(Path(), model=model, delegate=delegate, num_draft_tokens=given)
-    assert pipeline.graph_shape(config, pair).num_draft_tokens == drafts
+    config = ExportConfig(
+        source=SourceConfig(model=model),
+        output=Path(),
+        format=FormatConfig(delegate=delegate),
+        graph=GraphConfig(num_draft_tokens=requested),
+    )
+    assert pair_graphs.graph_shape(config, pair).num_draft_tokens == drafts
 
 
 def graph_shape() -> GraphShape:

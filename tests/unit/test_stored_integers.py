@@ -17,11 +17,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
+from mtp_calibration.choose.refinement import MeasuredRefinement
 from mtp_export.arch.published import NANO
 from mtp_export.cli.export import command, config_of
-from mtp_export.config import ExportConfig
+from mtp_export.config import ExportConfig, RefinementConfig
 from mtp_export.errors import CheckpointError
-from mtp_export.pipeline import FORMATS, export, graph_shape, pair_parameters
+from mtp_export.export import export
+from mtp_export.formats.format import format_of
+from mtp_export.pair_graphs import Settings, trace_pair
 from mtp_export.source import stored_integers
 from mtp_export.source.adapters import AdaptedCheckpoint
 from mtp_export.source.checkpoint import Checkpoint, TensorInfo
@@ -210,12 +213,11 @@ def config_for(target: Checkpoint, output: Path, drafter: Path) -> ExportConfig:
 
 def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path: Path) -> None:
     config = config_for(target, tmp_path / "out", target.folder.parent / "drafter")
-    pair = open_pair(config)
-    graphs = FORMATS["tflite"].trace(config, pair, graph_shape(config, pair))
+    traced = trace_pair(Settings(config=config, pair=open_pair(config.source)), format_of(config.format))
     found = {
         (name.split(".")[-2], parameter.format.bits, parameter.format.block_size)
         for part in ("target", "embedder", "per_layer_embedder")
-        for name, parameter in pair_parameters(config, pair, graphs)[part].items()
+        for name, parameter in traced.values[part].items()
         if len(parameter.shape) == 2
     }
     kinds = {module: (bits, block) for module, bits, block in found}
@@ -229,9 +231,10 @@ def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path
 
 
 def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_path: Path) -> None:
-    config = dataclasses.replace(config_for(target, tmp_path / "out", target.folder.parent / "drafter"), gate=True)
+    config = config_for(target, tmp_path / "out", target.folder.parent / "drafter")
+    gated = dataclasses.replace(config, refinement=RefinementConfig(gate=True))
     with pytest.raises(CheckpointError, match="the target is stored as integers, and there are no floats"):
-        export(config, NothingSlow())
+        export(gated, NothingSlow(), MeasuredRefinement(gated.refinement))
 
 
 def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) -> None:
@@ -240,4 +243,4 @@ def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) ->
     name = "pre_projection.weight"
     rewrite_tensors(drafter / "model.safetensors", lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match="the drafter is stored as integers, expected floats"):
-        open_pair(config_for(target, tmp_path / "out", drafter))
+        open_pair(config_for(target, tmp_path / "out", drafter).source)

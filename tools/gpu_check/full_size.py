@@ -21,16 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT
-from mtp_export import pipeline
 from mtp_export.arch import published
 from mtp_export.arch.spec import DrafterSpec, PairSpec
 from mtp_export.bundle.litertlm import write_litertlm
-from mtp_export.config import ExportConfig
+from mtp_export.config import ExportConfig, FormatConfig, QuantisationConfig, SourceConfig
+from mtp_export.export import export
+from mtp_export.formats.format import format_of
 from mtp_export.formats.tflite import chain as tflite
+from mtp_export.formats.tflite.format import TFLiteFormat
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape, trace_target
 from mtp_export.models.layers import RMSNorm
+from mtp_export.pair_graphs import Settings, trace_pair, trace_request
 from mtp_export.source.pair import Pair, open_pair
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import INT8
@@ -100,7 +103,7 @@ def exported(config: ExportConfig) -> Path:
     """The bundle of an export, made if it is not there."""
     if not config.output.exists():
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        pipeline.export(config, Silent())
+        export(config, Silent())
     return config.output
 
 
@@ -138,22 +141,22 @@ def export_config(
 ) -> ExportConfig:
     """An export with the defaults of the command line."""
     return ExportConfig(
-        model=model,
-        export_format="tflite",
-        target=None if checkpoint is None else str(checkpoint / "target"),
-        drafter=None if checkpoint is None else str(checkpoint / "drafter"),
-        recipe=recipe,
+        source=SourceConfig(
+            model=model,
+            target=None if checkpoint is None else str(checkpoint / "target"),
+            drafter=None if checkpoint is None else str(checkpoint / "drafter"),
+        ),
+        format=FormatConfig(delegate=delegate, composites=composites),
+        quantisation=QuantisationConfig(recipe=recipe),
         output=output,
         workers=2,
-        delegate=delegate,
-        composites=composites,
     )
 
 
 def _write_others(config: ExportConfig, found: FullSize) -> None:
-    pair = open_pair(config)
-    graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
-    values = pipeline.pair_parameters(config, pair, graphs)
+    pair = open_pair(config.source)
+    traced = trace_pair(Settings(config=config, pair=pair), format_of(config.format))
+    values = traced.values
     _write(config, trace_passes(pair.model), values["target"], found.passes)
     embedding = Parameter(
         shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
@@ -162,7 +165,7 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
     )
     shutil.rmtree(found.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
     found.dense_drafter.parent.mkdir()
-    dense = trace_dense_drafter(pair.model, graphs[3])
+    dense = trace_dense_drafter(pair.model, traced.graphs[3])
     _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
     for path in config.output.iterdir():
         if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
@@ -188,14 +191,13 @@ def _convert(model: str, recipe: str, delegate: str) -> list[TracedGraph]:
     # All that tracing looks at of a pair.
     specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
     pair = cast(Pair, specs)
-    graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
+    graphs = format_of(config.format).trace(trace_request(config, pair))
     tflite.lower(graphs, config.workers)
     return graphs
 
 
 def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parameter], path: Path) -> None:
-    (lowered,) = tflite.lower([graph], 2)
-    lowered = pipeline.for_delegate(config, lowered)
+    (lowered,) = TFLiteFormat(config.format).lower([graph], 2, lambda count: None)
     write_graph(lowered, {name: values[name] for name in graph.weights}, path)
 
 

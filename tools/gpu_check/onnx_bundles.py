@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.machine import ROOT
+from mtp_export.config import FormatConfig
 from mtp_runtime import Bundle, read_manifest
 from tools.gpu_check.full_size import export_config, exported
 
@@ -26,7 +27,8 @@ def write_onnx_bundles(folder: Path) -> None:
 def nano(folder: Path, recipe: str) -> Path:
     """A bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-onnx"
-    return exported(dataclasses.replace(export_config("nano", recipe, "cpu", path, None), export_format="onnx"))
+    config = export_config("nano", recipe, "cpu", path, None)
+    return exported(dataclasses.replace(config, format=FormatConfig(name="onnx")))
 
 
 def eighth(folder: Path) -> Bundle:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtp_calibration.same_model.bundle_weights import StoredWeight, as_values, stored_weights, with_row_scales
+from mtp_calibration.same_model.bundle_weights import as_values, stored_weights, with_row_scales
 from mtp_calibration.same_model.float_pair import LOOKUPS, FloatDrafter, FloatTarget, Said, Values, lookup_name
 from mtp_calibration.same_model.metrics import Agreement, Divergence, RelativeError, divergence
 from mtp_calibration.same_model.observe import Observed, Text, accepted, continued, observe
@@ -18,6 +18,7 @@ from mtp_calibration.same_model.structured import is_valid
 from mtp_export.check.prompts import Prompt
 from mtp_export.source.pair import Pair
 from mtp_export.weights.parameter import Parameter
+from mtp_export.weights.stored import StoredWeight
 from mtp_runtime import Session
 
 _MOST_ROWS = 2048  # of a weight that are compared

@@ -13,14 +13,8 @@ from litert_lm_builder import litertlm_builder
 from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metadata, TfLiteModelType
 
 from mtp_export.bundle.metadata import llm_metadata
-from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest
-
-_MODEL_TYPES = {
-    "target": TfLiteModelType.PREFILL_DECODE,
-    "drafter": TfLiteModelType.MTP_DRAFTER,
-    "embedder": TfLiteModelType.EMBEDDER,
-    "per_layer_embedder": TfLiteModelType.PER_LAYER_EMBEDDER,
-}
+from mtp_export.formats.roles import ROLES
+from mtp_runtime.bundle.contract import GRAPH_ROLES, MANIFEST_NAME, Manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -43,7 +37,8 @@ def write_litertlm(folder: Path, manifest: Manifest, path: Path) -> None:
         if "chat_template" in manifest.files:  # as the checkpoint has it: the metadata's is LiteRT-LM's own
             builder.add_generic_binary_data(str(folder / manifest.files["chat_template"].path))
         builder.add_hf_tokenizer(str(folder / manifest.files["tokenizer"].path))
-        for role, model_type in _MODEL_TYPES.items():
+        for role in GRAPH_ROLES:
+            model_type = getattr(TfLiteModelType, ROLES[role].section)
             # No backend constraint: marked for the CPU, the drafter would be refused by the GPU backend.
             builder.add_tflite_model(str(folder / manifest.files[role].path), model_type)
         with path.open("wb") as file, _fixed_identity(manifest):

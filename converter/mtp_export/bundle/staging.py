@@ -60,6 +60,21 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.keys() >= _BUNDLE_KEYS
 
 
+def check_free(output: Path, needed_bytes: int) -> None:
+    """Check that the disk of an output has room for it.
+
+    Raises:
+        OutputError: it has not.
+    """
+    folder = output.absolute().parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{folder} has {free / 1e9:.2f} GB free and the bundle needs {needed_bytes / 1e9:.2f} GB: free some space, "
+            "or choose another --output"
+        )
+
+
 @contextlib.contextmanager
 def staged_folder(output: Path, *, force: bool, resume: bool = False) -> Iterator[Path]:
     """Yield a folder that becomes `output` if the block succeeds, and vanishes if it does not. It is empty, or with

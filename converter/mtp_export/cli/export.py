@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,9 +16,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mtp_export.bundle.staging import check_output
 from mtp_export.cli.output import print_notes
-from mtp_export.config import ExportConfig
+from mtp_export.config import (
+    ExportConfig,
+    FormatConfig,
+    GraphConfig,
+    QuantisationConfig,
+    RefinementConfig,
+    SourceConfig,
+)
 from mtp_export.weights.recipes import RECIPES
 from mtp_runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from mtp_export.refinement import Refinement
 
 
 def export_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,27 +119,49 @@ _MEASURED = {"drafter_position_offset": "1", "centroid_top_k": None}
 
 
 def config_of(options: Mapping[str, Any]) -> ExportConfig:
-    """The options of a command line, checked before torch is imported, which takes seconds.
+    """Return the config of a command line, checked before torch is imported, which takes seconds.
 
     Raises:
         UserError: one is mistaken, or the output is taken.
     """
-    given = dict(options)
-    checkpoint, output, workers, size = (given.pop(name) for name in ("checkpoint", "output", "workers", "max_size"))
-    automatic = tuple(name for name in _MEASURED if given[name] == "auto")
-    for name in _MEASURED:
-        given[name] = _count(name, _MEASURED[name] if name in automatic else given[name])
+    automatic = tuple(name for name in _MEASURED if options[name] == "auto")
+    texts = {name: default if name in automatic else options[name] for name, default in _MEASURED.items()}
+    counts: dict[str, Any] = {name: _count(name, text) for name, text in texts.items()}
+    size, workers, name = options["max_size"], options["workers"], options["export_format"]
     config = ExportConfig(
-        **given,
-        measured=automatic,
-        target=checkpoint,
-        max_size_bytes=None if size is None else _bytes(size),
-        output=output or Path(f"{given['model']}-{given['export_format']}"),
+        source=SourceConfig(
+            target=options["checkpoint"], **_some(options, "model", "drafter", "adapters", "chat_template")
+        ),
+        format=FormatConfig(name=name, **_some(options, "delegate", "composites", "portable", "batch_size")),
+        quantisation=QuantisationConfig(**_some(options, "recipe", "drafter_recipe", "embedder_recipe")),
+        graph=GraphConfig(**counts, **_some(options, "cache_length", "num_draft_tokens")),
+        refinement=RefinementConfig(
+            measured=automatic,
+            max_size_bytes=None if size is None else _bytes(size),
+            **_some(options, "prompts", "rounding", "gate"),
+        ),
+        output=options["output"] or Path(f"{options['model']}-{name}"),
+        force=options["force"],
         workers=min(len(os.sched_getaffinity(0)), 4) if workers is None else workers,
     )
     config.check()
     check_output(config.output, force=config.force)
     return config
+
+
+def _some(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names}
+
+
+def refinement_of(config: RefinementConfig) -> Refinement:
+    """Return what measures for an export; nothing does where nothing is left open."""
+    from mtp_export.refinement import AsConfigured
+
+    if not (config.needs_prompts or config.gate):
+        return AsConfigured()
+    from mtp_calibration.choose.refinement import MeasuredRefinement
+
+    return MeasuredRefinement(config)
 
 
 def _count(name: str, text: str | None) -> int | None:
@@ -161,10 +193,10 @@ def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: 
         return
     with _Bars() as bars:
         bars.start("loading", 0)
-        from mtp_export.pipeline import export
+        from mtp_export.export import export
 
-        result = export(config, bars, resume=resume)
-    left = _left_to_cpu(config)
+        result = export(config, bars, refinement_of(config.refinement), resume=resume)
+    left = _left_to_cpu(config) if config.format.delegate == "gpu" else {}
     if as_json:
         click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
         return
@@ -172,18 +204,14 @@ def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: 
     print_notes(result.notes)
     if left:
         names = ", ".join(
-            f"{count} {name} of the {role}" for role, found in left.items() for name, count in found.items()
+            f"{count} {name} of the {role}" for role, counts in left.items() for name, count in counts.items()
         )
-        remedy = f"see `mtp-export inspect {click.format_filename(config.output)}`"
-        if config.delegate == "cpu":
-            remedy = f"export with --delegate gpu for one, or {remedy}"
-        print_notes([f"for the CPU alone, a GPU does not take {names}: {remedy}"])
+        output = click.format_filename(config.output)
+        print_notes([f"a GPU does not take {names}: see `mtp-export inspect {output}`"])
 
 
 def _left_to_cpu(config: ExportConfig) -> dict[str, dict[str, int]]:
-    """Operators that keep a bundle from a GPU, by graph and name; empty where it is for none."""
-    if config.export_format != "tflite":
-        return {}
+    """Return the operators that keep a bundle from a GPU, by graph and name."""
     from mtp_export.formats.tflite.gpu_table import delegate_table, inspect_bundle
 
     left: dict[str, dict[str, int]] = {}

@@ -77,8 +77,7 @@ def _use(plan: Any, name: str) -> str:
     role = name.partition(".")[0]
     if role not in plan.signatures or name.endswith(".data"):
         return ""
-    runtime = {"tflite": "LiteRT", "onnx": "ONNX Runtime"}[plan.export_format]
-    return f"CPU ({runtime}): {', '.join(plan.signatures[role])}"
+    return f"CPU ({plan.backend}): {', '.join(plan.signatures[role])}"
 
 
 def _size(count: int) -> str:

@@ -38,16 +38,19 @@ class _Sizes:
 _SIZES = (_Sizes(11, 13, 7, 1009, 1013), _Sizes(17, 19, 5, 1019, 1021))
 
 
-def trace_graphs(
-    target: TargetSpec, drafter: DrafterSpec, *, position_offset: int, quantised_head: bool
-) -> list[TracedGraph]:
-    """The four graphs of a bundle: target, embedder, per_layer_embedder, drafter."""
-    return [
-        _at_two_sizes(lambda sizes: _target(target, sizes)),
-        _at_two_sizes(lambda sizes: _embedder(target, "embedder", sizes)),
-        _at_two_sizes(lambda sizes: _embedder(target, "per_layer_embedder", sizes)),
-        _at_two_sizes(lambda sizes: _drafter(drafter, target, sizes, position_offset, quantised_head)),
-    ]
+def trace_target(spec: TargetSpec) -> TracedGraph:
+    """Return the target's graph."""
+    return _at_two_sizes(lambda sizes: _target(spec, sizes))
+
+
+def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
+    """Return the graph of tokens' embeddings (`embedder`), or of their per-layer embeddings (`per_layer_embedder`)."""
+    return _at_two_sizes(lambda sizes: _embedder(spec, role, sizes))
+
+
+def trace_drafter(spec: DrafterSpec, target: TargetSpec, *, position_offset: int, quantised_head: bool) -> TracedGraph:
+    """Return the drafter's graph."""
+    return _at_two_sizes(lambda sizes: _drafter(spec, target, sizes, position_offset, quantised_head))
 
 
 def _at_two_sizes(trace: Callable[[_Sizes], TracedGraph]) -> TracedGraph:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,14 +16,8 @@ import torch
 from mtp_export.weights.recipes import WeightFormat
 
 _BLOCK_BYTES = 4 << 20  # of float32 rows at a time: little enough to stay in a core's cache from step to step
-
-
-OnBlock = Callable[[int, str], None]  # told bytes that were written, and of which parameter
-
-
+OnBlock = Callable[[int, str], None]  # is called with bytes that were written, and the name of their parameter
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 
@@ -70,6 +64,10 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# The parameters of each graph, by role and name.
+Values = Mapping[str, Mapping[str, Parameter]]
 
 
 def row_blocks(parameter: Parameter, function: Callable[[Any], Result]) -> Iterator[Result]:

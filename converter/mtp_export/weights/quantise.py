@@ -107,3 +107,13 @@ def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     for i in range(1, per_byte):
         packed |= (flat[i::per_byte] & mask) << np.uint8(bits * i)
     return packed
+
+
+def unpack(data: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """Signed values of which several lie in a byte, the first in the low bits. Shapes: [N*bits/8] -> [N]"""
+    if bits == 8:
+        return data.view(np.int8)
+    per_byte = 8 // bits
+    # Shifted to the top of the byte and back, so that the sign comes along.
+    parts = [((data << np.uint8(8 - bits * (i + 1))).view(np.int8) >> np.int8(8 - bits)) for i in range(per_byte)]
+    return np.stack(parts, -1).reshape(-1)

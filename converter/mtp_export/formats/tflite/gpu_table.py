@@ -19,11 +19,11 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
+from mtp_export.formats.roles import ROLES
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.errors import BundleError, UserError
 
 # The embedders' tables stay on the CPU: a token reads one row of each.
-DELEGATED_ROLES = ("target", "drafter")
 _OPERATORS = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 _TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
 # Options that say nothing about what is computed, or are repeated by a tensor; and the version of a composite, of which
@@ -34,6 +34,8 @@ _IDLE_OPTIONS = frozenset(
 COMPOSITE = "STABLEHLO_COMPOSITE"
 # Operators whose constant integer input says along which axes they work.
 _BY_AXES = frozenset(("MEAN", "REDUCE_MAX", "REDUCE_MIN", "SUM", "TRANSPOSE", "ARG_MAX"))
+
+_GPU_ROLES = [role.name for role in ROLES.values() if role.on_gpu]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ def inspect_bundle(path: Path, table: DelegateTable) -> dict[str, list[Refusal]]
     with Bundle.open(path, verify=False) as bundle:
         if bundle.manifest.export_format != "tflite":
             raise UserError(f"{path} is an {bundle.manifest.export_format} bundle: a delegate takes TFLite graphs")
-        return {role: refusals(open_graph(bundle.path(role)), table) for role in DELEGATED_ROLES}
+        return {role: refusals(open_graph(bundle.path(role)), table) for role in _GPU_ROLES}
 
 
 def _untried(table: DelegateTable) -> str:

@@ -1,0 +1,118 @@
+"""The graphs of a pair: their sizes, what they are traced from, and what their parameters are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
+from mtp_export.formats.format import Format
+from mtp_export.formats.roles import TraceRequest
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.static import GraphShape
+from mtp_export.source import texts
+from mtp_export.source.left_aside import left_aside
+from mtp_export.source.pair import Pair
+from mtp_export.weights import mapping
+from mtp_export.weights.parameter import Values
+from mtp_export.weights.recipes import RECIPES, with_embedders
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A config and its pair, of which no setting is left to be measured."""
+
+    config: ExportConfig
+    pair: Pair
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedPair:
+    """The graphs of a pair, and what the parameters of each are made of."""
+
+    settings: Settings
+    shape: GraphShape
+    graphs: Sequence[TracedGraph]
+    values: Values
+
+
+def trace_pair(settings: Settings, format: Format) -> TracedPair:
+    """Trace the graphs of a pair; no weight is read.
+
+    Raises:
+        UserError: --cache-length is nothing that the target or its prefill can have.
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
+    """
+    request = trace_request(settings.config, settings.pair)
+    graphs = format.trace(request)
+    values = pair_parameters(settings.config, settings.pair, graphs, format)
+    return TracedPair(settings=settings, shape=request.shape, graphs=graphs, values=values)
+
+
+def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
+    """Return the static sizes of a pair's graphs.
+
+    Raises:
+        UserError: --cache-length is nothing that the target or its prefill can have.
+    """
+    model, longest = pair.model, pair.target_spec.max_position_embeddings
+    requested = config.graph.cache_length
+    cache_length = min(model.cache_length, longest) if requested is None else requested
+    shortest = max(MIN_CACHE_LENGTH, min(model.prefill_lengths) + 1)  # a bundle needs a prefill
+    in_range("--cache-length", cache_length, shortest, longest)
+    drafts = config.graph.num_draft_tokens
+    return GraphShape(
+        cache_length=cache_length,
+        num_draft_tokens=model.num_draft_tokens if drafts is None else drafts,
+        prefill_lengths=tuple(n for n in model.prefill_lengths if n < cache_length),
+        prefix_lengths=model.prefix_lengths,
+        single_buffer=config.format.delegate == "gpu",
+    )
+
+
+def trace_request(config: ExportConfig, pair: Pair) -> TraceRequest:
+    """Return what the graphs of a pair are traced from.
+
+    Raises:
+        UserError: as `graph_shape` does.
+    """
+    return TraceRequest(
+        target=pair.target_spec.of_graphs,
+        drafter=pair.drafter_spec,
+        shape=graph_shape(config, pair),
+        position_offset=config.graph.drafter_position_offset,
+        row_scales=config.quantisation.drafter != "f32",
+    )
+
+
+def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGraph], format: Format) -> Values:
+    """Return what the parameters of each graph are made of; nothing is read yet.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
+    """
+    *of_target, drafter = graphs
+    target_recipe = with_embedders(RECIPES[config.quantisation.recipe], RECIPES[config.quantisation.embedders])
+    of_roles = mapping.target_parameters(pair.target, of_target, target_recipe)
+    for part in of_roles.values():
+        for name, parameter in part.items():
+            if parameter.stored:
+                format.check(name, parameter)
+    # LiteRT-LM forgets a stop token that was drafted and accepted, so none is drafted (docs/litert-lm.md).
+    never_drafted = pair.stop_token_ids if format.container else ()
+    drafter_recipe = RECIPES[config.quantisation.drafter]
+    of_drafter = mapping.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, drafter_recipe, never_drafted)
+    return of_roles | {"drafter": of_drafter}
+
+
+def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph], *, reads_weights: bool = True) -> tuple[str, ...]:
+    """Return what is not exported of a pair's checkpoints, because it changes nothing of what is, in short phrases."""
+    *of_target, drafter = graphs
+    drafter_tensors = mapping.drafter_tensors(drafter, pair.drafter_spec)
+    of_drafter = left_aside(pair.drafter, drafter_tensors, reads_weights=reads_weights)
+    return (
+        *left_aside(pair.target, mapping.target_tensors(of_target), reads_weights=reads_weights),
+        *pair.target.left_aside,
+        *texts.left_aside(pair.target, pair.target_spec),
+        *(f"of the drafter: {phrase}" for phrase in of_drafter),
+    )
