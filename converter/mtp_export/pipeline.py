@@ -23,10 +23,8 @@ from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.errors import GateError, OutputError
 from mtp_export.formats import sizes
 from mtp_export.formats.tflite.chain import LoweredGraph
-from mtp_export.formats.tflite.gpu_table import DELEGATED_ROLES
-from mtp_export.formats.tflite.passes.composites import with_composites
-from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
+from mtp_export.formats.tflite.rewriting import without_unused
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.dynamic import trace_graphs
 from mtp_export.graph.ir import TracedGraph
@@ -169,6 +167,7 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
         prefill_lengths=tuple(n for n in pair.model.prefill_lengths if n < cache_length),
         prefix_lengths=pair.model.prefix_lengths,
         single_buffer=config.delegate == "gpu",
+        composites=config.composites,
     )
 
 
@@ -277,13 +276,7 @@ def _write_tflite(
 
 def for_delegate(config: ExportConfig, graph: LoweredGraph) -> LoweredGraph:
     """A converted graph with the operators that its backend wants."""
-    if config.delegate == "cpu":
-        return with_squares_reshaped_first(graph)
-    if graph.role in DELEGATED_ROLES:
-        graph = with_single_buffer(graph)
-        if config.composites:
-            graph = with_composites(graph)
-    return graph
+    return with_squares_reshaped_first(graph) if config.delegate == "cpu" else without_unused(graph)
 
 
 def _trace_onnx(config: ExportConfig, pair: Pair, shape: GraphShape) -> list[TracedGraph]:
