@@ -67,6 +67,7 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
         prefill_lengths=tuple(n for n in model.prefill_lengths if n < cache_length),
         prefix_lengths=model.prefix_lengths,
         single_buffer=config.format.delegate == "gpu",
+        composites=config.format.composites,
     )
 
 

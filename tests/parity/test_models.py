@@ -10,7 +10,8 @@ from transformers import DynamicCache, Gemma4ForCausalLM
 
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_drafter
-from tests.parity.tiny import StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
+from mtp_runtime.bundle.contract import PARAM_TENSOR
+from tests.parity.tiny import PARAMS, StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
 
 # Reordered float32 sums over at most a hundred terms of order one differ by some 1e-6; 1e-4 leaves no room for a
 # wrong term, which shows as 1e-2 and more on these weights.
@@ -58,7 +59,7 @@ def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tenso
     for i in range(ours.spec.num_caches):
         layer: Any = rows.layers[i]  # a union in transformers, of which only one kind has rows
         for part, theirs in (("k", layer.keys), ("v", layer.values)):
-            filled = ours.caches[f"kv_cache_{part}_{i}"][:, :, : len(ids)]
+            filled = ours.rows_of(f"kv_cache_{part}_{i}")[:, :, : len(ids)]
             torch.testing.assert_close(filled, theirs, atol=TOLERANCE, rtol=0)
 
 
@@ -106,6 +107,7 @@ def test_drafter_chained_steps(tiny: Tiny, processed: int) -> None:
             "activations": torch.cat([embedding, ours], -1),
             "input_pos": torch.tensor([processed - 1], dtype=torch.int32),
             "mask": causal_mask(CACHE_LENGTH, processed - 1, 1),
+            PARAM_TENSOR: PARAMS,
         }
         values = run_signature(graph, draft, weights, inputs | caches)
         row, logits = reference.logits[0, 0], values["logits"][0, 0]

@@ -17,6 +17,7 @@ from transformers import (
 from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_embedder, trace_target
+from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -165,6 +166,10 @@ def drafter_weights(spec: DrafterSpec, model: Gemma4AssistantForCausalLM) -> dic
     return state
 
 
+# What a GPU's kernels are told; torch computes every slot.
+PARAMS = torch.zeros(1, 1, 1, PARAM_COUNT, dtype=torch.int32)
+
+
 def causal_mask(cache_length: int, position: int, num_tokens: int) -> torch.Tensor:
     """Additive, over the whole cache. Shapes: -> [1,1,T,S]"""
     slots, queries = torch.arange(cache_length), torch.arange(position, position + num_tokens)
@@ -199,6 +204,14 @@ class StaticTarget:
             for i in range(spec.num_caches)
             for part in "kv"
         }
+        self.swapped = tiny.single_buffer  # values [1,G,D,S]
+        if self.swapped:
+            self.caches = {name: self.rows_of(name) for name in self.caches}
+
+    def rows_of(self, name: str) -> torch.Tensor:
+        """A cache as rows. Shapes: -> [1,G,S,D]"""
+        cache = self.caches[name]
+        return cache.transpose(2, 3) if self.swapped and "_v_" in name else cache
 
     def embed(self, token: torch.Tensor) -> list[torch.Tensor]:
         """Shapes: scalar -> [1,1,H] and [1,1,L,P]"""
@@ -216,6 +229,8 @@ class StaticTarget:
             "input_pos": torch.arange(position, position + len(ids), dtype=torch.int32),
             "mask": causal_mask(self.cache_length, position, len(ids)),
         }
+        if self.swapped:
+            inputs[PARAM_TENSOR] = PARAMS
         values = run_signature(graph, traced, self.weights, inputs | self.caches)
         self.caches = {cache: values[f"{cache}_next"] for cache in self.caches}
         return values

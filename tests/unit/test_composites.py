@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import flatbuffers
 import numpy as np
 import pytest
-from ai_edge_litert import schema_py_generated as schema
+import torch
 from ai_edge_litert.interpreter import Interpreter
+from torch import Tensor, nn
 
-from mtp_export.formats.tflite.chain import LoweredGraph
+from mtp_export.formats.tflite.chain import lower
 from mtp_export.formats.tflite.gpu_table import Graph, open_graph
-from mtp_export.formats.tflite.passes.composites import with_composites
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph, run_signature
+from mtp_export.models.layers import RMSNorm
+from mtp_export.weights.recipes import FLOAT32
 from mtp_runtime.bundle.contract import PARAM_TENSOR, param_tensor
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
 from tests.unit.operators import operator_counts
+from tests.unit.small_graphs import random_parameters
 
 CACHES = ("STABLEHLO_COMPOSITE odml.cache_update", "STABLEHLO_COMPOSITE odml.runtime_bmm")
 KEPT = ("FULLY_CONNECTED", "SOFTMAX", "GELU", *CACHES)
@@ -68,140 +73,70 @@ def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], 
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
-Step = tuple[str, list[str], str]
-SHAPES = {"x": [1, 4], "square": [1, 4], "mean": [1, 1], "sum": [1, 1], "root": [1, 1], "out": [1, 4]}
-VALUES = {
-    "axis": np.array([1], np.int32),
-    "epsilon": np.array(1e-6, np.float32),
-    "w": np.arange(1, 5, dtype=np.float32),
-}
+class Norms(nn.Module):
+    """A norm with a weight and one without, of the same rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.scaled = RMSNorm(4, 1e-6, scale=False), RMSNorm(4, 1e-6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"plain": self.plain(x), "scaled": self.scaled(x)}
 
 
-def norm(
-    x: str = "x", to: str = "out", scope: str = "", mean: str = "MEAN", square: str = "", axis: str = "axis"
-) -> list[Step]:
-    """The steps of x / rms(x)."""
-    names = [f"{scope}{name}" for name in ("square", "mean", "sum", "root")]
-    return [
-        ("MUL", [x, square or x], names[0]),
-        (mean, [names[0], axis], names[1]),
-        ("ADD", [names[1], "epsilon"], names[2]),
-        ("RSQRT", [names[2]], names[3]),
-        ("MUL", [x, names[3]], to),
-    ]
+def norms_graph(shape: tuple[int, ...], calls: int) -> TracedGraph:
+    """Norms traced with composites, called several times, each with the weight of its own number."""
+    builder = GraphBuilder("norms", composites=True)
+    builder.start({"x": (shape, torch.float32)})
+    outputs = {f"{name}_{i}": f"{name}_{i}" for i in range(calls) for name in ("plain", "scaled")}
+    for i in range(calls):
+        renamed = {name: f"{name}_{i}" for name in ("plain", "scaled")}
+        builder.call("norms", Norms, {"x": "x"}, renamed, prefix=f"{i}.")
+    builder.finish("norms", "decode", outputs, num_tokens=1, attention_length=0)
+    return builder.graph()
 
 
-def model_of(steps: list[Step], outputs: list[str], *, fused: bool = False, **values: np.ndarray) -> schema.ModelT:
-    """A model with a signature; `fused` clamps what the last step gives."""
-    constants = VALUES | values
-    shapes = {name: list(value.shape) for name, value in constants.items()} | {"x": SHAPES["x"]}
-    shapes |= {output: SHAPES[output.rpartition("/")[2]] for _, _, output in steps}
-    places = {name: number for number, name in enumerate(shapes)}
-    model, subgraph, entry = schema.ModelT(), schema.SubGraphT(), schema.SignatureDefT()
-    model.version, model.buffers, model.operatorCodes, model.subgraphs = 3, [schema.BufferT()], [], [subgraph]
-    subgraph.tensors, subgraph.operators = [], []
-    for name, shape in shapes.items():
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.hasRank, tensor.buffer = name.encode(), np.array(shape, np.int32), True, 0
-        if name in constants:
-            buffer = schema.BufferT()
-            buffer.data = np.frombuffer(constants[name].tobytes(), np.uint8)
-            tensor.buffer = len(model.buffers)
-            tensor.type = schema.TensorType.INT32 if constants[name].dtype == np.int32 else schema.TensorType.FLOAT32
-            model.buffers.append(buffer)
-        subgraph.tensors.append(tensor)
-    for name, inputs, output in steps:
-        code, operator = schema.OperatorCodeT(), schema.OperatorT()
-        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, name)
-        operator.opcodeIndex = len(model.operatorCodes)
-        operator.inputs = np.array([places[i] for i in inputs], np.int32)
-        operator.outputs = np.array([places[output]], np.int32)
-        if name in ("MEAN", "SUM"):
-            operator.builtinOptions, operator.builtinOptionsType = schema.ReducerOptionsT(), 27
-            operator.builtinOptions.keepDims = True
-        if name in ("MUL", "ADD"):
-            kind = f"{name.capitalize()}Options"
-            operator.builtinOptions = getattr(schema, f"{kind}T")()
-            operator.builtinOptionsType = getattr(schema.BuiltinOptions, kind)
-        model.operatorCodes.append(code)
-        subgraph.operators.append(operator)
-    if fused:
-        subgraph.operators[-1].builtinOptions.fusedActivationFunction = schema.ActivationFunctionType.RELU
-    subgraph.inputs = np.array([places["x"]], np.int32)
-    subgraph.outputs = np.array([places[name] for name in outputs], np.int32)
-    entry.signatureKey, entry.subgraphIndex = b"norms", 0
-    entry.inputs, entry.outputs = ([_item(places, name) for name in names] for names in (["x"], outputs))
-    model.signatureDefs = [entry]
-    return model
+@pytest.mark.parametrize("shape", [(1, 3, 2, 4), (1, 1, 1, 4)], ids=["rows", "a single row"])
+def test_parts_are_copied_once_and_say_what_torch_says(shape: tuple[int, ...], tmp_path: Path) -> None:
+    graph = norms_graph(shape, calls=3)
+    (lowered,) = lower([graph], 1)
+    parameters = random_parameters(graph, FLOAT32)
+    path = tmp_path / "norms.tflite"
+    write_graph(lowered, parameters, path)
+    written = open_graph(path)
+    assert operator_counts(written, "norms")["STABLEHLO_COMPOSITE odml.rms_norm"] == 6
+    assert len(written.model.subgraphs) == 2  # the signature, and the parts of all norms of one shape
+    assert set(written.parts().values()) == {1}
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    weights = {name: torch.tensor(parameter.rows(0, 4)) for name, parameter in parameters.items()}
+    expected = run_signature(graph, graph.signatures[0], weights, {"x": x})
+    results = Interpreter(str(path)).get_signature_runner("norms")(x=x.numpy())
+    for name, result in results.items():
+        np.testing.assert_allclose(result, expected[name].numpy(), rtol=1e-6)
 
 
-def _item(places: dict[str, int], name: str) -> schema.TensorMapT:
-    item = schema.TensorMapT()
-    item.name, item.tensorIndex = name.encode(), places[name]
-    return item
+@pytest.fixture
+def composed(targets: tuple[Path, Path]) -> Graph:
+    """A drafter with composites, to be damaged."""
+    return open_graph(targets[1].parent / "drafter.tflite")
 
 
-def composed(model: schema.ModelT) -> Counter[str]:
-    with_composites(LoweredGraph(role="target", model=model, weights={}))
-    return Counter(operator.name for operator in Graph(model=model, content=b"").operators())
-
-
-@pytest.mark.parametrize(
-    ("steps", "outputs", "fused", "composites"),
-    [
-        (norm(), ["out"], False, 1),
-        (norm(mean="SUM"), ["out"], False, 0),
-        (norm(square="w"), ["out"], False, 0),
-        (norm(axis="first"), ["out"], False, 0),
-        (norm(), ["out", "root"], False, 0),
-        (norm(), ["out"], True, 0),
-    ],
-    ids=["norm", "a sum", "another product", "another axis", "used twice", "clamped"],
-)
-def test_only_a_norm_becomes_a_composite(steps: list[Step], outputs: list[str], fused: bool, composites: int) -> None:
-    model = model_of(steps, outputs, fused=fused, first=np.array([0], np.int32))
-    operators = composed(model)
-    assert operators["STABLEHLO_COMPOSITE"] == composites
-    assert operators["RSQRT"] == 1 - composites
-    if composites:
-        assert len(model.subgraphs[0].tensors) == 3  # x, ones and the result
-
-
-def test_norms_with_a_weight_and_without_share_no_parts(tmp_path: Path) -> None:
-    """The one without comes first: its parts leave the weight alone."""
-    weighted = [*norm(to="b/x", scope="b/"), ("MUL", ["b/x", "w"], "b/out")]
-    steps = [*norm(to="a/out", scope="a/"), *weighted]
-    x = np.array([[1, 2, 3, 5]], np.float32)
-    found = []
-    for number, rewritten in enumerate((False, True)):
-        model = model_of(steps, ["a/out", "b/out"])
-        if rewritten:
-            assert composed(model)["STABLEHLO_COMPOSITE"] == 2
-        builder = flatbuffers.Builder(1024)
-        builder.Finish(model.Pack(builder), b"TFL3")
-        path = tmp_path / f"{number}.tflite"
-        path.write_bytes(bytes(builder.Output()))
-        found.append(Interpreter(str(path)).get_signature_runner("norms")(x=x))
-    np.testing.assert_array_equal(found[0]["b/out"], found[0]["a/out"] * VALUES["w"])
-    for name in ("a/out", "b/out"):
-        np.testing.assert_array_equal(found[0][name], found[1][name])
+def first_composite(graph: Graph) -> Any:
+    subgraph, index = min(graph.parts())
+    return graph.model.subgraphs[subgraph].operators[index]
 
 
 @pytest.mark.parametrize(("part", "named"), [(1, False), (99, True), (-1, True), (0, True)])
-def test_a_damaged_composite_is_one_line(part: int, named: bool) -> None:
-    model = model_of(norm(), ["out"])
-    composed(model)
-    (composite,) = model.subgraphs[0].operators
+def test_a_damaged_composite_is_one_line(part: int, named: bool, composed: Graph) -> None:
+    composite = first_composite(composed)
     composite.builtinOptions2.decompositionSubgraphIndex = part
     if not named:
         composite.builtinOptions2 = None
     with pytest.raises(BundleError, match=r"damaged, export it again$"):
-        list(Graph(model=model, content=b"").operators())
+        list(composed.operators())
 
 
-def test_a_stranger_s_name_is_written_out() -> None:
-    model = model_of(norm(), ["out"])
-    composed(model)
-    model.subgraphs[0].operators[0].builtinOptions2.name = b"\x1b[31m\n"
-    (operator,) = Graph(model=model, content=b"").operators()
-    assert operator.form.startswith(r"STABLEHLO_COMPOSITE \x1b[31m\n(")
+def test_a_stranger_s_name_is_written_out(composed: Graph) -> None:
+    first_composite(composed).builtinOptions2.name = b"\x1b[31m\n"
+    assert any(operator.form.startswith(r"STABLEHLO_COMPOSITE \x1b[31m\n(") for operator in composed.operators())

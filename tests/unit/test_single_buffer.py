@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.formats.tflite.gpu_table import open_graph
-from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
 from mtp_runtime import BundleError, Manifest, Session, read_manifest
 from mtp_runtime.backends.litert.backend import LiteRTSignature
 from mtp_runtime.bundle.consistency import check_consistency
@@ -138,21 +135,6 @@ def test_a_manifest_that_contradicts_itself(
     edit(next(signature for signature in document["signatures"]["target"] if signature["name"] == name))
     with pytest.raises(BundleError, match=message):
         check_consistency(Manifest.from_json(json.dumps(document)))
-
-
-def test_a_cache_that_another_operator_reads_is_no_gpu_s(export_nano: Export) -> None:
-    """A bundle for a CPU gathers windows; such a graph is refused, and not half rewritten."""
-    graph = open_graph(export_nano("int8") / "drafter.tflite")
-    model = graph.model
-    for subgraph, entry in zip(model.subgraphs, model.signatureDefs, strict=True):
-        params = schema.TensorT()
-        params.name, params.shape, params.type, params.buffer = b"param_tensor", np.array([1, 1, 1, 7]), 2, 0
-        subgraph.tensors.append(params)
-        item = schema.TensorMapT()
-        item.name, item.tensorIndex = b"param_tensor", len(subgraph.tensors) - 1
-        entry.inputs.append(item)
-    with pytest.raises(AssertionError, match="a cache is used by operators"):
-        with_single_buffer(LoweredGraph(role="drafter", model=model, weights={}))
 
 
 @pytest.mark.parametrize("role", ["target", "drafter"])

@@ -48,7 +48,7 @@ STEPS = ("convert", "convert-onnx", "export", "tests", *CHECKS)
 RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus")
 EQUALITY_RECIPES = ("f32", "int8", "int4")
 _ONNX_PROMPTS, _ONNX_TOKENS = 8, 64  # at most: a pass there is some thousand small operations, started one by one
-TABLE = ROOT / "converter" / "mtp_export" / "delegates" / "gpu.json"
+TABLE = ROOT / "converter" / "mtp_export" / "formats" / "tflite" / "gpu_table.json"
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
     models = options.models.split(",")
     with conversions(options.bundles / "converted"), ThreadPoolExecutor(1) as beside:
         if "convert" in options.checks:
-            convert_all(models)
+            convert_all(models, composites=options.composites)
         if {"convert", "convert-onnx"} & set(options.checks):
             write_onnx_bundles(options.bundles)
         written = None

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from mtp_export.formats.tflite import chain as tflite
 from mtp_export.graph.ir import TracedGraph
+from mtp_export.models.layers import Composable
 
-_PACKAGE = Path(tflite.__file__).parents[1]
+_PACKAGE = Path(tflite.__file__).parents[2]
+_SOURCES = ("formats/tflite/*.py", "models/*.py", "graph/*.py")
 
 
 @contextlib.contextmanager
@@ -37,12 +39,18 @@ def conversions(folder: Path) -> Iterator[None]:
         tflite.lower = convert
 
 
+def composed(graph: TracedGraph) -> bool:
+    """Whether a graph was traced with composites."""
+    parts = (part for segment in graph.segments.values() for part in segment.module.modules())
+    return any(isinstance(part, Composable) and part.composites for part in parts)
+
+
 def _identity(graphs: Sequence[TracedGraph]) -> str:
     """Digest of what graphs compute, whatever the versions of the libraries: their signatures and parameters, and the
     code that they are made by."""
     digest = hashlib.sha256()
-    for source in sorted([*_PACKAGE.glob("lower/*.py"), *_PACKAGE.glob("models/*.py"), _PACKAGE / "trace.py"]):
+    for source in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
         digest.update(source.read_bytes())
-    described = [(graph.role, graph.signatures, sorted(graph.weights.items())) for graph in graphs]
+    described = [(graph.role, graph.signatures, sorted(graph.weights.items()), composed(graph)) for graph in graphs]
     digest.update(repr(described).encode())
     return digest.hexdigest()[:16]

@@ -32,12 +32,13 @@ from mtp_export.formats.tflite.format import TFLiteFormat
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape, trace_target
-from mtp_export.models.layers import RMSNorm
+from mtp_export.models.layers import RMSNorm, use_composites
 from mtp_export.pair_graphs import Settings, trace_pair, trace_request
 from mtp_export.source.pair import Pair, open_pair
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import INT8
 from mtp_runtime import read_manifest
+from tools.gpu_check.converted import composed
 from tools.synthesize.__main__ import synthesize
 
 BUNDLES = "MTP_GPU_BUNDLES"  # the variable that names the folder of bundles to tests
@@ -157,7 +158,7 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
     pair = open_pair(config.source)
     traced = trace_pair(Settings(config=config, pair=pair), format_of(config.format))
     values = traced.values
-    _write(config, trace_passes(pair.model), values["target"], found.passes)
+    _write(config, trace_passes(pair.model, composites=config.format.composites), values["target"], found.passes)
     embedding = Parameter(
         shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
         format=INT8,
@@ -173,21 +174,23 @@ def _write_others(config: ExportConfig, found: FullSize) -> None:
     write_litertlm(found.dense_drafter.parent, read_manifest(config.output), found.dense)
 
 
-def convert_all(models: Sequence[str]) -> None:
-    """Convert what the checks need of nano and `models`, without checkpoints."""
+def convert_all(models: Sequence[str], *, composites: bool) -> None:
+    """Convert what the checks need of nano, and of `models` with composites or without, without checkpoints."""
     for recipe in ("f32", "int8"):
-        for delegate in ("gpu", "cpu"):
-            _convert("nano", recipe, delegate)
+        _convert("nano", recipe, "cpu")
+        for with_composites in (False, True):
+            _convert("nano", recipe, "gpu", composites=with_composites)
     with two_kv_heads():
-        _convert("nano", "f32", "gpu")
+        _convert("nano", "f32", "gpu", composites=True)
     for model in models:
-        drafter, spec = _convert(model, "int4", "gpu")[3], published.PAIRS[model]
-        for graph in (trace_passes(spec), trace_dense_drafter(spec, drafter)):
+        drafter, spec = _convert(model, "int4", "gpu", composites=composites)[3], published.PAIRS[model]
+        for graph in (trace_passes(spec, composites=composites), trace_dense_drafter(spec, drafter)):
             tflite.lower([graph], 2)
 
 
-def _convert(model: str, recipe: str, delegate: str) -> list[TracedGraph]:
-    spec, config = published.PAIRS[model], export_config(model, recipe, delegate, Path(), None)
+def _convert(model: str, recipe: str, delegate: str, *, composites: bool = False) -> list[TracedGraph]:
+    spec = published.PAIRS[model]
+    config = export_config(model, recipe, delegate, Path(), None, composites=composites)
     # All that tracing looks at of a pair.
     specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
     pair = cast(Pair, specs)
@@ -201,7 +204,7 @@ def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parame
     write_graph(lowered, {name: values[name] for name in graph.weights}, path)
 
 
-def trace_passes(pair: PairSpec) -> TracedGraph:
+def trace_passes(pair: PairSpec, *, composites: bool = False) -> TracedGraph:
     """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
         GraphShape(
@@ -210,6 +213,7 @@ def trace_passes(pair: PairSpec) -> TracedGraph:
             prefill_lengths=(),
             prefix_lengths=(),
             single_buffer=True,
+            composites=composites,
         )
         for n in VERIFIED
     )
@@ -243,6 +247,8 @@ def trace_dense_drafter(pair: PairSpec, drafted: TracedGraph) -> TracedGraph:
     """`drafted`, a drafter's graph, with the dense head in place of its own."""
     with torch.no_grad(), torch.device("meta"):
         module = DenseHead(pair.drafter).eval().requires_grad_(False)
+    if composed(drafted):
+        use_composites(module)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     weights = {leaf: leaf if leaf == "post_projection.weight" else f"model.{leaf}" for leaf in shapes}
     signatures = [

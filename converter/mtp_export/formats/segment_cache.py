@@ -23,6 +23,13 @@ from mtp_runtime.user_cache import user_cache
 # What turns a segment into bytes, beside our own code.
 _LIBRARIES = ("torch", "litert-torch", "litert-converter", "onnx", "onnxscript")
 _PACKAGE = Path(__file__).parents[1]
+_SOURCES = (
+    "models/*.py",
+    "graph/*.py",
+    "formats/*/convert.py",
+    "formats/tflite/lowerings.py",
+    "formats/tflite/composites.py",
+)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -49,8 +56,7 @@ def cached_results(function: Callable[[Any], bytes], jobs: Sequence[Any], worker
 def _fingerprint() -> bytes:
     """Digest of the code and the libraries that turn a segment into bytes."""
     digest = hashlib.sha256()
-    patterns = ("models/*.py", "graph/*.py", "formats/*/convert.py")
-    for source in sorted(path for pattern in patterns for path in _PACKAGE.glob(pattern)):
+    for source in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
         digest.update(source.read_bytes())
     for library in _LIBRARIES:
         digest.update(f"{library} {version(library)}\n".encode())

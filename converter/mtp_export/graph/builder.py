@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mtp_export.graph.ir import Call, Segment, TracedGraph, TracedSignature
+from mtp_export.models.layers import use_composites
 from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
 
 
 class GraphBuilder:
     """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
 
-    def __init__(self, role: str, *, single_buffer: bool = False) -> None:
-        self.role, self.single_buffer = role, single_buffer
+    def __init__(self, role: str, *, single_buffer: bool = False, composites: bool = False) -> None:
+        self.role, self.single_buffer, self.composites = role, single_buffer, composites
         self.segments: dict[str, Segment] = {}
         self.weights: dict[str, tuple[int, ...]] = {}
         self.signatures: list[TracedSignature] = []
@@ -43,6 +44,8 @@ class GraphBuilder:
         if key not in self.segments:
             with torch.no_grad(), torch.device("meta"):
                 module = build().eval().requires_grad_(False)
+                if self.composites:
+                    use_composites(module)
                 arguments = {name: self._values[value] for name, value in inputs.items()}
                 results = module(**arguments)
             self.segments[key] = Segment(module=module, inputs=arguments, outputs=results, dynamic={})
@@ -73,10 +76,7 @@ class GraphBuilder:
     def _spec(self, name: str, value: str) -> TensorSpec:
         tensor = self._values[value]
         dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
-        shape = tuple(tensor.shape)
-        if self.single_buffer and name.startswith("kv_cache_v_"):
-            shape = (*shape[:2], shape[3], shape[2])  # as single_buffer.py makes them
-        return TensorSpec(name=name, shape=shape, dtype=dtype)
+        return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype)
 
     def shape_of(self, value: str) -> tuple[int, ...]:
         return tuple(self._values[value].shape)

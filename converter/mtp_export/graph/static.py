@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -19,9 +19,10 @@ from mtp_export.graph.builder import GraphBuilder
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
+from mtp_export.models.gpu_attention import DelegatedAttend, DelegatedOwnerRows
 from mtp_export.models.layers import FeedForward
 from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
-from mtp_runtime.bundle.contract import SignatureKind
+from mtp_runtime.bundle.contract import PARAM_TENSOR, SignatureKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class GraphShape:
 
     prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
     single_buffer: for a GPU, which writes caches in place and reads them as far as they are filled
-    (`single_buffer.py`): no prefixes then, and in a signature the values' caches are [1,G,D,S], while the segments are
-    traced with [1,G,S,D].
+    (`gpu_attention.py`): no prefixes then, and the values' caches are [1,G,D,S].
+    composites: with fewer operators for a GPU (docs/decisions/0015-composites.md).
     """
 
     cache_length: int
@@ -39,6 +40,7 @@ class GraphShape:
     prefill_lengths: tuple[int, ...]
     prefix_lengths: tuple[int, ...]
     single_buffer: bool = False
+    composites: bool = False
 
     @property
     def attention_lengths(self) -> tuple[int, ...]:
@@ -51,12 +53,24 @@ def _rope(layer_type: LayerType) -> dict[str, str]:
     return {name: f"{name}_{layer_type}" for name in ("cos", "sin")}
 
 
+def _cache_shapes(
+    builder: GraphBuilder, spec: TargetSpec, owners: Iterable[int], length: int
+) -> dict[str, tuple[int, ...]]:
+    """The caches of some layers of the target, and their shapes: keys [1,G,S,D], values too, or [1,G,D,S]."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in owners:
+        batch, groups, slots, size = shapes[f"kv_cache_k_{i}"] = spec.cache_shape(i, length)
+        value = (batch, groups, size, slots) if builder.single_buffer else (batch, groups, slots, size)
+        shapes[f"kv_cache_v_{i}"] = value
+    return shapes
+
+
 def _read(
     builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
 ) -> dict[str, str]:
     """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
     if builder.single_buffer:
-        return {"keys": keys, "values": values, "mask": f"mask_{layer_type}"}
+        return {"keys": keys, "values": values, "mask": f"mask_{layer_type}", "params": PARAM_TENSOR}
     read = {"keys": f"{keys}_read", "values": f"{values}_read"}
     if layer_type == SLIDING:
         builder.call(f"window_{key}", ReadWindow, {"slots": "slots", "keys": keys, "values": values}, read)
@@ -71,7 +85,7 @@ def _read(
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
     """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
-    builder = GraphBuilder("target", single_buffer=shape.single_buffer)
+    builder = GraphBuilder("target", single_buffer=shape.single_buffer, composites=shape.composites)
     passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
         passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
@@ -88,7 +102,7 @@ def _target_pass(
     num_tokens: int,
     length: int,
 ) -> None:
-    caches = {f"kv_cache_{p}_{i}": spec.cache_shape(i, cache_length) for i in range(spec.num_caches) for p in "kv"}
+    caches = _cache_shapes(builder, spec, range(spec.num_caches), cache_length)
     builder.start(
         {
             "embeddings": ((1, num_tokens, spec.hidden_size), torch.float32),
@@ -133,8 +147,12 @@ def _target_layer(
     if i == cache:
         names = {"key_cache": f"kv_cache_k_{i}", "value_cache": f"kv_cache_v_{i}"}
         written = {n: f"{v}_next" for n, v in names.items()}
-        inputs = {"x": x, "input_pos": "input_pos", **_rope(kind), **names}
-        builder.call(f"rows_{key}", lambda: OwnerRows(spec, kind), inputs, written, prefix=prefix)
+        places, rows = {"input_pos": "input_pos"}, OwnerRows
+        if builder.single_buffer:
+            places = {"key_start": "key_start", "value_start": "value_start", "params": PARAM_TENSOR}
+            rows = DelegatedOwnerRows
+        inputs = {"x": x, **places, **_rope(kind), **names}
+        builder.call(f"rows_{key}", lambda: rows(spec, kind), inputs, written, prefix=prefix)
         if rows_only:
             return x
         reads[cache] = _read(builder, kind, written["key_cache"], written["value_cache"], key, length)
@@ -162,7 +180,8 @@ def _attention(
     )
     attend = f"attend_{key}" + (f"_{length}" if kind == FULL else "")  # a window has one length
     inputs = {"query": f"query_{i}", **read}
-    builder.call(attend, lambda: Attend(spec, kind), inputs, {"attended": f"attended_{i}"}, prefix=prefix)
+    module = DelegatedAttend if builder.single_buffer else Attend
+    builder.call(attend, lambda: module(spec, kind), inputs, {"attended": f"attended_{i}"}, prefix=prefix)
     return f"attended_{i}"
 
 
@@ -176,7 +195,7 @@ def trace_drafter(
 ) -> TracedGraph:
     """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. For a GPU it keeps to
     operations that one takes."""
-    builder = GraphBuilder("drafter", single_buffer=shape.single_buffer)
+    builder = GraphBuilder("drafter", single_buffer=shape.single_buffer, composites=shape.composites)
     for length in shape.attention_lengths:
         _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
     return builder.graph()
@@ -192,7 +211,7 @@ def _draft_pass(
     row_scales: bool,
 ) -> None:
     owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
-    caches = {f"kv_cache_{p}_{i}": target.cache_shape(i, cache_length) for i in owners.values() for p in "kv"}
+    caches = _cache_shapes(builder, target, owners.values(), cache_length)
     builder.start(
         {
             "activations": ((1, 1, 2 * spec.backbone_hidden_size), torch.float32),

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, LayerType
 from mtp_export.models import ops
-from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables, rotate
+from mtp_export.models.layers import Composable, RMSNorm, inverse_frequencies, rope_tables, rotate
 
 # Large against any score, and within float16: there 1e9 is infinite, and 0 times that no number. Taken off the score of
 # a key once per position that it lies beyond the window, or put in the place of the score.
-_HIDDEN = 1e4
+HIDDEN = 1e4
 _SEEN = -1.0  # between what masks add to a key that is seen, 0, and to one that is not
 
 
@@ -57,7 +57,7 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
     if slots.shape[0] <= window:
         return visible
     distance = input_pos.to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
-    return visible + torch.clamp(window - 1 - distance, max=0.0) * _HIDDEN
+    return visible + torch.clamp(window - 1 - distance, max=0.0) * HIDDEN
 
 
 def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
@@ -72,11 +72,11 @@ def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor
     middle = min(length // 2, 2048)
     slots = torch.arange(length, dtype=torch.int32) - middle
     distance = (input_pos - middle).to(torch.float32).reshape(1, 1, -1, 1) - slots.to(torch.float32)
-    near = torch.where(window - distance > 0.0, mask, -_HIDDEN)
+    near = torch.where(window - distance > 0.0, mask, -HIDDEN)
     return {f"mask_{FULL}": mask > _SEEN, f"mask_{SLIDING}": near > _SEEN}
 
 
-class QueryProjection(nn.Module):
+class QueryProjection(Composable):
     """The projections of a layer that reads keys and values which another layer wrote."""
 
     def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
@@ -87,10 +87,11 @@ class QueryProjection(nn.Module):
 
     def query(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Shapes: x [1,T,H], rope two of [1,T,1,D] -> [1,T,heads,D]"""
-        return rotate(self.q_norm(self.q_proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)), rope)
+        query = self.q_norm(self.q_proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim))
+        return rotate(query, rope, by_lookup=self.composites)
 
 
-class KeyValueProjection(nn.Module):
+class KeyValueProjection(Composable):
     """The projections whose results a layer writes to its own cache."""
 
     def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
@@ -104,7 +105,7 @@ class KeyValueProjection(nn.Module):
     def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
-        keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope)
+        keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope, by_lookup=self.composites)
         values = self.v_norm(self.v_proj(x).reshape(shape))
         return keys, values
 
@@ -179,19 +180,30 @@ class Attend(nn.Module):
         self.self_attn = OutputProjection(spec, layer_type)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] additive, or bool: what is seen
-        -> attended [1,T,H]"""
-        _, num_tokens, num_heads, head_dim = query.shape
-        groups, length = keys.shape[1], keys.shape[2]
-        rows = num_heads // groups * num_tokens
-        # The query heads of a KV head are folded into its rows: one product per KV head, nothing is repeated.
-        query = query.transpose(1, 2).reshape(1, groups, rows, head_dim)
-        scores = ops.matmul_transposed(query, keys).reshape(1, num_heads, num_tokens, length)
-        scores = torch.where(mask, scores, -_HIDDEN) if mask.dtype == torch.bool else scores + mask
-        weights = torch.softmax(scores, -1).reshape(1, groups, rows, length)
-        out = ops.matmul(weights, values).reshape(1, num_heads, num_tokens, head_dim)
-        out = out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
-        return {"attended": self.self_attn.o_proj(out)}
+        """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] additive -> attended [1,T,H]"""
+        folded = folded_heads(query, keys.shape[1])
+        scores = ops.matmul_transposed(folded, keys).reshape(1, query.shape[2], query.shape[1], keys.shape[2])
+        weights = torch.softmax(scores + mask, -1).reshape(*folded.shape[:3], keys.shape[2])
+        return {"attended": self.self_attn.o_proj(unfolded_heads(ops.matmul(weights, values), query))}
+
+
+def folded_heads(query: Tensor, groups: int) -> Tensor:
+    """Fold the query heads of a KV head into its rows: one product per KV head, nothing is repeated.
+
+    Shapes: query [1,T,heads,D] -> [1,G,heads/G*T,D]
+    """
+    _, num_tokens, num_heads, head_dim = query.shape
+    return query.transpose(1, 2).reshape(1, groups, num_heads // groups * num_tokens, head_dim)
+
+
+def unfolded_heads(out: Tensor, query: Tensor) -> Tensor:
+    """Return the results of the heads of `query`, token by token.
+
+    Shapes: out [1,G,heads/G*T,D], query [1,T,heads,D] -> [1,T,heads*D]
+    """
+    _, num_tokens, num_heads, head_dim = query.shape
+    out = out.reshape(1, num_heads, num_tokens, head_dim)
+    return out.transpose(1, 2).reshape(1, num_tokens, num_heads * head_dim)
 
 
 class PositionTables:

@@ -10,7 +10,20 @@ from mtp_export.arch.spec import DecoderSpec, RopeSpec
 from mtp_export.models import ops
 
 
-class RMSNorm(nn.Module):
+class Composable(nn.Module):
+    """A module that is exported as fewer operators where `composites` is true (docs/decisions/0015-composites.md)."""
+
+    composites = False
+
+
+def use_composites(module: nn.Module) -> None:
+    """Set `composites` in all parts of a module, in place."""
+    for part in module.modules():
+        if isinstance(part, Composable):
+            part.composites = True
+
+
+class RMSNorm(Composable):
     """x / rms(x) * weight over the last axis; Gemma 4 stores the weight itself, not weight - 1."""
 
     def __init__(self, size: int, eps: float, *, scale: bool = True) -> None:
@@ -20,7 +33,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., size] -> [..., size]"""
-        out: Tensor = ops.rms_norm(x, self.weight, self.eps)
+        norm = ops.rms_norm_composite if self.composites else ops.rms_norm
+        out: Tensor = norm(x, self.weight, self.eps)
         return out
 
 
@@ -87,8 +101,15 @@ def rope_tables(positions: Tensor, frequencies: list[float]) -> tuple[Tensor, Te
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary tables. Shapes: x [1,T,heads,D], tables of [1,T,1,D] -> [1,T,heads,D]"""
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], *, by_lookup: bool = False) -> Tensor:
+    """Apply rotary tables; with `by_lookup`, the halves are swapped by one look-up and not by two slices.
+
+    Shapes: x [1,T,heads,D], tables of [1,T,1,D] -> [1,T,heads,D]
+    """
     cos, sin = tables
-    half = x.shape[-1] // 2
+    size, half = x.shape[-1], x.shape[-1] // 2
+    if by_lookup:
+        order = torch.tensor([*range(half, size), *range(half)], dtype=torch.int32)
+        swapped: Tensor = ops.gather(x, order, x.dim() - 1)
+        return x * cos + swapped * sin
     return x * cos + torch.cat([x[..., half:], x[..., :half]], -1) * sin

@@ -116,6 +116,63 @@ def decomposed_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 rms_norm.register_fake(_like_the_first)
 
 
+@torch.library.custom_op("mtp::rms_norm_composite", mutates_args=())
+def rms_norm_composite(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`rms_norm`, exported as one operator that a GPU has a kernel for. Shapes: x [...,N], weight [N] -> [...,N]"""
+    return decomposed_rms_norm(x, weight, eps)
+
+
+rms_norm_composite.register_fake(_like_the_first)
+
+
+@torch.library.custom_op("mtp::cache_update", mutates_args=())
+def cache_update(
+    key_rows: Tensor,
+    value_rows: Tensor,
+    params: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_start: Tensor,
+    value_start: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the rows of a pass into two caches, as one operator that a GPU has a kernel for.
+
+    The kernel reads from `params` where the rows belong; every other backend starts at the given slot of each axis.
+
+    Shapes: key_rows and value_rows [1,G,T,D], params [1,1,1,7] int32, keys [1,G,S,D], values [1,G,D,S], key_start and
+        value_start [4] int32 -> keys, values
+    """
+    num_tokens, at_key, at_value = key_rows.shape[2], int(key_start[2]), int(value_start[3])
+    keys, values = keys.clone(), values.clone()
+    keys[:, :, at_key : at_key + num_tokens] = key_rows
+    values[..., at_value : at_value + num_tokens] = value_rows.transpose(2, 3)
+    return keys, values
+
+
+@cache_update.register_fake
+def _(
+    key_rows: Tensor, value_rows: Tensor, params: Tensor, keys: Tensor, values: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(keys), torch.empty_like(values)
+
+
+@torch.library.custom_op("mtp::runtime_bmm", mutates_args=())
+def runtime_bmm(x: Tensor, cache: Tensor, params: Tensor, of_values: bool) -> Tensor:
+    """x @ cache^T over the last two axes, as one operator that a GPU has a kernel for.
+
+    The kernel reads from `params` how many slots are filled. The other slots of keys are not computed, so a GPU may
+    return anything there; those of values are not summed over.
+
+    Shapes: x [1,G,M,D], keys [1,G,S,D] -> [1,G,M,S]; x [1,G,M,S], values [1,G,D,S] -> [1,G,M,D]; params [1,1,1,7] int32
+    """
+    return x @ cache.transpose(-1, -2)
+
+
+@runtime_bmm.register_fake
+def _(x: Tensor, cache: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], cache.shape[-2]))
+
+
 @torch.library.custom_op("mtp::write_and_attend", mutates_args=())
 def write_and_attend(
     query: Tensor,

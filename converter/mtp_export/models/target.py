@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mtp_export.arch.spec import TargetSpec
 from mtp_export.models.attention import PositionTables, aligned_slots
+from mtp_export.models.gpu_attention import cache_starts
 from mtp_export.models.layers import FeedForward, RMSNorm
 
 
@@ -42,14 +43,16 @@ class TargetPrologue(PerLayerInputs):
     def __init__(self, spec: TargetSpec, num_layers: int, *, single_buffer: bool = False) -> None:
         super().__init__(spec, num_layers)
         self.tables = PositionTables(spec, spec.sliding_window, slots=None if single_buffer else aligned_slots)
+        self.single_buffer = single_buffer
 
     def forward(
         self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
         """Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P], input_pos [T] int32, mask [1,1,T,S]
-        -> position tables, `per_layer_input_{i}` [1,T,P]
+        -> position tables, `per_layer_input_{i}` [1,T,P]; with a single buffer `key_start`, `value_start` [4] int32
         """
-        return self.tables(input_pos, mask) | self.mix(embeddings, per_layer_embeddings)
+        starts = cache_starts(input_pos) if self.single_buffer else {}
+        return starts | self.tables(input_pos, mask) | self.mix(embeddings, per_layer_embeddings)
 
 
 class TargetFeedForward(FeedForward):

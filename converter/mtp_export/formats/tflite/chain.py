@@ -7,10 +7,12 @@ parameter is one tensor a signature without data.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -100,14 +102,12 @@ def _split(content: bytes, count: int) -> list[_Template]:
     ]
 
 
-def leading_to(
-    subgraph: schema.SubGraphT, tensors: Iterable[int], given: Collection[int] = ()
-) -> list[schema.OperatorT]:
-    """The operators that tensors depend on, in their order; what makes `given` ones is left out."""
+def leading_to(subgraph: schema.SubGraphT, tensors: Iterable[int]) -> list[schema.OperatorT]:
+    """The operators that tensors depend on, in their order."""
     wanted, chosen = set(tensors), []
     for operator in reversed(subgraph.operators):
         if wanted & {int(i) for i in operator.outputs}:
-            wanted |= {int(i) for i in operator.inputs} - set(given)
+            wanted |= {int(i) for i in operator.inputs}
             chosen.append(operator)
     return chosen[::-1]
 
@@ -125,10 +125,12 @@ class _Chain:
         self.weights: dict[str, list[tuple[int, int]]] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._buffers: dict[bytes, int] = {}
+        self._parts: dict[bytes, schema.SubGraphT] = {}
 
     def lowered(self) -> LoweredGraph:
         for traced in self.graph.signatures:
             self._add_signature(traced)
+        self.model.subgraphs += self._parts.values()
         return LoweredGraph(role=self.graph.role, model=self.model, weights=self.weights)
 
     def _add_signature(self, traced: TracedSignature) -> None:
@@ -208,7 +210,33 @@ class _Chain:
             new.opcodeIndex = self._code(template.model.operatorCodes[old.opcodeIndex])
             new.inputs = np.array([ours(int(i)) for i in old.inputs], np.int32)
             new.outputs = np.array([ours(int(i)) for i in old.outputs], np.int32)
+            if isinstance(old.builtinOptions2, schema.StableHLOCompositeOptionsT):
+                new.builtinOptions2 = self._copy_composite(template, old.builtinOptions2)
             subgraph.operators.append(new)
+
+    def _copy_composite(
+        self, template: _Template, old: schema.StableHLOCompositeOptionsT
+    ) -> schema.StableHLOCompositeOptionsT:
+        """Copy a composite's options and, unless an equal one was copied, the subgraph with its parts."""
+        source = template.model.subgraphs[old.decompositionSubgraphIndex]
+        subgraph = schema.SubGraphT()
+        subgraph.name, subgraph.tensors, subgraph.operators = old.name + b".parts", [], []
+        parts = dataclasses.replace(template, subgraph=source, operators=source.operators)
+        mapped = {-1: -1}
+        for number, index in enumerate(int(i) for i in source.inputs):
+            mapped[index] = self._copy_tensor(subgraph, parts, index, f"input/{number}")
+        self._copy_operators(subgraph, parts, mapped, "parts")
+        subgraph.inputs, subgraph.outputs = (
+            np.array([mapped[int(i)] for i in places], np.int32) for places in (source.inputs, source.outputs)
+        )
+        builder = flatbuffers.Builder()
+        builder.Finish(subgraph.Pack(builder))
+        key = bytes(builder.Output())
+        self._parts.setdefault(key, subgraph)
+        new = copy.copy(old)
+        # They follow the signatures' subgraphs, in the order in which they were first needed.
+        new.decompositionSubgraphIndex = len(self.graph.signatures) + list(self._parts).index(key)
+        return new
 
     def _code(self, code: schema.OperatorCodeT) -> int:
         key = (code.builtinCode, code.version)

@@ -9,11 +9,10 @@ from mtp_export.config import FormatConfig
 from mtp_export.formats.format import WriteRequest
 from mtp_export.formats.roles import ROLES, TraceRequest
 from mtp_export.formats.tflite import chain, sizes
-from mtp_export.formats.tflite.passes.composites import with_composites
 from mtp_export.formats.tflite.passes.reply_ends import with_reply_ends
-from mtp_export.formats.tflite.passes.single_buffer import with_single_buffer
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
 from mtp_export.formats.tflite.read import read_weights
+from mtp_export.formats.tflite.rewriting import without_unused
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.source.stored_integers import check_runs
@@ -60,12 +59,7 @@ class TFLiteFormat:
 
     def _rewritten(self, graph: chain.LoweredGraph) -> chain.LoweredGraph:
         """Return a converted graph with the operators that its backend wants."""
-        if not self._for_gpu:
-            return with_squares_reshaped_first(graph)
-        if not ROLES[graph.role].on_gpu:
-            return graph
-        in_one_buffer = with_single_buffer(graph)
-        return with_composites(in_one_buffer) if self._config.composites else in_one_buffer
+        return without_unused(graph) if self._for_gpu else with_squares_reshaped_first(graph)
 
     def write(self, lowered: chain.LoweredGraph, request: WriteRequest) -> list[Path]:
         path = request.folder / self.file_name(lowered.role)

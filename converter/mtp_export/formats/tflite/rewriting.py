@@ -1,20 +1,15 @@
-"""Operators of a converted graph exchanged for others: what every such rewriting needs.
-
-Some of them become composites: a name that some backends have a kernel for, and the parts as a subgraph, which every
-other backend runs.
-"""
+"""Operators of a converted graph exchanged for others: what every such rewriting needs."""
 
 from __future__ import annotations
 
 import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from flatbuffers import flexbuffers
 from numpy.typing import NDArray
 
 from mtp_export.formats.tflite.chain import LoweredGraph, leading_to
@@ -24,24 +19,30 @@ _TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): s
 
 
 def rewrite(lowered: LoweredGraph, rewriting: Callable[[Any, Any, Shared], Rewriting]) -> LoweredGraph:
-    """Rewrite every signature of a graph, in place. The result is the graph with the places that its parameters have
-    then."""
-    model, shared = lowered.model, Shared()
+    """Rewrite every signature of a graph, in place, and take out what is not used then. The result is the graph with
+    the places that its parameters have then."""
+    shared = Shared()
+    for entry in lowered.model.signatureDefs:
+        rewriting(lowered.model, entry, shared).run()
+    return without_unused(lowered)
+
+
+def without_unused(lowered: LoweredGraph) -> LoweredGraph:
+    """Take from the signatures of a graph, in place, the operators and tensors that lead to none of their outputs. The
+    result is the graph with the places that its parameters have then."""
     weights = [place for places in lowered.weights.values() for place in places]
     kept = {}
-    for entry in model.signatureDefs:
+    for entry in lowered.model.signatureDefs:
         number = entry.subgraphIndex
-        rewriting(model, entry, shared).run()
-        kept[number] = _without_unused(model, number, {index for s, index in weights if s == number})
+        kept[number] = _used(lowered.model, number, {index for s, index in weights if s == number})
     moved = {name: [(s, kept[s][index]) for s, index in places] for name, places in lowered.weights.items()}
     return dataclasses.replace(lowered, weights=moved)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What is in a model once: the parts of composites, by all that differs between those of a name, and constants."""
+    """What is in a model once: constants."""
 
-    parts: dict[object, int] = dataclasses.field(default_factory=dict)
     buffers: dict[tuple[str, bytes], int] = dataclasses.field(default_factory=dict)
 
 
@@ -118,52 +119,6 @@ class Rewriting(abc.ABC):
         """A new tensor of the type of another, and its shape if none is given."""
         return self._add(self.subgraph.tensors[like], self.shape(like) if shape is None else shape)
 
-    def composite(
-        self,
-        name: str,
-        attributes: Mapping[str, float],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        operators: Sequence[Any],
-    ) -> Any:
-        """A composite, in no subgraph yet, of operators that lead from `inputs` to `outputs`."""
-        steps = tuple(self.code(operator) for operator in operators)
-        key = (name, steps, *attributes.items(), *(tuple(self.shape(i)) for i in (*inputs, *outputs)))
-        if key not in self.shared.parts:
-            self.shared.parts[key] = len(self.model.subgraphs)
-            self.model.subgraphs.append(self._parts(name, operators, inputs, outputs))
-        options = schema.StableHLOCompositeOptionsT()
-        options.name, options.version = name.encode(), 1
-        options.decompositionSubgraphIndex = self.shared.parts[key]
-        options.compositeAttributes = np.frombuffer(bytes(flexbuffers.Dumps(attributes)), np.uint8)
-        composite = self.operator(CODES.STABLEHLO_COMPOSITE, inputs, outputs)
-        composite.builtinOptions2Type = schema.BuiltinOptions2.StableHLOCompositeOptions
-        composite.builtinOptions2 = options
-        return composite
-
-    def _parts(self, name: str, operators: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int]) -> Any:
-        """A subgraph of copies of `operators`."""
-        subgraph = schema.SubGraphT()
-        subgraph.name, subgraph.tensors, subgraph.operators = f"{name}.parts".encode(), [], []
-        copies = {-1: -1}
-
-        def copied(index: int) -> int:
-            if index not in copies:
-                tensor = copy.copy(self.subgraph.tensors[index])
-                tensor.name = str(len(subgraph.tensors)).encode()
-                if index in inputs:
-                    tensor.buffer = 0
-                copies[index] = len(subgraph.tensors)
-                subgraph.tensors.append(tensor)
-            return copies[index]
-
-        subgraph.inputs = np.array([copied(i) for i in inputs], np.int32)
-        for operator in operators:
-            ours = [[copied(int(i)) for i in tensors] for tensors in (operator.inputs, operator.outputs)]
-            subgraph.operators.append(self.like(operator, *ours))
-        subgraph.outputs = np.array([copied(i) for i in outputs], np.int32)
-        return subgraph
-
     def _opcode(self, builtin: int) -> int:
         for number, code in enumerate(self.model.operatorCodes):
             if (code.builtinCode, code.version) == (builtin, 1):
@@ -181,9 +136,9 @@ class Rewriting(abc.ABC):
         return len(self.subgraph.tensors) - 1
 
 
-def _without_unused(model: Any, number: int, parameters: set[int]) -> dict[int, int]:
-    """Take from a subgraph the operators and tensors that lead to none of its outputs, parameters and inputs excepted;
-    from a tensor's old place to its new one."""
+def _used(model: Any, number: int, parameters: set[int]) -> dict[int, int]:
+    """Leave in a subgraph the operators and tensors that lead to its outputs, parameters and inputs; return the new
+    place of each tensor by its old one."""
     subgraph = model.subgraphs[number]
     subgraph.operators = leading_to(subgraph, (int(i) for i in subgraph.outputs))
     wanted = parameters | {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
