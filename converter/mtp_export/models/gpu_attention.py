@@ -29,21 +29,14 @@ class DelegatedOwnerRows(OwnerRows):
     """OwnerRows, writing in place."""
 
     def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        key_start: Tensor,
-        value_start: Tensor,
-        params: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        self, x: Tensor, cos: Tensor, sin: Tensor, params: Tensor, **places: Tensor
     ) -> dict[str, Tensor]:
-        """Shapes: x [1,T,H], cos and sin [1,T,1,D], key_start and value_start [4] int32, params [1,1,1,7] int32,
-        key_cache [1,G,S,D], value_cache [1,G,D,S] -> updated caches"""
-        key_rows, value_rows = self.self_attn.rows(self.input_layernorm(x), (cos, sin))
-        rows = key_rows.transpose(1, 2), value_rows.transpose(1, 2)
-        keys, values = ops.cache_update(*rows, params, key_cache, value_cache, key_start, value_start)
+        """Shapes: x [1,T,H], cos and sin [1,T,1,D], params [1,1,1,7] int32; places: key_cache [1,G,S,D], value_cache
+        [1,G,D,S], key_start and value_start [4] int32 -> updated caches"""
+        rows = [part.transpose(1, 2) for part in self.self_attn.rows(self.input_layernorm(x), (cos, sin))]
+        caches = [places["key_cache"], places["value_cache"]]
+        starts = [places["key_start"], places["value_start"]]
+        keys, values = ops.cache_update(rows, params, caches, starts)
         return {"key_cache": keys, "value_cache": values}
 
 

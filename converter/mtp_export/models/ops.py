@@ -6,6 +6,8 @@ checks, copies and transpositions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -127,33 +129,27 @@ rms_norm_composite.register_fake(_like_the_first)
 
 @torch.library.custom_op("mtp::cache_update", mutates_args=())
 def cache_update(
-    key_rows: Tensor,
-    value_rows: Tensor,
-    params: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_start: Tensor,
-    value_start: Tensor,
+    rows: Sequence[Tensor], params: Tensor, caches: Sequence[Tensor], starts: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Write the rows of a pass into two caches, as one operator that a GPU has a kernel for.
 
-    The kernel reads from `params` where the rows belong; every other backend starts at the given slot of each axis.
+    Rows, caches and starts are those of keys, then those of values. The kernel reads from `params` where the rows
+    belong; every other backend starts at the slot that `starts` gives for each axis.
 
-    Shapes: key_rows and value_rows [1,G,T,D], params [1,1,1,7] int32, keys [1,G,S,D], values [1,G,D,S], key_start and
-        value_start [4] int32 -> keys, values
+    Shapes: rows two of [1,G,T,D], params [1,1,1,7] int32, caches [1,G,S,D] and [1,G,D,S], starts two of [4] int32
+        -> the caches
     """
-    num_tokens, at_key, at_value = key_rows.shape[2], int(key_start[2]), int(value_start[3])
-    keys, values = keys.clone(), values.clone()
+    key_rows, value_rows = rows
+    keys, values = (cache.clone() for cache in caches)
+    num_tokens, at_key, at_value = key_rows.shape[2], int(starts[0][2]), int(starts[1][3])
     keys[:, :, at_key : at_key + num_tokens] = key_rows
     values[..., at_value : at_value + num_tokens] = value_rows.transpose(2, 3)
     return keys, values
 
 
 @cache_update.register_fake
-def _(
-    key_rows: Tensor, value_rows: Tensor, params: Tensor, keys: Tensor, values: Tensor, *_: object
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(keys), torch.empty_like(values)
+def _(rows: Sequence[Tensor], params: Tensor, caches: Sequence[Tensor], *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(caches[0]), torch.empty_like(caches[1])
 
 
 @torch.library.custom_op("mtp::runtime_bmm", mutates_args=())

@@ -1,8 +1,8 @@
 """Composites: operators that LiteRT-LM's GPU backend has a kernel for, by their names.
 
 A composite carries its parts as a function, which every other backend runs. So the parts say what it computes, and its
-attributes and inputs what the kernel is told. litert-torch's StableHLOCompositeBuilder marks the inputs of a composite
-in the traced graph and drops those that no part uses; these kernels have such inputs, so the composite is written here.
+attributes and inputs what the kernel is told. Some of these inputs no part uses. litert-torch's own composites, which
+StableHLOCompositeBuilder marks in the traced graph, add such an input to a result, times zero; here it stays unused.
 """
 
 from __future__ import annotations
@@ -59,16 +59,7 @@ def _type(shape: Sequence[int]) -> Any:
 
 
 @lower(torch.ops.mtp.cache_update.default)
-def _cache_update(
-    context: Any,
-    key_rows: Any,
-    value_rows: Any,
-    params: Any,
-    keys: Any,
-    values: Any,
-    key_start: Any,
-    value_start: Any,
-) -> Any:
+def _cache_update(context: Any, rows: Sequence[Any], params: Any, caches: Sequence[Any], starts: Sequence[Any]) -> Any:
     def parts(*inputs: Any) -> list[Any]:
         key_rows, value_rows, _, keys, values, key_start, value_start = inputs
         swapped = _type([value_rows.type.shape[axis] for axis in _SWAPPED])
@@ -78,10 +69,9 @@ def _cache_update(
             tfl("tfl.dynamic_update_slice", [values, columns, value_start], [values.type]),
         ]
 
-    _, groups, length, size = keys.type.shape
+    _, groups, length, size = caches[0].type.shape
     attributes = {"kv_cache_batch_size": groups, "cache_size": length, "head_size": size, "is_ring_buffer": False}
-    inputs = [key_rows, value_rows, params, keys, values, key_start, value_start]
-    return _composite(context, "odml.cache_update", attributes, inputs, parts)
+    return _composite(context, "odml.cache_update", attributes, [*rows, params, *caches, *starts], parts)
 
 
 @lower(torch.ops.mtp.runtime_bmm.default)
