@@ -96,6 +96,24 @@ def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> E
     return export
 
 
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pair as transformers saves it, in `target` and `drafter`. Do not change it."""
+    from tests.support import tiny_files
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_files.save_pair(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_source: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pair to spoil."""
+    from tests.support import tiny_files
+
+    return tiny_files.copy_pair(tiny_source, tmp_path / "tiny")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many transformations of checkpoints were exported to the same model, how many were refused, and how many
     conversations LiteRT-LM renders as transformers does."""

@@ -10,7 +10,7 @@ from transformers import DynamicCache, Gemma4ForCausalLM
 
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_drafter
-from tests.parity.tiny import StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
+from tests.support.tiny import StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
 
 # Reordered float32 sums over at most a hundred terms of order one differ by some 1e-6; 1e-4 leaves no room for a
 # wrong term, which shows as 1e-2 and more on these weights.

@@ -193,7 +193,7 @@ REPLY: dict[str, Any] = {"max_new_tokens": 12, "stop_token_ids": (), "with_margi
 class ConversationTests:
     """Turns over one cache say what a session that knows nothing would; what is saved continues to the bit.
 
-    tests/unit/test_conversation.py and test_saved_session.py have the cases that are no matter of the backend.
+    tests/unit/runtime/test_conversation.py and test_saved_session.py have the cases that are no matter of the backend.
     """
 
     def test_turns_reuse_the_cache_and_say_what_a_fresh_session_would(

@@ -13,7 +13,7 @@ from mtp_runtime.backends.litert.backend import LiteRTGraphs
 from mtp_runtime.backends.litert.masks import CausalMask
 from mtp_runtime.backends.litert.static import BoundSignature, StaticBackend
 from mtp_runtime.generate.backend import FloatArray
-from tests.unit.conftest import TOY_PROMPT
+from tests.support.toy_prompt import TOY_PROMPT
 
 S, HIDDEN, HEAD = 64, 32, 16
 # Passes over one and over several tokens use other kernels: they differed by up to 3e-5 in logits of up to 8, and a

@@ -18,7 +18,7 @@ import msgspec
 from mtp_runtime import Bundle, Session
 from mtp_runtime.backends.litert.static import StaticBackend
 from mtp_runtime.bundle.contract import FileEntry, Manifest
-from tests.unit.fake_backend import FakeBackend, fake_manifest
+from tests.support.fake_backend import FakeBackend, fake_manifest
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|turn>{{ 'm' if message.role == 'assistant' else message.role[0] }}"

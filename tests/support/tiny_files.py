@@ -1,6 +1,6 @@
 """Tiny checkpoints as files, and the real command over them.
 
-    python -m tests.unit.tiny_files FOLDER ARGUMENTS…
+    python -m tests.support.tiny_files FOLDER ARGUMENTS…
 
 is `mtp-export ARGUMENTS…` that knows one model more: `tiny`, whose checkpoints lie in FOLDER/target and FOLDER/drafter.
 """
@@ -24,8 +24,8 @@ CACHE_LENGTH = 48
 
 def save_pair(folder: Path) -> None:
     """Write a random pair as transformers saves it, with a tokenizer and a chat template."""
-    from tests.parity.tiny import Tiny, hf_drafter, hf_target
-    from tests.unit.toy_pair import tokenizer_json
+    from tests.support.tiny import Tiny, hf_drafter, hf_target
+    from tests.support.toy_pair import tokenizer_json
 
     hf_target(Tiny()).save_pretrained(folder / "target")
     hf_drafter(Tiny()).save_pretrained(folder / "drafter")

@@ -11,7 +11,7 @@ import pytest
 
 from mtp_export.check.prompts import heldout_prompts
 from mtp_runtime import Session
-from tests.parity.backend_tests import BackendTests
+from tests.support.backend_tests import BackendTests
 from tools.gpu_check.full_size import BUNDLES
 from tools.gpu_check.machine import gpu
 from tools.gpu_check.onnx_bundles import nano

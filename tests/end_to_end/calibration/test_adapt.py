@@ -14,7 +14,7 @@ from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, loo
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import Pair, open_made_from
-from tests.unit.test_adapters import ADAPTED, save_adapter
+from tests.unit.source.test_adapters import ADAPTED, save_adapter
 
 CPU = torch.device("cpu")
 PROMPTS = [[2, 300, 400, 500], [2, 310, 410, 510], [2, 700, 800], [2, 333, 444, 555]]

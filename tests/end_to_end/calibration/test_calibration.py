@@ -21,7 +21,7 @@ from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import Pair, open_made_from
 from mtp_runtime import read_manifest
 from tests.conftest import Export, run_cli
-from tests.damage import damaged, doubled_scales, other_position, turned_centroids
+from tests.support.damage import damaged, doubled_scales, other_position, turned_centroids
 
 _GATE, _BEHIND_A_NORM = "layers.3.mlp.gate_proj.weight", "layers.7.self_attn.o_proj.weight"
 

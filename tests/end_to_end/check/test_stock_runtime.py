@@ -10,7 +10,7 @@ import pytest
 from mtp_export.check.stock_runtime import StockRun, last_complaint, parse_acceptance_rate, run_stock
 from mtp_runtime import BackendError, Session
 from mtp_runtime.generate.trace import GenerationTrace
-from tests.unit.litertlm_files import build_container
+from tests.support.litertlm_files import build_container
 
 PROMPT = " def add s"
 COUNT = 20

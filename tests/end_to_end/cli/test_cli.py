@@ -19,7 +19,8 @@ import pytest
 
 from mtp_export.source.embedded import EMBEDDED
 from tests.conftest import Export, printed_by, run_cli
-from tests.unit.tiny_files import pair_arguments
+from tests.support.places import ROOT
+from tests.support.tiny_files import pair_arguments
 
 SCRIPT = str(Path(sys.executable).parent / "mtp-export")
 HEAVY = {"torch", "tensorflow", "transformers", "litert_torch", "litert_lm", "ai_edge_litert", "jax"}
@@ -418,7 +419,7 @@ class TestOutput:
         disk.mkdir()
         script = f"""
             mount -t tmpfs -o size=80m tmpfs {disk} || exit 99
-            {sys.executable} -m tests.unit.tiny_files {tiny_source} "$@" --output {disk}/out &
+            {sys.executable} -m tests.support.tiny_files {tiny_source} "$@" --output {disk}/out &
             export=$!
             until pgrep -P $export -f spawn_main >/dev/null || ! kill -0 $export; do sleep 0.1; done
             dd if=/dev/zero of={disk}/other bs=1M 2>/dev/null
@@ -427,5 +428,5 @@ class TestOutput:
             exit $code"""
         prefix = (*namespace("-Urm"), "sh", "-c", script, "sh")
         command = [*prefix, *pair_arguments(tiny_source), "--recipe", "f32"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert refusal_of(done) == f"the disk of {disk} is full: free some space, nothing was written"

@@ -24,10 +24,10 @@ from mtp_export.cli import main as cli
 from mtp_export.source.checkpoint import Checkpoint, check_tensors, read_token_ordering
 from mtp_runtime import Bundle
 from mtp_runtime.errors import UserError
-from tests.unit import toy_pair
-from tests.unit.gemma4_configs import drafter_config, target_config
-from tests.unit.litertlm_files import build_container
-from tests.unit.tiny_files import MODELS, copy_pair, pair_arguments, rewrite_tensors, tiny_model
+from tests.support import toy_pair
+from tests.support.gemma4_configs import drafter_config, target_config
+from tests.support.litertlm_files import build_container
+from tests.support.tiny_files import MODELS, copy_pair, pair_arguments, rewrite_tensors, tiny_model
 
 MEMORY_BYTES = 256 << 20  # many times what any of these files takes
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

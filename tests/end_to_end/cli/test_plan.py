@@ -19,9 +19,9 @@ from mtp_export.errors import CheckpointError
 from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.errors import UserError
 from tests.conftest import Export, run_cli
-from tests.unit.hub_server import serving
-from tests.unit.test_cli import HEAVY, packages_imported, refused
-from tests.unit.tiny_files import rewrite_json, rewrite_tensors
+from tests.end_to_end.cli.test_cli import HEAVY, packages_imported, refused
+from tests.support.hub_server import serving
+from tests.support.tiny_files import rewrite_json, rewrite_tensors
 
 VARIANTS = {"onnx": ("--batch-size", "8"), "onnx-portable": ("--portable",)}
 # Graphs whose weights lie elsewhere and the manifest are small: what they take is estimated.

@@ -12,7 +12,8 @@ import pytest
 
 from mtp_runtime import Sampling, Session
 from tests.conftest import Export, run_cli
-from tests.unit.test_cli import refused
+from tests.end_to_end.cli.test_cli import refused
+from tests.support.places import ROOT
 
 PROMPT = "def add(a, b):"
 # Each of them changes what nano says.
@@ -104,7 +105,7 @@ def test_an_empty_stop_text_is_refused() -> None:
     assert message == "stop is ('',): give texts of at least one character"
 
 
-TOOLS = Path(__file__).parents[2] / "examples/tools.json"
+TOOLS = ROOT / "examples/tools.json"
 
 
 def test_a_chat_ends_and_a_tool_is_called(bundle: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Export
+from tests.support.places import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 # What each says at the end, as a pattern; an example without one only has to succeed and to say something.
 SAYS = {

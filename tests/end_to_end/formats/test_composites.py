@@ -18,7 +18,7 @@ from mtp_export.formats.tflite.passes.composites import with_composites
 from mtp_runtime.bundle.contract import PARAM_TENSOR, param_tensor
 from mtp_runtime.errors import BundleError
 from tests.conftest import Export, run_cli
-from tests.unit.operators import operator_counts
+from tests.support.operators import operator_counts
 
 CACHES = ("STABLEHLO_COMPOSITE odml.cache_update", "STABLEHLO_COMPOSITE odml.runtime_bmm")
 KEPT = ("FULLY_CONNECTED", "SOFTMAX", "GELU", *CACHES)

@@ -21,7 +21,7 @@ from mtp_runtime import BundleError, Manifest, Session, read_manifest
 from mtp_runtime.backends.litert.backend import LiteRTSignature
 from mtp_runtime.bundle.consistency import check_consistency
 from tests.conftest import Export
-from tests.unit.operators import operator_counts
+from tests.support.operators import operator_counts
 
 Document = dict[str, Any]
 

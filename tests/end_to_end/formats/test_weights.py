@@ -25,7 +25,7 @@ from mtp_export.source.stored_integers import Rows
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.quantise import pack, quantise
 from mtp_export.weights.recipes import FLOAT32, INT4, INT8, WeightFormat
-from tests.unit.small_graphs import feed_forward_graph, random_parameters
+from tests.support.small_graphs import feed_forward_graph, random_parameters
 from tools.synthesize.values import pack_words
 
 BLOCKS = WeightFormat(bits=4, block_size=32)

@@ -1,4 +1,4 @@
-"""`python -m tests.golden` writes the golden files anew. Review the difference: it is what the change changes."""
+"""`python -m tests.end_to_end.golden` writes the golden files anew. Review the difference: that is what changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_export.check.stock_runtime import run_stock
 from mtp_runtime import Session
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.measure.parity import Comparison, compare_text, compare_tokens
-from tests.golden.files import (
+from tests.end_to_end.golden.files import (
     CASES,
     CHATS,
     MAX_NEW_TOKENS,

@@ -8,8 +8,8 @@ import pytest
 from mtp_export.check.stock_runtime import parse_acceptance_rate, parse_warnings
 from mtp_runtime.measure.parity import compare_tokens
 from tests.conftest import Export
-from tests.golden.__main__ import chats_of, judge, traces_of
-from tests.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_chats, read_traces
+from tests.end_to_end.golden.__main__ import chats_of, judge, traces_of
+from tests.end_to_end.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_chats, read_traces
 
 # Another processor's kernels round differently; the same tolerance as between any two places (mtp_export/proof.py).
 TOLERANCE = 0.05
@@ -51,7 +51,9 @@ def test_nano_says_what_it_said(export_nano: Export, recipe: str) -> None:
             tolerance=TOLERANCE,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        assert verdict.verdict != "different", f"{verdict}: if this is meant, python -m tests.golden writes them anew"
+        assert verdict.verdict != "different", (
+            f"{verdict}: if this is meant, python -m tests.end_to_end.golden writes them anew"
+        )
         if verdict.verdict == "equal":
             assert old.pieces == new.pieces
             assert old.finish_reason == new.finish_reason

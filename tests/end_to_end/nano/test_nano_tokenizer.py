@@ -18,13 +18,12 @@ from transformers import AutoTokenizer
 
 from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.text.chat import render_chat
+from tests.support.places import PUBLISHED, ROOT
 from tools.train_nano.as_sentencepiece import sentencepiece_model
 from tools.train_nano.nano_ids import STOP_IDS
 from tools.train_nano.nano_tokenizer import CONTROL, SPECIAL
 
 FOLDER = EMBEDDED / "target"
-ROOT = Path(__file__).parents[2]
-PUBLISHED = ROOT.parent / "shared/published"
 FEWEST_TOKENS = 200_000
 # Bytes. onnxruntime-genai cuts what has no space for longer than 100 with it, whatever the tokenizer, Gemma's too.
 LONGEST_WORD = 97

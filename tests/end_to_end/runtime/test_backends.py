@@ -14,7 +14,7 @@ import pytest
 from mtp_export.formats.onnx.convert import IR_VERSION, OPSET
 from mtp_runtime import Session
 from tests.conftest import Export
-from tests.parity.backend_tests import (
+from tests.support.backend_tests import (
     TOLERANCE,
     BackendTests,
     ClosingTests,

@@ -18,7 +18,7 @@ from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import ContextFullError, Sampling, Session, SessionBatch, UserError, read_manifest
 from mtp_runtime.bundle.contract import BATCH_ROLES, MANIFEST_NAME, batch_role
 from tests.conftest import Export
-from tests.parity.backend_tests import all_rows
+from tests.support.backend_tests import all_rows
 
 NEW_TOKENS = 24
 

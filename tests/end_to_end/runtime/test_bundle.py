@@ -11,9 +11,9 @@ import pytest
 
 from mtp_runtime import Bundle, BundleError, Session
 from mtp_runtime.bundle.contract import FileEntry
-from tests.unit import toy_pair
-from tests.unit.conftest import TOY_PROMPT
-from tests.unit.litertlm_files import build_container, with_file
+from tests.support import toy_pair
+from tests.support.litertlm_files import build_container, with_file
+from tests.support.toy_prompt import TOY_PROMPT
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

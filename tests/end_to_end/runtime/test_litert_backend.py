@@ -13,9 +13,9 @@ import pytest
 
 from mtp_runtime import BackendError, BundleError, Session, UserError
 from mtp_runtime.backends.litert.backend import LiteRTCacheBuffer
-from tests.unit import toy_pair
-from tests.unit.conftest import TOY_PROMPT
-from tests.unit.static_graph_tests import StaticGraphTests, graphs_of
+from tests.support import toy_pair
+from tests.support.static_graph_tests import StaticGraphTests, graphs_of
+from tests.support.toy_prompt import TOY_PROMPT
 
 Build = Callable[[Sequence[int]], Path]
 

@@ -4,7 +4,6 @@ model."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from mtp_runtime import Conversation, Session
 from mtp_runtime.text.chat import render_chat
 from mtp_runtime.text.native_calls import assistant_message
 from tests.conftest import Export
+from tests.support.places import PUBLISHED_TEMPLATE
 from tools.train_nano.dialogues import TOOLS
 
 NANO = (EMBEDDED / "target/chat_template.jinja").read_text(encoding="utf-8")
-PUBLISHED = Path(__file__).parents[3] / "shared/published/chat_template_e2b_hf.jinja"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "<|" not in text)
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=8)
 VALUES = st.recursive(
@@ -45,7 +44,7 @@ def test_what_a_template_writes_is_read_back(calls: list[tuple[str, dict[str, An
     message |= {"tool_calls": [{"type": "function", "function": function} for function in functions]}
     if thinks:
         message["reasoning_content"] = "one\ntwo"
-    templates = [NANO, PUBLISHED.read_text(encoding="utf-8")] if PUBLISHED.is_file() else [NANO]
+    templates = [NANO, PUBLISHED_TEMPLATE.read_text(encoding="utf-8")] if PUBLISHED_TEMPLATE.is_file() else [NANO]
     for template in templates:
         assert assistant_message(turn_of(template, message)) == message
 

@@ -19,7 +19,7 @@ from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
 from mtp_runtime.generate.backend import FloatArray
 from tests.conftest import Export
-from tests.parity.backend_tests import tokens_of
+from tests.support.backend_tests import tokens_of
 
 # Float32 sums in another order differ by some 1e-5 here, where logits reach 30; one wrong term shows as 1e-2 and more.
 TOLERANCE = 1e-4

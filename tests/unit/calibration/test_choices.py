@@ -21,7 +21,7 @@ from mtp_export.source.pair import open_pair
 from mtp_export.source.texts import text_sizes
 from mtp_export.weights.parameter import Parameter
 from mtp_runtime.errors import UserError
-from tests.unit.tiny_files import MODELS, pair_arguments, tiny_model
+from tests.support.tiny_files import MODELS, pair_arguments, tiny_model
 
 
 def test_the_fewest_clusters_that_keep_almost_all_drafts() -> None:

@@ -11,7 +11,7 @@ import pytest
 from mtp_export.device.protocol import AskedPrompt
 from mtp_export.device.runs import Asked, greedy_runs
 from mtp_runtime.bundle.contract import SamplerDefaults
-from tests.unit.fake_backend import fake_manifest
+from tests.support.fake_backend import fake_manifest
 
 
 def asked(bundle: Path, **changes: Any) -> Asked:

@@ -15,8 +15,8 @@ import pytest
 
 from mtp_runtime import BundleError, Manifest, MtpError, Session
 from mtp_runtime.bundle.consistency import check_consistency
-from tests.unit.conftest import TOY_PROMPT
-from tests.unit.fake_backend import fake_manifest
+from tests.support.fake_backend import fake_manifest
+from tests.support.toy_prompt import TOY_PROMPT
 
 Document = dict[str, Any]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtp_runtime.bundle.contract import FORMAT_VERSION, FileEntry, Manifest, TensorSpec, read_manifest
 from mtp_runtime.errors import BundleError
-from tests.unit.fake_backend import fake_manifest
+from tests.support.fake_backend import fake_manifest
 
 MANIFEST = fake_manifest()
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mtp_runtime import Conversation, MtpError, Session, UserError
-from tests.unit import talking
-from tests.unit.talking import OpenSession, closing_all, expected
+from tests.support import talking
+from tests.support.talking import OpenSession, closing_all, expected
 
 # Short enough for four turns in 60 positions; the last one reads across many windows of the toy pair.
 MESSAGES = ("cab", "Q!", "abba", "z")

@@ -15,7 +15,7 @@ from mtp_runtime.errors import ContextFullError, UserError
 from mtp_runtime.generate.loop import GenerationLoop, Request
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import Token
-from tests.unit.fake_backend import VOCAB, FakeBackend, continuation, fake_manifest
+from tests.support.fake_backend import VOCAB, FakeBackend, continuation, fake_manifest
 
 PROMPT = (2, 9, 4, 7, 7, 3, 11, 30, 5, 6)
 Agree = Callable[[int], bool]

@@ -30,9 +30,9 @@ from mtp_runtime.generate.sampling import (
 )
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import Token
-from tests.unit.fake_backend import STOP, FakeBackend, fake_manifest
-from tests.unit.fake_backend import VOCAB as FAKE_VOCAB
-from tests.unit.toy_tables import VOCAB, TableBackend
+from tests.support.fake_backend import STOP, FakeBackend, fake_manifest
+from tests.support.fake_backend import VOCAB as FAKE_VOCAB
+from tests.support.toy_tables import VOCAB, TableBackend
 
 DRAWS = 20_000
 K = 3

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_runtime import BundleError, Session, UserError
-from tests.unit import talking
-from tests.unit.talking import OpenSession, expected
+from tests.support import talking
+from tests.support.talking import OpenSession, expected
 
 # Longer than several windows of the toy pair.
 PROMPT = (2, 9, 4, 7, 7, 3, 11, 30, 5, 6, 12, 13, 40, 41, 8, 9, 21, 22, 23, 24)

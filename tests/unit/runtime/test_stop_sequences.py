@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mtp_runtime import Session, UserError
 from mtp_runtime.text.stop_strings import StoppingText
 from mtp_runtime.text.tokenizer import Tokenizer
-from tests.unit import talking
-from tests.unit.talking import OpenSession, expected
+from tests.support import talking
+from tests.support.talking import OpenSession, expected
 
 PROMPT = (2, 9, 4, 7, 7, 3, 11, 30, 5, 6)
 COUNT = 24

@@ -15,9 +15,9 @@ from mtp_runtime.backends.litert.static import StaticBackend
 from mtp_runtime.bundle.contract import Manifest, SamplerDefaults
 from mtp_runtime.errors import UserError
 from mtp_runtime.generate.sampling import Chooser, Method, Sampling
-from tests.unit.fake_backend import FakeBackend, fake_manifest
-from tests.unit.talking import write_texts
-from tests.unit.test_sampling import TABLES, against_the_target, transitions
+from tests.support.fake_backend import FakeBackend, fake_manifest
+from tests.support.talking import write_texts
+from tests.unit.runtime.test_sampling import TABLES, against_the_target, transitions
 
 SUPPRESSED = (2, 5)
 

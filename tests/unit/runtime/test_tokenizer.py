@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.text.tokenizer import Tokenizer
-from tests.unit import toy_pair
+from tests.support import toy_pair
 
 EOS, BOS, DEF, ADD, S, SPACE = 1, 2, 4, 5, 6, 7
 # é is C3 A9, € is E2 82 AC; the bytes are in order in the vocabulary.

@@ -23,7 +23,7 @@ from mtp_export.source.adapters import AdaptedCheckpoint, merge
 from mtp_export.source.adapters.fields import HARMLESS, PLAIN, READ
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.pair import input_files, open_pair
-from tests.unit.tiny_files import MODELS, pair_arguments, rewrite_json, rewrite_tensors, tiny_model
+from tests.support.tiny_files import MODELS, pair_arguments, rewrite_json, rewrite_tensors, tiny_model
 
 ADAPTED = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
 PREFIX = "base_model.model.model.language_model."

@@ -25,8 +25,8 @@ from mtp_export.source.left_aside import left_aside
 from mtp_export.weights.mapping import target_parameters
 from mtp_export.weights.recipes import RECIPES
 from mtp_runtime.errors import UserError
-from tests.parity.tiny import Tiny
-from tests.unit.tiny_files import MODELS, rewrite_json, rewrite_tensors, tiny_model
+from tests.support.tiny import Tiny
+from tests.support.tiny_files import MODELS, rewrite_json, rewrite_tensors, tiny_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import pytest
 from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime.errors import UserError
 from mtp_runtime.text.chat import render_chat
+from tests.support.places import PUBLISHED_TEMPLATE
 from tools.train_nano.dialogues import TOOLS, dialogue
 
 TEMPLATE = (EMBEDDED / "target/chat_template.jinja").read_text(encoding="utf-8")
-PUBLISHED = Path(__file__).parents[3] / "shared/published/chat_template_e2b_hf.jinja"
 NESTED = {
     "type": "function",
     "function": {
@@ -128,12 +127,12 @@ def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> s
     return render_chat(template, messages, special_tokens={"bos_token": "<bos>"}, **options)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published template is not beside this checkout")
+@pytest.mark.skipif(not PUBLISHED_TEMPLATE.is_file(), reason="the published template is not beside this checkout")
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("open_turn", [False, True])
 def test_it_writes_what_the_published_template_writes(name: str, thinking: bool, open_turn: bool) -> None:
-    published = PUBLISHED.read_text(encoding="utf-8")
+    published = PUBLISHED_TEMPLATE.read_text(encoding="utf-8")
     messages = CONVERSATIONS[name]
     for tools in (None, list(TOOLS.values()), [NESTED]):
         options: dict[str, Any] = {"tools": tools, "enable_thinking": thinking, "add_generation_prompt": open_turn}

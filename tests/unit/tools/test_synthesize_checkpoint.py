@@ -36,7 +36,7 @@ from mtp_export.source import texts as converter_texts
 from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
 from mtp_export.weights import mapping
 from mtp_export.weights.recipes import RECIPES
-from tests.unit.gemma4_configs import drafter_config, target_config
+from tests.support.gemma4_configs import drafter_config, target_config
 from tools.synthesize import layout, texts
 from tools.synthesize.__main__ import VARIANTS, Extras, synthesize
 from tools.synthesize.layout import StoredTensor

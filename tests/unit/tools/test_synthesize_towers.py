@@ -32,11 +32,11 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 
 from mtp_export.arch import published
 from mtp_runtime.errors import UserError
+from tests.support.places import PUBLISHED
 from tools.synthesize import files, finetune, layout, media, quantised, texts, towers
 from tools.synthesize.__main__ import VARIANTS, Extras, synthesize
 from tools.synthesize.layout import StoredTensor
 
-FACTS = Path(__file__).parents[3] / "shared" / "published"  # of this project; not in a clone
 FULL_SIZE = {"e2b": published.E2B, "e4b": published.E4B}
 PLAIN, LATTICE = VARIANTS[:2]
 TUNED = Extras(towers=True, leftovers=finetune.UNSLOTH, adapter_rank=4)
@@ -104,12 +104,12 @@ def test_an_e2b_is_as_long_as_the_published_file() -> None:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_configs_are_the_published_ones(name: str) -> None:
-    if not FACTS.is_dir():
+    if not PUBLISHED.is_dir():
         pytest.skip("the published configs are not here")
     pair = FULL_SIZE[name]
-    assert texts.target_config(pair.target, towers.PUBLISHED) == read(FACTS / f"{name}-it" / "config.json")
+    assert texts.target_config(pair.target, towers.PUBLISHED) == read(PUBLISHED / f"{name}-it" / "config.json")
     drafter = texts.published_drafter_config(pair.drafter, pair.target.max_position_embeddings, qat=False)
-    assert drafter == read(FACTS / f"{name}-it-assistant" / "config.json")
+    assert drafter == read(PUBLISHED / f"{name}-it-assistant" / "config.json")
 
 
 def test_a_drafter_of_quantisation_aware_training_has_stop_ids_too() -> None:
