@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,14 @@ def tiny(tiny_source: Path, tmp_path: Path) -> Path:
     from tests.support import tiny_files
 
     return tiny_files.copy_pair(tiny_source, tmp_path / "tiny")
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Hear Ctrl-C, and let children hear it, even where a shell in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

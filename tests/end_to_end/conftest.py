@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -64,11 +63,3 @@ def open_session(toy_talking: Path) -> Iterator[talking.OpenSession]:
     """Open a fresh session on the toy bundle at each call; all are closed after the test."""
     with talking.closing_all(lambda: Session.open(toy_talking, threads=1, verify=False)) as opened:
         yield opened
-
-
-@pytest.fixture
-def hears_ctrl_c() -> Iterator[None]:
-    """Hear Ctrl-C, and let children hear it, even where a shell in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

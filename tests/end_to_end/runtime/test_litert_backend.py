@@ -191,3 +191,8 @@ def test_a_file_that_is_no_graph_is_refused(toy_folder: Path, tmp_path: Path, co
 def test_threads_must_be_positive(toy_folder: Path) -> None:
     with pytest.raises(UserError, match="threads is 0"):
         Session.open(toy_folder, threads=0)
+
+
+def test_a_tflite_bundle_names_the_format_that_it_takes(toy_talking: Path) -> None:
+    with pytest.raises(UserError, match="--target onnx"):
+        Session.open(toy_talking, verify=False, provider="webgpu")

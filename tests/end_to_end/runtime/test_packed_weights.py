@@ -18,7 +18,7 @@ from mtp_runtime.backends.packed_weights import LITERT, ONNX_RUNTIME, Library, P
 from mtp_runtime.bundle.contract import FileEntry
 from mtp_runtime.errors import BackendError
 from tests.conftest import Export
-from tests.end_to_end.bundle.test_staging import names
+from tests.support.bundle_folders import names
 
 GRAPH = FileEntry(path="target.tflite", sha256="ab" * 32, size_bytes=1000)
 PROMPT = [2, 70, 71, 72]

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mtp_runtime import Session, UserError
+from mtp_runtime import UserError
 from mtp_runtime.backends.onnx import webgpu as onnx_webgpu
 from mtp_runtime.backends.onnx.graphs import HostRows, pooled_options
 from mtp_runtime.backends.onnx.pooled_cache import SLIDING_SLOTS, PooledKVCache
@@ -25,11 +25,6 @@ def test_without_the_provider_one_line_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_webgpu", None)
     with pytest.raises(UserError, match=r"not installed.*: pip install 'mtp-export\[webgpu\]'$"):
         onnx_webgpu.open_session(Path("target.onnx"), ort.SessionOptions())
-
-
-def test_a_tflite_bundle_names_the_format_that_it_takes(toy_talking: Path) -> None:
-    with pytest.raises(UserError, match="--target onnx"):
-        Session.open(toy_talking, verify=False, provider="webgpu")
 
 
 def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from tests.support.fake_backend import STOP, FakeBackend, fake_manifest
 from tests.support.fake_backend import VOCAB as FAKE_VOCAB
 from tests.support.toy_tables import VOCAB, TableBackend
 
+pytestmark = pytest.mark.many_cases  # thousands of draws
+
 DRAWS = 20_000
 K = 3
 # Some cut tokens that the drafter scores, some leave the drafter tokens that the target refuses.

@@ -22,6 +22,7 @@ from tests.unit.runtime.test_sampling import TABLES, against_the_target, transit
 SUPPRESSED = (2, 5)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("method", ["match", "speculative"])
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_what_may_be_said_keeps_its_distribution(method: Method, drafts: int) -> None:

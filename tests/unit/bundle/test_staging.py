@@ -5,23 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mtp_export.bundle.staging import check_output, staged_folder
 from mtp_export.errors import OutputError
-
-MANIFEST = '{"format_version": 9, "tool_version": "9.0", "export_format": "tflite", "signatures": {}}'
-
-
-def write_bundle(output: Path, content: str, *, force: bool = False) -> None:
-    with staged_folder(output, force=force) as folder:
-        (folder / "manifest.json").write_text(MANIFEST)
-        (folder / "target.tflite").write_text(content)
+from tests.support.bundle_folders import MANIFEST, leftover, names, write_bundle
 
 
 def fail_to_write(output: Path, on_the_way: Callable[[], object] = lambda: None, *, force: bool = False) -> None:
@@ -29,10 +20,6 @@ def fail_to_write(output: Path, on_the_way: Callable[[], object] = lambda: None,
         (folder / "target.tflite").write_text("half")
         on_the_way()
         raise ValueError("on purpose")
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_output_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -107,13 +94,6 @@ def test_a_link_to_a_bundle_is_replaced_and_not_followed(tmp_path: Path) -> None
     assert not (tmp_path / "out").is_symlink()
 
 
-def leftover(parent: Path, name: str = "out") -> Path:
-    folder = parent / f".{name}.partial-abcd1234"
-    (folder / "new").mkdir(parents=True)
-    (folder / "new" / "target.tflite").write_text("half")
-    return folder
-
-
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     leftover(tmp_path)
     write_bundle(tmp_path / "out", "x")
@@ -141,47 +121,6 @@ def test_a_bundle_that_a_killed_export_had_moved_aside_comes_back(tmp_path: Path
     with pytest.raises(OutputError, match="exists"):
         write_bundle(tmp_path / "out", "new")
     assert (tmp_path / "out" / "target.tflite").read_text() == "old"
-    assert names(tmp_path) == ["out"]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from mtp_export.bundle.staging import staged_folder
-with staged_folder(Path(sys.argv[1]), force=False) as folder:
-    print(folder, flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that is exporting to `tmp_path`/out."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_the_workspace_of_a_living_export_stays(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    (theirs,) = names(tmp_path)
-    write_bundle(tmp_path / "out", "ours")
-    assert names(tmp_path) == sorted([theirs, "out"])
-    _, errors = holder.communicate(timeout=60)
-    assert "OutputError" in errors, "two cannot both have the name"
-    assert (tmp_path / "out" / "target.tflite").read_text() == "ours"
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_killed_process_loses_its_workspace_to_the_next(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert len(names(tmp_path)) == 1
-    write_bundle(tmp_path / "out", "x")
     assert names(tmp_path) == ["out"]
 
 
