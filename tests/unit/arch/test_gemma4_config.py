@@ -29,8 +29,8 @@ from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
 from mtp_export.source.embedded import EMBEDDED
 from tests.support.gemma4_configs import F, S, drafter_config, target_config
+from tests.support.refusals import config_of
 from tests.support.tiny import Tiny
-from tests.unit.source.test_checkpoint import config_of
 
 PUBLISHED = {"e2b": published.E2B, "e4b": published.E4B}
 Change = Callable[[dict[str, Any]], object]

@@ -1,12 +1,10 @@
-"""Checkpoints that are missing, cut short, altered or another's: one clear line each, before anything slow begins."""
+"""Files of a checkpoint that are missing, cut short or another's: one clear line each, before anything slow begins."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtp_export.arch.config_keys import unknown_keys
-from mtp_export.config import ExportConfig
 from mtp_export.errors import CheckpointError
-from mtp_export.graph.static import trace_embedder
-from mtp_export.pipeline import export
-from mtp_export.source.checkpoint import Checkpoint, read_token_ordering
+from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.hub import locate
-from mtp_export.source.left_aside import left_aside
-from mtp_export.weights.mapping import target_parameters
-from mtp_export.weights.recipes import RECIPES
-from mtp_runtime.errors import UserError
-from tests.support.tiny import Tiny
+from tests.support.refusals import EMBEDDING, INDEX, WEIGHTS, refusal
 from tests.support.tiny_files import MODELS, rewrite_json, rewrite_tensors, tiny_model
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-Tensors = dict[str, torch.Tensor]
-
-
-class NothingSlow:
-    """Is told of an export's progress, and ends it when the conversion begins."""
-
-    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
-        raise AssertionError(f"it was not refused before {stage}")
-
-    def advance(self, done: int, name: str = "") -> None: ...
 
 
 @pytest.fixture(autouse=True)
 def known_model(tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the tiny pair, as it was saved, known as a model."""
     monkeypatch.setitem(MODELS, "tiny", tiny_model(tiny_source))
-
-
-def config_of(folder: Path, **changes: Any) -> ExportConfig:
-    config = ExportConfig(
-        model="tiny",
-        export_format="tflite",
-        target=str(folder / "target"),
-        drafter=str(folder / "drafter"),
-        recipe="int8",
-        output=folder.parent / "output" / "out",
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def refusal(folder: Path, **changes: Any) -> str:
-    """Export what must not be exported; returns the line with which it is refused, before the conversion begins."""
-    config = config_of(folder, **changes)
-    with pytest.raises(UserError) as caught:
-        export(config, NothingSlow())
-    assert caught.value.exit_code == 2
-    assert not config.output.parent.exists()
-    return str(caught.value)
-
-
-def tensors_of(folder: Path, change: Callable[[Tensors], None], part: str = "target") -> None:
-    rewrite_tensors(folder / part / WEIGHTS, change)
 
 
 class TestFiles:
@@ -287,144 +239,6 @@ class TestJson:
         (tiny / "target" / "chat_template.jinja").unlink()
         (tiny / "target" / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
         assert "tokenizer_config.json: chat_template is not Unicode" in refusal(tiny)
-
-
-class TestTensors:
-    @pytest.mark.parametrize(
-        ("part", "name"),
-        [
-            ("target", "model.layers.2.self_attn.q_proj.weight"),
-            ("target", "model.layers.0.layer_scalar"),
-            ("target", "model.embed_tokens_per_layer.weight"),
-            ("target", "model.layers.1.self_attn.k_proj.weight"),
-            ("drafter", "masked_embedding.centroids.weight"),
-            ("drafter", "masked_embedding.token_ordering"),
-            ("drafter", EMBEDDING),
-        ],
-    )
-    def test_a_tensor_that_is_missing(self, tiny: Path, part: str, name: str) -> None:
-        tensors_of(tiny, lambda tensors: tensors.__delitem__(name), part)
-        assert f"tensor {name} is missing: the checkpoint is incomplete" in refusal(tiny)
-
-    def test_a_file_without_a_text_model(self, tiny: Path) -> None:
-        tensors_of(tiny, lambda tensors: tensors.__delitem__(EMBEDDING))
-        assert f"tensor {EMBEDDING} is missing: the checkpoint is incomplete" in refusal(tiny)
-        tensors_of(tiny, lambda tensors: tensors.clear())
-        assert "no tensor …layers.0.… of a text model: this is not a whole Gemma 4 checkpoint" in refusal(tiny)
-
-    @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj.bias", "surprise"])
-    @pytest.mark.parametrize("part", ["target", "drafter"])
-    def test_a_tensor_that_nobody_knows_is_left_aside(self, tiny: Path, part: str, name: str) -> None:
-        """As transformers leaves it."""
-        tensors_of(tiny, lambda tensors: tensors.update({name: torch.zeros(1)}), part)
-        checkpoint = Checkpoint(tiny / part, part)
-        known = {n: info.shape for n, info in checkpoint.tensors.items() if info.stored != name}
-        assert left_aside(checkpoint, known) == (name,)
-
-    @pytest.mark.parametrize("part", ["target", "drafter"])
-    @pytest.mark.parametrize(
-        ("name", "word"),
-        [
-            ("model.layers.0.mlp.gate_proj.lora_A.weight", "lora_A"),
-            ("model.layers.0.mlp.gate_proj.lora_A.default.weight", "lora_A"),
-            ("model.layers.0.mlp.gate_proj.base_layer.weight", "base_layer"),
-            ("lm_head.modules_to_save.default.weight", "modules_to_save"),
-        ],
-    )
-    def test_an_adapter_that_is_not_merged(self, tiny: Path, part: str, name: str, word: str) -> None:
-        tensors_of(tiny, lambda tensors: tensors.update({name: torch.zeros(1)}), part)
-        assert f"tensor {name} is part of an adapter that is not merged ({word}): call merge_and_unload" in refusal(
-            tiny
-        )
-
-    @pytest.mark.parametrize("shape", [(33, 128), (32, 127), (32,), (), (0, 128), (1, 32, 64)], ids=str)
-    def test_a_tensor_of_another_shape(self, tiny: Path, shape: tuple[int, ...]) -> None:
-        """Two of these have the right number of values."""
-        name = "model.layers.0.self_attn.o_proj.weight"
-        tensors_of(tiny, lambda tensors: tensors.update({name: torch.zeros(shape)}))
-        assert f"tensor {name} has shape {list(shape)}, config.json asks for [32, 64]" in refusal(tiny)
-
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool], ids=str)
-    @pytest.mark.parametrize("part", ["target", "drafter"])
-    def test_a_tensor_of_another_dtype(self, tiny: Path, part: str, dtype: torch.dtype) -> None:
-        def change(tensors: Tensors) -> None:
-            tensors[EMBEDDING] = tensors[EMBEDDING].to(dtype)
-
-        tensors_of(tiny, change, part)
-        message = refusal(tiny)
-        assert f"tensor {EMBEDDING} has dtype " in message
-        assert (
-            "expected BF16 or F16 or F32 or F64, or integers that a quantization_config in config.json describes"
-            in message
-        )
-
-    @pytest.mark.parametrize(
-        "order",
-        [
-            torch.zeros(128, dtype=torch.int64),
-            torch.arange(1, 129),
-            torch.arange(128) - 1,
-            torch.arange(128).roll(1).index_fill(0, torch.tensor(5), 2**40),
-        ],
-        ids=["all zero", "one too high", "one too low", "one far out"],
-    )
-    def test_a_token_ordering_that_is_no_permutation(self, tiny: Path, order: torch.Tensor) -> None:
-        tensors_of(tiny, lambda tensors: tensors.update({"masked_embedding.token_ordering": order}), "drafter")
-        assert "token_ordering is not a permutation of 0…127: the drafter is damaged" in refusal(tiny)
-
-    def test_a_token_ordering_in_floats(self, tiny: Path) -> None:
-        order = torch.arange(128.0)
-        tensors_of(tiny, lambda tensors: tensors.update({"masked_embedding.token_ordering": order}), "drafter")
-        assert "token_ordering has dtype F32, expected I64 or I32" in refusal(tiny)
-
-    def test_a_token_ordering_in_int32(self, tiny: Path) -> None:
-        order = torch.randperm(128, generator=torch.Generator().manual_seed(1)).to(torch.int32)
-        tensors_of(tiny, lambda tensors: tensors.update({"masked_embedding.token_ordering": order}), "drafter")
-        read = read_token_ordering(Checkpoint(tiny / "drafter", "drafter"), "masked_embedding.token_ordering", 128)
-        assert read.tolist() == order.tolist()
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    def test_a_weight_that_is_no_number(self, tiny: Path, dtype: torch.dtype, value: float) -> None:
-        """Weights are read once, while they are written: this is found there."""
-
-        def change(tensors: Tensors) -> None:
-            tensors[EMBEDDING] = tensors[EMBEDDING].to(dtype)
-            tensors[EMBEDDING][100, 7] = value
-
-        tensors_of(tiny, change)
-        checkpoint = Checkpoint(tiny / "target", "target")
-        graphs = [trace_embedder(Tiny().target_spec, "embedder")]
-        everything = {name: info.shape for name, info in checkpoint.tensors.items()}
-        graphs = [dataclasses.replace(graphs[0], weights=everything)]
-        rows = target_parameters(checkpoint, graphs, RECIPES["f32"])["embedder"]["embed_tokens.weight"].rows
-        assert rows(0, 100).shape == (100, 32)
-        with pytest.raises(CheckpointError, match=f"tensor {EMBEDDING} holds NaN or infinity: the weights are damaged"):
-            rows(64, 128)
-
-
-class TestWhereTensorsLie:
-    @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
-    def test_the_published_layouts_are_read(self, tiny: Path, prefix: str) -> None:
-        """With towers for pictures and sounds, a tied head, and tensors that KV-shared layers do not use."""
-
-        def change(tensors: Tensors) -> None:
-            for name in list(tensors):
-                tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
-            tensors["lm_head.weight"] = tensors[f"{prefix}embed_tokens.weight"].clone()
-            extra = ("model.vision_tower.x", "model.embed_audio.y", f"{prefix}layers.5.self_attn.k_proj.weight")
-            tensors.update({name: torch.zeros(1) for name in extra})
-
-        tensors_of(tiny, change)
-        assert Checkpoint(tiny / "target", "target").names.prefix == prefix
-        # All is well with the target: it is the drafter that is refused.
-        tensors_of(tiny, lambda tensors: tensors.__delitem__("pre_projection.weight"), "drafter")
-        assert "tensor pre_projection.weight is missing" in refusal(tiny)
-
-    def test_a_tensor_that_is_stored_twice(self, tiny: Path) -> None:
-        """transformers would take either."""
-        tensors_of(tiny, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"].clone()}))
-        assert "norm.weight are one tensor, stored twice: remove one of them" in refusal(tiny)
 
 
 class TestLocate:

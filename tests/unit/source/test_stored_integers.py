@@ -27,9 +27,9 @@ from mtp_export.source.adapters import AdaptedCheckpoint
 from mtp_export.source.checkpoint import Checkpoint, TensorInfo
 from mtp_export.source.pair import open_pair
 from mtp_export.weights.recipes import WeightFormat
+from tests.support.refusals import NothingSlow
 from tests.support.tiny_files import copy_pair, rewrite_json, rewrite_tensors
 from tests.unit.source.test_adapters import save_adapter
-from tests.unit.source.test_checkpoint import NothingSlow
 from tools.synthesize import layout, quantised
 from tools.synthesize.__main__ import synthesize
 from tools.synthesize.values import pack_words
