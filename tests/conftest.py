@@ -17,6 +17,41 @@ from tools.fetched.cache import cache_folder
 
 Export = Callable[..., Path]
 
+TESTS = Path(__file__).parent
+
+# Folders and modules that export, train, convert many segments, or start other programs for most of their tests. Tests
+# with a bundle of nano are slow wherever they are.
+SLOW = (
+    "device",
+    "differential",
+    "end_to_end/calibration",
+    "end_to_end/cli",
+    "end_to_end/examples",
+    "end_to_end/formats/test_passes.py",
+    "end_to_end/formats/test_random_chains.py",
+    "end_to_end/formats/test_segment_cache.py",
+    "end_to_end/golden",
+    "end_to_end/nano",
+    "end_to_end/test_real_size.py",
+    "stock",
+)
+QUICK = ("differential/test_models.py", "differential/test_page.py", "end_to_end/cli/test_fuzz.py")
+LONG = {"full_size", "real_size"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow, and as long, by where they are and what they need."""
+
+    def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
+        return any(item.path.is_relative_to(TESTS / place) for place in places)
+
+    for item in items:
+        with_bundle = "export_nano" in getattr(item, "fixturenames", ())
+        if with_bundle or (lies_in(item, SLOW) and not lies_in(item, QUICK)):
+            item.add_marker(pytest.mark.slow)
+        if LONG & {marker.name for marker in item.iter_markers()}:
+            item.add_marker(pytest.mark.long)
+
 
 def printed_by(bundle: Path) -> Path:
     """Where the export of a bundle left what it printed, to stdout and to stderr."""
