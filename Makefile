@@ -1,7 +1,10 @@
 # make demo   creates the environment, exports nano in both formats, runs it with MTP on and off in every runtime, shows
 #             that all agree, and the speed, a chat and a tool call, in our runtime and in stock LiteRT-LM; ends with
 #             calibration.json and report.html in build/demo
-# make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint
+# make test   creates the environment and runs every test that needs no phone, GPU or full-size checkpoint, but the long
+#             ones; under 30 minutes on 2 cores, and it ends with its ten slowest
+# make test-all   those too: load runs, matrices of versions, full sizes
+# make test-quick  the tests that are not slow: two minutes
 # make check  test, lint and strict types
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +13,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 RECIPE ?= int8
 
-.PHONY: demo test programs lint check clean
+.PHONY: demo test test-all test-quick programs lint check clean
 
 demo: $(STAMP)
 	$(BIN)/mtp-export --model nano --target tflite --recipe $(RECIPE) --output build/demo --force
@@ -24,8 +27,16 @@ demo: $(STAMP)
 	$(BIN)/mtp-export calibrate build/demo
 	$(BIN)/mtp-export report build/demo
 
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
+
 test: $(STAMP) programs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m 'not long'
+
+test-all: $(STAMP) programs
+	$(PYTEST)
+
+test-quick: $(STAMP)
+	$(PYTEST) -m 'not slow and not long'
 
 # What tests of the device and of Kotlin call. Where it cannot be installed they are skipped, and say why.
 PROGRAMS = openjdk-17-jre-headless npm iproute2

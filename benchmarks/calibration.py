@@ -28,7 +28,7 @@ from mtp_calibration.same_model.observe import continued
 from mtp_export.check.prompts import Prompt, calibration_prompts, heldout_prompts, in_turn
 from mtp_export.source.pair import Pair, open_made_from
 from mtp_runtime import Session
-from tests.damage import damaged, doubled_scales, other_position, turned_centroids
+from tests.support.damage import damaged, doubled_scales, other_position, turned_centroids
 
 DAMAGES = {
     "one layer's scales times 2": doubled_scales("layers.3.mlp.gate_proj.weight"),

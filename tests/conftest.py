@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,41 @@ import pytest
 from tools.fetched.cache import cache_folder
 
 Export = Callable[..., Path]
+
+TESTS = Path(__file__).parent
+
+# Folders and modules that export, train, convert many segments, or start other programs for most of their tests. Tests
+# with a bundle of nano are slow wherever they are.
+SLOW = (
+    "device",
+    "differential",
+    "end_to_end/calibration",
+    "end_to_end/cli",
+    "end_to_end/examples",
+    "end_to_end/formats/test_passes.py",
+    "end_to_end/formats/test_random_chains.py",
+    "end_to_end/formats/test_segment_cache.py",
+    "end_to_end/golden",
+    "end_to_end/nano",
+    "end_to_end/test_real_size.py",
+    "stock",
+)
+QUICK = ("differential/test_models.py", "differential/test_page.py", "end_to_end/cli/test_fuzz.py")
+LONG = {"full_size", "real_size"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow, and as long, by where they are and what they need."""
+
+    def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
+        return any(item.path.is_relative_to(TESTS / place) for place in places)
+
+    for item in items:
+        with_bundle = "export_nano" in getattr(item, "fixturenames", ())
+        if with_bundle or (lies_in(item, SLOW) and not lies_in(item, QUICK)):
+            item.add_marker(pytest.mark.slow)
+        if LONG & {marker.name for marker in item.iter_markers()}:
+            item.add_marker(pytest.mark.long)
 
 
 def printed_by(bundle: Path) -> Path:
@@ -94,6 +130,32 @@ def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> E
         return output
 
     return export
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pair as transformers saves it, in `target` and `drafter`. Do not change it."""
+    from tests.support import tiny_files
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_files.save_pair(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_source: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pair to spoil."""
+    from tests.support import tiny_files
+
+    return tiny_files.copy_pair(tiny_source, tmp_path / "tiny")
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Hear Ctrl-C, and let children hear it, even where a shell in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -11,6 +11,6 @@ dependencies {
 }
 
 tasks.test {
-    systemProperty("golden", rootDir.resolve("../tests/golden").path)
+    systemProperty("golden", rootDir.resolve("../tests/end_to_end/golden").path)
     systemProperty("report", layout.buildDirectory.file("report.json").get().asFile.path)
 }

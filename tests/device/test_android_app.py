@@ -14,7 +14,7 @@ import pytest
 from mtp_export.device.app import AppReport, AppRequest, read_report
 from mtp_export.device.bench import summarise
 from tests.conftest import Export
-from tests.golden.files import FOLDER
+from tests.end_to_end.golden.files import FOLDER
 from tools.android_build.apk import DEMO, build_apk, packager
 from tools.android_build.toolchain import CompileError, Toolchain, toolchain
 from tools.fetched.debian import FetchError

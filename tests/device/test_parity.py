@@ -15,7 +15,7 @@ import pytest
 from mtp_export.device.adb import adb_program
 from tests.conftest import Export, run_cli
 from tests.device.conftest import OpenPlace
-from tests.golden.files import MAX_NEW_TOKENS, PROMPTS, read_traces
+from tests.end_to_end.golden.files import MAX_NEW_TOKENS, PROMPTS, read_traces
 
 pytestmark = pytest.mark.arm64
 

@@ -20,7 +20,7 @@ from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.bundle.contract import MANIFEST_NAME
 from mtp_runtime.errors import BackendError
 from tests.conftest import Export, run_cli
-from tests.golden.files import MAX_NEW_TOKENS, PROMPTS
+from tests.end_to_end.golden.files import MAX_NEW_TOKENS, PROMPTS
 from tools.arm64_device.place import SERIAL, Place
 
 PROGRAM = Path(__file__).with_name("litert_lm_main.py")

@@ -25,7 +25,7 @@ from tests.differential.oracle import (
     rewrite_json,
     write_tensors,
 )
-from tests.differential.test_tensors import noise, weights_of_nano
+from tests.differential.tensor_layouts import noise, weights_of_nano
 from tests.differential.transformation import Record, Suite
 
 SUITE = Suite()

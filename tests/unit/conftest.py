@@ -1,103 +1,65 @@
-"""The toy pair, lowered once per test run."""
+"""What holds of every unit test: no process, no conversion, and a tenth of a second.
+
+Tests of random or simulated cases may take longer and say so: by hypothesis' `@given`, or by the marker `many_cases`.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from mtp_runtime import Session
-from tests.unit import talking
+from mtp_export.formats import segment_cache, workers
+from tests.support import talking
 
-# Any drafter will do for what is not about drafts: this one is nearly always wrong.
-WRONG_TABLE = tuple((7 * position + 3) % 64 for position in range(80))
-TOY_PROMPT = (2, 5, 9, 11, 3, 4, 8, 20, 33, 41, 2, 3)
+# Seconds of processor time, and how many times that a slow or busy machine, or a first import, may take.
+LIMIT_S, SLOW_MACHINE = 0.1, 10
 
-
-@pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle's folder with the toy target and a drafter that is nearly always wrong. Do not change it."""
-    from tests.unit import toy_pair
-
-    folder = tmp_path_factory.mktemp("toy")
-    toy_pair.lower_target(folder)
-    toy_pair.lower_drafter(folder, WRONG_TABLE)
-    (folder / "tokenizer.json").write_text(toy_pair.tokenizer_json(), encoding="utf-8")
-    toy_pair.write_manifest(folder)
-    return folder
+# When the drafter is right.
+AGREE: dict[str, Callable[[int], bool]] = {
+    "right": lambda position: True,
+    "wrong": lambda position: False,
+    "mixed": lambda position: position % 3 != 0,
+}
 
 
-@pytest.fixture(scope="session")
-def toy_plain(toy_folder: Path) -> tuple[int, ...]:
-    """What the toy target says after TOY_PROMPT, decoded plainly to the context's end."""
-    with Session.open(toy_folder) as session:
-        return session.generate(TOY_PROMPT, num_draft_tokens=0, stop_token_ids=()).finish().tokens
-
-
-@pytest.fixture(scope="session")
-def toy_with_drafter(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[int]], Path]:
-    """Return a function that builds the toy bundle with a drafter of the given table."""
-    from tests.unit import toy_pair
-
-    def build(table: Sequence[int]) -> Path:
-        folder = tmp_path_factory.mktemp("toy-drafter")
-        for name in ("target.tflite", "embedder.tflite", "per_layer_embedder.tflite", "tokenizer.json"):
-            os.link(toy_folder / name, folder / name)
-        toy_pair.lower_drafter(folder, table)
-        toy_pair.write_manifest(folder)
-        return folder
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def toy_talking(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy bundle with a tokenizer and a chat template that talk. Do not change it."""
-    return talking.talking_copy(toy_folder, tmp_path_factory.mktemp("toy-talking"))
-
-
-# Who can chat: a backend without graphs, with a drafter that is right, wrong or either; and LiteRT on the toy pair.
-@pytest.fixture(params=["fake-right", "fake-wrong", "fake-mixed", "toy"])
+@pytest.fixture(params=AGREE)
 def open_session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[talking.OpenSession]:
     """Open a fresh session on the same bundle at each call; all are closed after the test."""
-    if request.param == "toy":
-        folder: Path = request.getfixturevalue("toy_talking")
-        opener: talking.OpenSession = lambda: Session.open(folder, threads=1, verify=False)  # noqa: E731
-    else:
-        agree = {
-            "fake-right": lambda position: True,
-            "fake-wrong": lambda position: False,
-            "fake-mixed": lambda position: position % 3 != 0,
-        }[request.param]
-        opener = talking.fake_opener(tmp_path, agree)
-    with talking.closing_all(opener) as opened:
+    with talking.closing_all(talking.fake_opener(tmp_path, AGREE[request.param])) as opened:
         yield opened
 
 
-@pytest.fixture(scope="session")
-def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny pair as transformers saves it, in `target` and `drafter`. Do not change it."""
-    from tests.unit import tiny_files
+def _refuse(what: str) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail(f"a unit test {what}: move it to tests/end_to_end", pytrace=False)
 
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_files.save_pair(folder)
-    return folder
+    return refuse
 
 
-@pytest.fixture
-def tiny(tiny_source: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny pair to spoil."""
-    from tests.unit import tiny_files
+@pytest.fixture(autouse=True)
+def no_process_and_no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that starts a process or converts a segment."""
+    monkeypatch.setattr(subprocess.Popen, "__init__", _refuse("starts a process"))
+    monkeypatch.setattr(BaseProcess, "start", _refuse("starts a process"))
+    monkeypatch.setattr(segment_cache, "results_in_order", _refuse("converts a segment"))
+    monkeypatch.setattr(workers, "results_in_order", _refuse("converts a segment"))
 
-    return tiny_files.copy_pair(tiny_source, tmp_path / "tiny")
 
-
-@pytest.fixture
-def hears_ctrl_c() -> Iterator[None]:
-    """Hear Ctrl-C, and let children hear it, even where a shell in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a test that takes too much of the processor's time."""
+    before = time.process_time()
     yield
-    signal.signal(signal.SIGINT, before)
+    taken = time.process_time() - before
+    of_many_cases = item.get_closest_marker("many_cases") or hasattr(getattr(item, "obj", None), "hypothesis")
+    if taken > LIMIT_S * SLOW_MACHINE and not of_many_cases:
+        pytest.fail(
+            f"{taken:.2f} s: a unit test takes {LIMIT_S} s at most. Make it smaller, move it to tests/end_to_end, or "
+            "mark it `many_cases` if it goes through random or simulated cases",
+            pytrace=False,
+        )

@@ -13,7 +13,7 @@ import pytest
 from mtp_export.bundle.journal import Journal
 from mtp_export.bundle.staging import staged_folder
 from tests.conftest import Export, run_cli
-from tests.unit.test_staging import leftover, names, write_bundle
+from tests.support.bundle_folders import leftover, names, write_bundle
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def main() -> int:
             probe(options)
         if "tests" in options.checks:
             environment = {**os.environ, BUNDLES: str(options.bundles.absolute())}
-            command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/device/gpu"]
             code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if "equality" in options.checks:
             code = equality(options) or code

@@ -123,7 +123,7 @@ class _Chain:
         self.model.buffers, self.model.operatorCodes = [empty], []
         self.model.subgraphs, self.model.signatureDefs, self.model.metadata = [], [], []
         self.weights: dict[str, list[tuple[int, int]]] = {}
-        self._codes: dict[tuple[int, int], int] = {}
+        self._codes: dict[tuple[int, int, bytes], int] = {}
         self._buffers: dict[bytes, int] = {}
         self._parts: dict[bytes, schema.SubGraphT] = {}
 
@@ -239,7 +239,9 @@ class _Chain:
         return new
 
     def _code(self, code: schema.OperatorCodeT) -> int:
-        key = (code.builtinCode, code.version)
+        """Return the place of an operator code; custom operators are told apart by their names too."""
+        name = bytes(code.customCode or b"") if code.builtinCode == schema.BuiltinOperator.CUSTOM else b""
+        key = (code.builtinCode, code.version, name)
         if key not in self._codes:
             self._codes[key] = len(self.model.operatorCodes)
             self.model.operatorCodes.append(code)

@@ -1,6 +1,6 @@
 package io.mtpexport.core
 
-/** The near-tie rule, word for word that of `mtp_runtime/parity.py`; both are held against `tests/golden`. */
+/** The near-tie rule, word for word that of `mtp_runtime/parity.py`; both are held against `tests/end_to_end/golden`. */
 enum class Verdict { EQUAL, NEAR_TIE, DIFFERENT }
 
 /**

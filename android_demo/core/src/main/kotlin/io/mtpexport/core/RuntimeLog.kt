@@ -1,6 +1,6 @@
 package io.mtpexport.core
 
-/** What LiteRT-LM tells only in its log; word for word that of `mtp_export/stock_runtime.py`, held by `tests/golden`. */
+/** What LiteRT-LM tells only in its log; word for word that of `mtp_export/stock_runtime.py`, held by `tests/end_to_end/golden`. */
 object RuntimeLog {
     private val ACCEPTANCE = Regex("MTP Drafter - Success rate: ([0-9.e+-]+)$", RegexOption.MULTILINE)
     private val PREFIX = Regex("^.*?\\.(?:cc|h|cpp):\\d+\\] ")

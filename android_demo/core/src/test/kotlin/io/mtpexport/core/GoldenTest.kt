@@ -6,7 +6,7 @@ import kotlin.test.assertEquals
 import kotlin.test.assertTrue
 
 /** The files that Python is held against too; `golden` is the system property with their folder. */
-private val golden = File(System.getProperty("golden") ?: error("run with -Dgolden=FOLDER of tests/golden"))
+private val golden = File(System.getProperty("golden") ?: error("run with -Dgolden=FOLDER of tests/end_to_end/golden"))
 
 private fun lines(name: String) = File(golden, name).readLines().map { Json.parse(it) as Map<*, *> }
 

@@ -1,0 +1,120 @@
+"""Our static-shape modules against transformers, float32, on tiny random pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, Gemma4ForCausalLM
+
+from mtp_export.graph.ir import run_signature
+from mtp_export.graph.static import GraphShape, trace_drafter
+from mtp_runtime.bundle.contract import PARAM_TENSOR
+from tests.support.tiny import PARAMS, StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
+
+# Reordered float32 sums over at most a hundred terms of order one differ by some 1e-6; 1e-4 leaves no room for a
+# wrong term, which shows as 1e-2 and more on these weights.
+TOLERANCE = 1e-4
+VARIANTS = [
+    Tiny(num_kv_heads=kv, double_wide=wide, sliding_window=window)
+    for kv in (1, 2)
+    for wide in (False, True)
+    for window in (5, 64)
+]
+VARIANTS += [
+    Tiny(num_kv_heads=kv, sliding_window=window, single_buffer=True) for kv in (1, 2) for window in (5, 64)
+]  # as for a GPU
+CACHE_LENGTH = 48
+
+
+def ids_of(length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tiny", VARIANTS, ids=str)
+@pytest.mark.parametrize("chunks", [(24,), (7, 5, 5, 1, 1, 5), (1,) * 24], ids=str)
+@torch.no_grad()
+def test_target_logits_hidden_and_caches(tiny: Tiny, chunks: tuple[int, ...]) -> None:
+    """However a sequence is cut into passes, each equals one pass of transformers over the whole."""
+    model, ids = hf_target(tiny), ids_of(sum(chunks))
+    reference = model(ids[None], use_cache=False, output_hidden_states=True)
+    ours = StaticTarget(tiny, model, CACHE_LENGTH, set(chunks))
+    position = 0
+    for size in chunks:
+        values = ours(ids[position : position + size], position)
+        span = slice(position, position + size)
+        torch.testing.assert_close(values["logits"][0], reference.logits[0, span], atol=TOLERANCE, rtol=0)
+        hidden = reference.hidden_states[-1]
+        torch.testing.assert_close(values["activations"][0], hidden[0, span], atol=TOLERANCE, rtol=0)
+        position += size
+
+    assert_caches(ours, model, ids)
+
+
+def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tensor) -> None:
+    """Every filled row of every cache equals transformers'."""
+    rows = DynamicCache()  # without a config it keeps the rows beyond the window too
+    model(ids[None], past_key_values=rows, use_cache=True)
+    for i in range(ours.spec.num_caches):
+        layer: Any = rows.layers[i]  # a union in transformers, of which only one kind has rows
+        for part, theirs in (("k", layer.keys), ("v", layer.values)):
+            filled = ours.rows_of(f"kv_cache_{part}_{i}")[:, :, : len(ids)]
+            torch.testing.assert_close(filled, theirs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tiny", VARIANTS, ids=str)
+@torch.no_grad()
+def test_prefill_writes_the_same_caches(tiny: Tiny) -> None:
+    model, ids = hf_target(tiny), ids_of(24)
+    ours = StaticTarget(tiny, model, CACHE_LENGTH, {8})
+    for start in range(0, 24, 8):
+        ours(ids[start : start + 8], start, "prefill_8")
+    assert_caches(ours, model, ids)
+
+
+@pytest.mark.parametrize("tiny", VARIANTS, ids=str)
+@pytest.mark.parametrize("processed", [3, 24], ids=["before the window", "beyond the window"])
+@torch.no_grad()
+def test_drafter_chained_steps(tiny: Tiny, processed: int) -> None:
+    """Four chained draft steps: scores of every candidate and the hidden state fed to the next step."""
+    target, assistant, ids = hf_target(tiny), hf_drafter(tiny), ids_of(processed + 1)
+    spec = tiny.drafter_spec
+    out = target(ids[None, :-1], use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
+    static = StaticTarget(tiny, target, CACHE_LENGTH, {processed})
+    static(ids[:-1], 0)
+    shape = GraphShape(
+        cache_length=CACHE_LENGTH,
+        num_draft_tokens=4,
+        prefill_lengths=(),
+        prefix_lengths=(),
+        single_buffer=tiny.single_buffer,
+    )
+    graph = trace_drafter(spec, tiny.target_spec, shape, position_offset=1, row_scales=False)
+    draft, weights = graph.signatures[0], drafter_weights(spec, assistant)
+    caches = {t.name: static.caches[t.name] for t in draft.signature.inputs if t.is_cache}
+
+    token, theirs = ids[-1], out.hidden_states[-1][:, -1:]
+    ours = theirs
+    for _ in range(4):
+        embedding = target.model.embed_tokens(token.reshape(1, 1))
+        reference = assistant(
+            inputs_embeds=torch.cat([embedding, theirs], -1),
+            position_ids=torch.tensor([[processed]]),
+            shared_kv_states={k: out.shared_kv_states[k] for k in ("sliding_attention", "full_attention")},
+        )
+        inputs = {
+            "activations": torch.cat([embedding, ours], -1),
+            "input_pos": torch.tensor([processed - 1], dtype=torch.int32),
+            "mask": causal_mask(CACHE_LENGTH, processed - 1, 1),
+            PARAM_TENSOR: PARAMS,
+        }
+        values = run_signature(graph, draft, weights, inputs | caches)
+        row, logits = reference.logits[0, 0], values["logits"][0, 0]
+        candidates = logits > 0
+        assert candidates.sum() == spec.head.num_candidates
+        assert (row[~candidates] == row.min()).all(), "transformers scored a token that is not our candidate"
+        torch.testing.assert_close(logits - logits.max(), row - row.max(), atol=TOLERANCE, rtol=0)
+        ours, theirs = values["projected_activations"], reference.last_hidden_state
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+        token = row.argmax()

@@ -1,0 +1,432 @@
+"""The command line as a user meets it: a process, its exit code, and what is on its two streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mtp_export.source.embedded import EMBEDDED
+from tests.conftest import Export, printed_by, run_cli
+from tests.support.places import ROOT
+from tests.support.tiny_files import pair_arguments
+
+SCRIPT = str(Path(sys.executable).parent / "mtp-export")
+HEAVY = {"torch", "tensorflow", "transformers", "litert_torch", "litert_lm", "ai_edge_litert", "jax"}
+TIMEOUT_S = 120.0
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must end as the user's mistake; returns its one line without the beginning."""
+    return refusal_of(run_cli(*arguments, check=False))
+
+
+def refusal_of(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """Check exit code, silence on standard output and the one line on standard error; returns the line."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()  # a line break may close the ^C of a terminal
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mtp-export: error: ")
+    return lines[0].removeprefix("mtp-export: error: ")
+
+
+def packages_imported(arguments: list[str]) -> tuple[int, set[str]]:
+    """Run a command; returns its exit code and the packages that it imported."""
+    command = [sys.executable, "-X", "importtime", SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    return done.returncode, {name.partition(".")[0] for name in names}
+
+
+class TestHelp:
+    @pytest.mark.parametrize(
+        "command", ["--help", "--version", "export --help", "run --help", "parity --help", "xport"]
+    )
+    def test_nothing_heavy_is_imported(self, command: str) -> None:
+        """Not even when the command does not exist."""
+        _, imported = packages_imported(command.split())
+        assert "mtp_export" in imported
+        assert not HEAVY & imported
+
+    def test_without_a_command_there_is_help(self) -> None:
+        done = run_cli()
+        assert done.stdout == run_cli("--help").stdout
+        assert all(name in done.stdout for name in ("export", "parity", "run"))
+
+    def test_the_version_is_that_of_the_package(self) -> None:
+        assert re.fullmatch(r"mtp-export, version \d+\.\d+\.\d+\n", run_cli("--version").stdout)
+
+
+class TestMistakes:
+    def test_options_alone_go_to_export(self, tmp_path: Path) -> None:
+        """`mtp-export --model nano --target tflite` is `mtp-export export …`."""
+        arguments = ("--model", "nano", "--target", "tflite", "--output", str(tmp_path))
+        assert refused(*arguments) == refused("export", *arguments)
+        assert refused(*arguments).startswith(f"{tmp_path} exists: ")
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("exprot", "No such command 'exprot'. Did you mean 'export'?"),
+            ("--modle nano", "No such option '--modle'. Did you mean '--model'?"),
+            ("export --outptu x", "No such option '--outptu'. Did you mean '--output'?"),
+            ("parity --limt 3 x", "No such option '--limt'. Did you mean '--limit'?"),
+            ("run x --num-draft-tokens all", "Invalid value for '--num-draft-tokens': 'all' is not a valid integer."),
+            ("run", "Missing argument 'BUNDLE'. See 'mtp-export run --help'."),
+            ("export nano", "Got unexpected extra argument (nano) See 'mtp-export export --help'."),
+            ("--cache-length long", "Invalid value for '--cache-length': 'long' is not a valid integer."),
+            ("--model e3b", "--model is 'e3b', expected one of: e2b, e4b, nano"),
+            ("--target gguf", "--target is 'gguf', expected one of: onnx, tflite"),
+            ("--portable", "--portable is for --target onnx, got --target tflite"),
+            ("--batch-size 2", "--batch-size is for --target onnx, got --target tflite"),
+            ("--target onnx --batch-size 9", "--batch-size is 9, expected 1 to 8"),
+            ("--target onnx --batch-size 2 --portable", "--batch-size needs ONNX Runtime's own attention: leave"),
+            (
+                "--recipe q4",
+                "--recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
+            ),
+            (
+                "--drafter-recipe q4",
+                "--drafter-recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
+            ),
+            ("--num-draft-tokens 0", "--num-draft-tokens is 0, expected 1 to 16"),
+            ("--num-draft-tokens 17", "--num-draft-tokens is 17, expected 1 to 16"),
+            ("--cache-length 31", "--cache-length is 31, expected 32 to"),
+            ("--cache-length 4097", "--cache-length is 4097, expected 32 to 4096"),
+            ("--drafter-position-offset 2", "--drafter-position-offset is 2, expected 0 to 1"),
+            ("--workers 0", "--workers is 0, expected 1 to 64"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, command: str, message: str, tmp_path: Path) -> None:
+        place = [] if command.split()[0] in ("exprot", "parity", "run") else ["--output", str(tmp_path / "out")]
+        assert refused(*command.split(), *place).startswith(message)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_mistaken_option_is_told_before_torch_is_loaded(self, tmp_path: Path) -> None:
+        for arguments in (["--model", "e3b"], ["--output", str(tmp_path)]):
+            code, imported = packages_imported(arguments)
+            assert code == 2
+            assert not HEAVY & imported
+
+    def test_debug_shows_where_it_came_from(self, tmp_path: Path) -> None:
+        done = run_cli("--debug", "--output", str(tmp_path), check=False)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+        assert "exists" in done.stderr.splitlines()[-1]
+
+    def test_an_endless_name_is_cut(self, tmp_path: Path) -> None:
+        assert len(refused("--model", "x" * 100_000, "--output", str(tmp_path / "out"))) < 1100
+
+    def test_a_hub_id_that_is_not_cached_is_told_at_once_when_offline(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        started = time.monotonic()
+        message = refused("--model", "e2b", "--output", str(tmp_path / "out"))
+        assert "google/gemma-4-E2B-it is neither a folder nor in the Hugging Face cache" in message
+        assert time.monotonic() - started < 30, "no retries, no timeouts: what is slow is loading torch"
+        assert not (tmp_path / "out").exists()
+
+    def test_the_checkpoint_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        message = refused("--model", "e2b", "--checkpoint", str(EMBEDDED / "target"), "--output", str(tmp_path / "out"))
+        assert "the target is nano, and --model is e2b: give --model nano" in message
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestBadPlaces:
+    @pytest.mark.parametrize(
+        ("place", "reason"),
+        [
+            ("/proc/mtp/out", "no such file or directory"),
+            ("/sys/out", "permission denied|operation not permitted|read-only file system"),
+            ("{file}/out", "not a directory"),
+            ("{file}/deeper/out", "not a directory"),
+            ("{folder}/{long}", "file name too long"),
+        ],
+    )
+    def test_where_nothing_can_be_written(self, place: str, reason: str, tmp_path: Path) -> None:
+        """Root may write past permission bits, but not here."""
+        (tmp_path / "file").touch()
+        output = place.format(file=tmp_path / "file", folder=tmp_path, long="x" * 300)
+        message = refused("--output", output)
+        assert re.fullmatch(rf"cannot write {re.escape(output)}: ({reason}): choose another --output", message)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_without_write_permission(self, tmp_path: Path) -> None:
+        parent = tmp_path / "read-only"
+        parent.mkdir(mode=0o555)
+        command = [SCRIPT, "--output", str(parent / "out")]
+        if os.geteuid() == 0:
+            command = [*namespace("-U"), *command]  # in a user namespace that it is not mapped into, root is nobody
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refusal_of(done) == f"cannot write {parent / 'out'}: permission denied: choose another --output"
+
+    def test_an_output_that_exists_needs_force(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        assert "exists: choose another --output, or replace it with --force" in refused(
+            "--output", str(tmp_path / "out")
+        )
+
+    @pytest.mark.parametrize("kind", ["empty folder", "full folder", "another program's manifest", "file"])
+    def test_force_replaces_nothing_but_bundles(self, kind: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        if kind == "file":
+            out.write_text("mine")
+        else:
+            out.mkdir()
+        if kind == "full folder":
+            (out / "thesis.tex").write_text("mine")
+        elif kind == "another program's manifest":
+            (out / "manifest.json").write_text('{"name": "app", "manifest_version": 3, "version": "1.0"}')
+        before = sorted(tmp_path.rglob("*"))
+        assert "is not a bundle, so --force does not replace it" in refused("--force", "--output", str(out))
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_a_small_disk_is_noticed_before_the_conversion(self, tmp_path: Path) -> None:
+        """A tmpfs of 2 MB, in a mount namespace of its own."""
+        script = f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && {SCRIPT} --output {tmp_path}/a/out; "
+        script += f"code=$?; ls -A {tmp_path}; exit $code"
+        done = subprocess.run([*namespace("-Urm"), "sh", "-c", script], capture_output=True, text=True, check=False)
+        message = refusal_of(done)
+        assert re.search(r"has 0\.00 GB free and the bundle needs 0\.\d\d GB: free some space", message)
+
+
+def namespace(flags: str) -> list[str]:
+    """Return what starts a command in namespaces of its own; skips where the kernel forbids it."""
+    command = ["unshare", flags]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode != 0:
+        pytest.skip("this kernel does not let tests make user and mount namespaces")
+    return command
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """An export that is running, by default until its conversion has begun."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def workers(self) -> set[int]:
+        """Conversion processes that are running now."""
+        return {pid for pid in children_of(self.process.pid) if "spawn_main" in command_of(pid)}
+
+    def wait_for_workers(self) -> set[int]:
+        wait_until(lambda: bool(self.workers()) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.process.communicate()
+        return self.workers()
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        stdout, stderr = self.process.communicate(timeout=TIMEOUT_S)
+        return subprocess.CompletedProcess([], self.process.returncode, stdout, stderr)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+def children_of(pid: int) -> set[int]:
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found |= {int(child) for child in file.read_text().split()}
+        except OSError:
+            continue  # the thread has ended
+    return found
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def read_some(terminal: int) -> bytes:
+    """What a terminal is shown next; nothing once every process has let go of it."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Started]]:
+    """Return a function that starts an export of nano into `tmp_path`/out, in a process group of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_one() -> Started:
+        process = subprocess.Popen(
+            [SCRIPT, "--output", str(tmp_path / "out"), "--workers", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return Started(process, tmp_path)
+
+    yield start_one
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        process.communicate()
+
+
+@pytest.mark.usefixtures("hears_ctrl_c", "no_segments")
+class TestInterruption:
+    @pytest.mark.parametrize(
+        ("delay_s", "presses"), [(0.0, 1), (3.0, 1), (3.0, 3)], ids=["workers start", "converting", "pressed thrice"]
+    )
+    def test_ctrl_c_leaves_nothing(self, start: Callable[[], Started], delay_s: float, presses: int) -> None:
+        """A terminal sends Ctrl-C to the whole process group: workers must not answer in their own words."""
+        export = start()
+        workers = export.wait_for_workers()
+        time.sleep(delay_s)
+        workers |= export.workers()
+        for _ in range(presses):
+            os.killpg(export.process.pid, signal.SIGINT)
+            time.sleep(0.05)
+        pressed = time.monotonic()
+        done = export.ended()
+        assert time.monotonic() - pressed < 15, "it waited for conversions that nobody wants any more"
+        assert refusal_of(done, 130) == "interrupted; nothing half-written is left"
+        assert export.names() == []
+        assert not any(is_alive(pid) for pid in workers)
+
+    def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(self, start: Callable[[], Started]) -> None:
+        killed = start()
+        workers = killed.wait_for_workers()
+        (leftover,) = killed.names()
+        killed.process.kill()
+        killed.ended()
+        assert leftover.startswith(".out.partial-")
+        assert killed.names() == [leftover]
+        wait_until(lambda: not any(is_alive(pid) for pid in workers), 30)
+
+        second = start()
+        workers = second.wait_for_workers()
+        (own,) = second.names()
+        assert own != leftover
+        second.process.send_signal(signal.SIGTERM)
+        done = second.ended()
+        assert refusal_of(done, 130) == "interrupted; nothing half-written is left"
+        assert second.names() == []
+        assert not any(is_alive(pid) for pid in workers)
+
+    def test_a_worker_that_dies_is_our_failure(self, start: Callable[[], Started]) -> None:
+        """As the kernel does when memory runs out."""
+        export = start()
+        os.kill(min(export.wait_for_workers()), signal.SIGKILL)
+        message = refusal_of(export.ended(), 1)
+        assert message.startswith("a conversion process died, most likely for want of memory")
+        assert export.names() == []
+
+
+class TestOutput:
+    def test_json_is_all_that_is_printed(self, export_nano: Export) -> None:
+        bundle = export_nano("int8")
+        stdout, stderr = json.loads(printed_by(bundle).read_text())
+        result = json.loads(stdout)
+        assert stdout.count("\n") == 1
+        assert stderr == ""
+        assert result["output"] == str(bundle)
+        assert result["files_bytes"]["target.tflite"] == (bundle / "target.tflite").stat().st_size
+        assert not [path for path in bundle.parent.iterdir() if path.name.startswith(".")]
+
+    def test_a_run_prints_json_alone_too(self, export_nano: Export) -> None:
+        done = run_cli("run", str(export_nano("int8")), "def", "--max-new-tokens", "4", "--json")
+        assert len(json.loads(done.stdout)["tokens"]) == 4
+        assert done.stderr == ""
+
+    def test_a_run_with_a_k_that_adapts_says_the_same(self, export_nano: Export) -> None:
+        command = ("run", str(export_nano("int8")), "def", "--max-new-tokens", "40", "--json", "--num-draft-tokens")
+        fixed, adapted = (json.loads(run_cli(*command, k).stdout) for k in ("4", "auto"))
+        assert adapted["tokens"] == fixed["tokens"]
+        assert adapted["stats"]["decode_steps"] > fixed["stats"]["decode_steps"], "it compares with plain decoding"
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "def", "--max-new-tokens", "40"]])
+    def test_a_reader_that_leaves_is_no_error(self, arguments: list[str], export_nano: Export) -> None:
+        """As `| head -1`, but gone before the first byte, so that the pipe is closed for certain."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [SCRIPT, *(a.format(bundle=export_nano("int8")) for a in arguments)]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert done.returncode == 1
+        assert done.stderr == ""
+
+    def test_into_head(self, export_nano: Export) -> None:
+        script = f"{SCRIPT} run {export_nano('int8')} def --json --max-new-tokens 40 | head -n 1"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        assert len(done.stdout.splitlines()) == 1
+        assert done.stderr == ""
+
+    def test_a_terminal_is_shown_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
+        export_nano("int8")  # its segments are kept
+        terminal, screen = pty.openpty()
+        command = [SCRIPT, "export", "--output", str(tmp_path / "out")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=screen):
+            os.close(screen)
+            shown = b""
+            while chunk := read_some(terminal):
+                shown += chunk
+        os.close(terminal)
+        line = re.compile(
+            r"writing weights \S+ +\d+% \d+ tensors 0\.0\d/0\.0\d GB \d:\d\d:\d\d [-\d]:[-\d]{2}:[-\d]{2}"
+        )
+        lines = [text.strip() for text in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).splitlines()]
+        assert any(line.fullmatch(text) for text in lines), lines
+        assert max(len(text) for text in lines if "━" in text) <= 80
+
+    def test_an_output_that_is_full_is_told(self) -> None:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == "mtp-export: error: no space left to write to: free some space\n"
+
+    @pytest.mark.usefixtures("no_segments")
+    def test_a_disk_that_fills_up_on_the_way(self, tiny_source: Path, tmp_path: Path) -> None:
+        """A tmpfs with room enough to begin; something else fills it while the graphs are being converted."""
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        script = f"""
+            mount -t tmpfs -o size=80m tmpfs {disk} || exit 99
+            {sys.executable} -m tests.support.tiny_files {tiny_source} "$@" --output {disk}/out &
+            export=$!
+            until pgrep -P $export -f spawn_main >/dev/null || ! kill -0 $export; do sleep 0.1; done
+            dd if=/dev/zero of={disk}/other bs=1M 2>/dev/null
+            wait $export; code=$?
+            ls -A {disk} | grep -v other
+            exit $code"""
+        prefix = (*namespace("-Urm"), "sh", "-c", script, "sh")
+        command = [*prefix, *pair_arguments(tiny_source), "--recipe", "f32"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert refusal_of(done) == f"the disk of {disk} is full: free some space, nothing was written"

@@ -1,0 +1,166 @@
+"""Every pass that rewrites a converted graph leaves what it computes as it was, whatever the inputs and sizes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from ai_edge_litert.interpreter import Interpreter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mtp_export.formats.tflite.chain import LoweredGraph, lower
+from mtp_export.formats.tflite.passes.reply_ends import _ReplyEnds
+from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
+from mtp_export.formats.tflite.rewriting import rewrite
+from mtp_export.formats.tflite.write import write_graph
+from mtp_export.graph.builder import GraphBuilder
+from mtp_export.graph.ir import TracedGraph
+from mtp_export.models.layers import RMSNorm, rotate
+from mtp_export.weights.recipes import FLOAT32
+from tests.support.small_graphs import random_parameters
+
+Values = dict[str, NDArray[Any]]
+Run = Callable[[Values], Values]
+
+
+class Size(NamedTuple):
+    """Tokens of a pass, heads, width of a head."""
+
+    tokens: int
+    heads: int
+    width: int
+
+
+SIZES = [Size(1, 2, 16), Size(3, 1, 8), Size(5, 3, 6)]
+
+
+class Norms(nn.Module):
+    """A row's norm with a weight, and that of its heads without one, rotated."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        self.whole = RMSNorm(size.heads * size.width, 1e-6)
+        self.heads = RMSNorm(size.width, 1e-6, scale=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [1,T,heads*D], cos and sin [1,T,1,D] -> whole [1,T,heads*D], turned [1,T,heads,D]"""
+        whole = self.whole(x)
+        heads = self.heads(whole.reshape(1, self.size.tokens, self.size.heads, self.size.width))
+        return {"whole": whole, "turned": rotate(heads, (cos, sin))}
+
+
+class Prologue(nn.Module):
+    """Something of the embeddings of a prompt."""
+
+    def forward(self, embeddings: Tensor, per_layer_embeddings: Tensor) -> dict[str, Tensor]:
+        """Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P] -> x [1,T,H], y [1,T,L,P]"""
+        return {"x": embeddings * 0.5 + 1.0, "y": torch.tanh(per_layer_embeddings)}
+
+
+def norms_graph(size: Size) -> TracedGraph:
+    builder = GraphBuilder("norms")
+    table = ((1, size.tokens, 1, size.width), torch.float32)
+    builder.start({"x": ((1, size.tokens, size.heads * size.width), torch.float32), "cos": table, "sin": table})
+    builder.call("norms", lambda: Norms(size), {name: name for name in ("x", "cos", "sin")})
+    names = {"whole": "whole", "turned": "turned"}
+    builder.finish("verify", "verify", names, num_tokens=size.tokens, attention_length=0)
+    return builder.graph()
+
+
+PROMPT = {"embeddings": (1, 4, 8), "per_layer_embeddings": (1, 4, 2, 4)}
+
+
+def prompt_graph() -> TracedGraph:
+    builder = GraphBuilder("prompt")
+    builder.start({name: (shape, torch.float32) for name, shape in PROMPT.items()})
+    builder.call("prologue", Prologue, {name: name for name in PROMPT})
+    builder.finish("prefill_4", "prefill", {"x": "x", "y": "y"}, num_tokens=4, attention_length=0)
+    return builder.graph()
+
+
+@pytest.fixture(scope="module")
+def lowered() -> list[tuple[TracedGraph, LoweredGraph]]:
+    """Every graph, converted in one go: norms of each size, and a prompt."""
+    graphs = [*(norms_graph(size) for size in SIZES), prompt_graph()]
+    return list(zip(graphs, lower(graphs, 1), strict=True))
+
+
+def runner(
+    one: tuple[TracedGraph, LoweredGraph], path: Path, rewriting: Callable[[LoweredGraph], LoweredGraph] | None = None
+) -> Run:
+    """Return what runs a graph in LiteRT, rewritten or not. The graph itself stays as it is."""
+    graph, converted = one
+    converted = copy.deepcopy(converted)
+    write_graph(converted if rewriting is None else rewriting(converted), random_parameters(graph, FLOAT32), path)
+    interpreter = Interpreter(str(path), num_threads=1)
+    (signature,) = graph.signatures
+    run = interpreter.get_signature_runner(signature.signature.name)
+    return lambda inputs: run(**inputs)
+
+
+def random_values(shapes: dict[str, tuple[int, ...]], seed: int) -> Values:
+    generator = np.random.default_rng(seed)
+    return {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+anything = st.integers(0, 2**32 - 1)
+few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+_ROUNDING = 1e-6  # where squares are reshaped first, XNNPACK may round them once where it rounded twice
+
+
+@pytest.mark.parametrize("number", range(len(SIZES)), ids=str)
+def test_squares_reshaped_first(number: int, lowered: list[tuple[TracedGraph, LoweredGraph]], tmp_path: Path) -> None:
+    size = SIZES[number]
+    plain = runner(lowered[number], tmp_path / "plain.tflite")
+    rewritten = runner(lowered[number], tmp_path / "rewritten.tflite", with_squares_reshaped_first)
+    table = (1, size.tokens, 1, size.width)
+
+    @few
+    @given(seed=anything, scale=st.floats(1e-3, 1e3))
+    def check(seed: int, scale: float) -> None:
+        inputs = random_values({"x": (1, size.tokens, size.heads * size.width), "cos": table, "sin": table}, seed)
+        inputs["x"] *= np.float32(scale)
+        expected, outputs = plain(inputs), rewritten(inputs)
+        for output, value in expected.items():
+            np.testing.assert_allclose(outputs[output], value, rtol=_ROUNDING, atol=_ROUNDING)
+
+    check()
+
+
+def test_the_end_of_a_reply(lowered: list[tuple[TracedGraph, LoweredGraph]], tmp_path: Path) -> None:
+    """Without a first row of zeros nothing changes; with one, it is as if the token that ended were there."""
+    rows = [[random_values({"row": (1, 1, *shape[2:])}, seed)["row"] for seed in range(3)] for shape in PROMPT.values()]
+    plain = runner(lowered[-1], tmp_path / "plain.tflite")
+    rewritten = runner(
+        lowered[-1],
+        tmp_path / "rewritten.tflite",
+        lambda graph: rewrite(graph, functools.partial(_ReplyEnds, rows)),
+    )
+
+    @few
+    @given(seed=anything, ended=st.sampled_from(["nothing", "reply", "call"]))
+    def check(seed: int, ended: str) -> None:
+        inputs = random_values(PROMPT, seed)
+        filled = copy.deepcopy(inputs)
+        for name, (reply, call, behind) in zip(PROMPT, rows, strict=True):
+            if ended == "nothing":
+                continue
+            inputs[name][:, 0] = 0
+            filled[name][:, 0] = (reply if ended == "reply" else call)[:, 0]
+            if ended == "reply":
+                inputs[name][:, 1] = filled[name][:, 1] = behind[:, 0]
+        expected, outputs = plain(filled), rewritten(inputs)
+        assert all(np.array_equal(outputs[name], expected[name]) for name in expected)
+
+    check()

@@ -1,0 +1,150 @@
+"""`python -m tests.end_to_end.golden` writes the golden files anew. Review the difference: that is what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.bundles import exported
+from mtp_export.check.chats import parity_chats
+from mtp_export.check.prompts import read_prompts
+from mtp_export.check.stock_runtime import run_stock
+from mtp_runtime import Session
+from mtp_runtime.bundle.contract import read_manifest
+from mtp_runtime.measure.parity import Comparison, compare_text, compare_tokens
+from tests.end_to_end.golden.files import (
+    CASES,
+    CHATS,
+    MAX_NEW_TOKENS,
+    PROMPTS,
+    RECIPES,
+    TRACES,
+    GoldenChat,
+    GoldenTrace,
+    GoldenTurn,
+    ParityCase,
+)
+
+_CASES = (
+    ParityCase(
+        name="equal", reference=(5, 6, 7), tokens=(5, 6, 7), margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
+    ),
+    ParityCase(
+        name="near-tie at the tolerance",
+        reference=(5, 6, 7),
+        tokens=(5, 9, 7),
+        margins=(1, 0.05, 1),
+        tolerance=0.05,
+        max_new_tokens=8,
+    ),
+    ParityCase(
+        name="just above it", reference=(5, 6), tokens=(5, 9), margins=(1, 0.051), tolerance=0.05, max_new_tokens=8
+    ),
+    ParityCase(
+        name="only the first difference counts",
+        reference=(5, 6, 7),
+        tokens=(4, 6, 9),
+        margins=(1, 1, 0.01),
+        tolerance=0.05,
+        max_new_tokens=8,
+    ),
+    ParityCase(name="ended early", reference=(5, 6), tokens=(5,), margins=(1, 1), tolerance=0.05, max_new_tokens=8),
+    ParityCase(name="went on", reference=(5,), tokens=(5, 6), margins=(1,), tolerance=0.05, max_new_tokens=8),
+    ParityCase(
+        name="more than asked", reference=(5, 6), tokens=(5, 6, 7), margins=(1, 1), tolerance=0, max_new_tokens=2
+    ),
+    ParityCase(
+        name="text", pieces=("de", "f ", "x"), text="def x", margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
+    ),
+    ParityCase(
+        name="text goes on", pieces=("de", "f "), text="def more", margins=(1, 1), tolerance=0.05, max_new_tokens=8
+    ),
+    ParityCase(
+        name="text differs", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.2, 1), tolerance=0.05, max_new_tokens=8
+    ),
+    ParityCase(
+        name="text, near-tie",
+        pieces=("ä", "é", "x"),
+        text="äêx",
+        margins=(1, 0.02, 1),
+        tolerance=0.05,
+        max_new_tokens=8,
+    ),
+)
+
+
+def judge(case: ParityCase) -> Comparison:
+    """What Python says of a case."""
+    if case.text is not None:
+        return compare_text(case.name, case.pieces, case.text, margins=case.margins, tolerance=case.tolerance)
+    return compare_tokens(
+        case.name,
+        case.reference,
+        case.tokens,
+        margins=case.margins,
+        tolerance=case.tolerance,
+        max_new_tokens=case.max_new_tokens,
+    )
+
+
+def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
+    """What nano says with a recipe, without and with MTP."""
+    traces = []
+    with Session.open(bundle, threads=1) as session:
+        for prompt in read_prompts(PROMPTS):
+            for depth in (0, session.manifest.num_draft_tokens):
+                generation = session.generate(
+                    prompt.text, max_new_tokens=MAX_NEW_TOKENS, num_draft_tokens=depth, with_margins=True
+                )
+                trace = generation.finish()
+                traces.append(
+                    GoldenTrace(
+                        prompt=prompt.id,
+                        recipe=recipe,
+                        num_draft_tokens=depth,
+                        prompt_ids=trace.prompt_ids,
+                        tokens=trace.tokens,
+                        origins=trace.origins,
+                        margins=tuple(round(margin, 3) for margin in trace.margins),
+                        pieces=tuple(session.text_pieces(trace.tokens)),
+                        finish_reason=trace.finish_reason,
+                    )
+                )
+    return traces
+
+
+def chats_of(bundle: Path) -> list[GoldenChat]:
+    """Parity's chats in stock LiteRT-LM, with drafts."""
+    chats = parity_chats()
+    container = next(bundle.glob("*.litertlm"))
+    run = run_stock(
+        container,
+        [],
+        max_new_tokens=1,
+        context_length=read_manifest(bundle).context_length,
+        use_mtp=True,
+        threads=1,
+        chats=chats,
+        max_chat_tokens=96,
+    )
+    return [
+        GoldenChat(
+            name=chat.name,
+            says=chat.says,
+            answers=chat.answers,
+            turns=tuple(GoldenTurn(message=turn.message, reply=turn.reply) for turn in turns),
+        )
+        for chat, turns in zip(chats, run.chats, strict=True)
+    ]
+
+
+def _write(path: Path, values: Sequence[msgspec.Struct]) -> None:
+    path.write_text("".join(msgspec.json.encode(value).decode() + "\n" for value in values), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _write(CASES, [msgspec.structs.replace(case, expected=judge(case)) for case in _CASES])
+    _write(CHATS, chats_of(exported(1024, "int8")))
+    _write(TRACES, [trace for recipe in RECIPES for trace in traces_of(recipe, exported(1024, recipe))])

@@ -1,0 +1,3 @@
+"""What holds of sessions without graphs holds of LiteRT on the toy pair: the same tests, with its `open_session`."""
+
+from tests.unit.runtime.test_saved_session import *  # noqa: F403

@@ -1,0 +1,243 @@
+"""A backend without graphs that notices every mistake the loop could make.
+
+Each cache row holds the token that was processed at its position. The target's next token is a hash of the tokens
+that its mask shows, in order: one wrong row, position or mask bit changes it. The drafter knows that hash; `agree`
+decides at which positions it says it. The activations of a target row carry the hash of what it saw, and the
+drafter raises when it is fed any other than those of the position before the pending token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
+from mtp_runtime.generate.backend import FloatArray, IntArray
+from mtp_runtime.generate.kv_cache import StaticKVCache
+
+VOCAB, HIDDEN, STOP = 50, 16, 1
+# Beyond any real token, to be seen at once if a stale row leaks.
+GARBAGE = 40_000.0
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """Return what the target says after `tokens`: never `STOP` by itself, so that tests choose where to stop."""
+    digest = hashlib.sha256(bytes(str(list(tokens)), "ascii")).digest()
+    return 2 + int.from_bytes(digest[:4], "little") % (VOCAB - 2)
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    """Return the first `count` tokens that the target says after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def _mark(tokens: Sequence[int]) -> float:
+    return float(int.from_bytes(hashlib.sha256(bytes(str(list(tokens)), "ascii")).digest()[4:6], "little"))
+
+
+class _Memory:
+    def __init__(self, size: int) -> None:
+        self.values = np.zeros(size, np.float32)
+
+    def write(self, values: NDArray[np.float32]) -> None:
+        self.values[:] = values.reshape(-1)
+
+    def read(self) -> NDArray[np.float32]:
+        return self.values.copy()
+
+
+class FakeSignature:
+    """A signature computed by a Python function of what was written."""
+
+    def __init__(self, spec: GraphSignature, compute: Callable[[FakeSignature], None]) -> None:
+        self.spec = spec
+        self.inputs: dict[str, NDArray[Any]] = {}
+        self.outputs: dict[str, FloatArray] = {}
+        self.runs = 0
+        self._compute = compute
+
+    def write(self, name: str, values: FloatArray | IntArray) -> None:
+        shape = next(tensor.fixed_shape for tensor in self.spec.inputs if tensor.name == name)
+        self.inputs[name] = np.array(values).reshape(shape)
+
+    def run(self) -> None:
+        self.runs += 1
+        self._compute(self)
+
+    def read(self, name: str) -> FloatArray:
+        return self.outputs[name].copy()
+
+
+class FakeBackend:
+    """Implements StaticGraphs for the manifest of `fake_manifest`."""
+
+    def __init__(self, manifest: Manifest, agree: Callable[[int], bool] = lambda position: True) -> None:
+        cache = manifest.signature("target", "decode").inputs[-1]
+        self.rows = _Memory(manifest.cache_length)
+        self._kv_cache = StaticKVCache([cache], {cache.name: self.rows}, manifest.cache_length)
+        self.rows.values[:] = GARBAGE
+        self._agree = agree
+        compute = {"target": self._run_target, "drafter": self._run_drafter}
+        self.signatures = {
+            (role, spec.name): FakeSignature(spec, compute.get(role, self._run_embedder))
+            for role, specs in manifest.signatures.items()
+            for spec in specs
+        }
+
+    @property
+    def kv_cache(self) -> StaticKVCache:
+        return self._kv_cache
+
+    def bound(self, role: str, name: str) -> FakeSignature:
+        return self.signatures[role, name]
+
+    def close(self) -> None:
+        self.signatures.clear()
+
+    def _visible(self, signature: FakeSignature, row: int) -> list[int]:
+        mask = signature.inputs["mask"][0, 0, row]
+        assert set(np.unique(mask)) <= {np.float32(0.0), np.float32(-1e9)}
+        seen = np.flatnonzero(mask == 0.0)
+        # A graph with a shorter attention length sees nothing beyond it.
+        assert (seen < signature.spec.attention_length).all(), "the loop chose a signature that reads too little"
+        return [int(self.rows.values[position]) for position in seen]
+
+    def _run_embedder(self, signature: FakeSignature) -> None:
+        shape = signature.spec.outputs[0].fixed_shape
+        signature.outputs["embeddings"] = np.full(shape, signature.inputs["token_ids"][0, 0], np.float32)
+
+    def _run_target(self, signature: FakeSignature) -> None:
+        positions = [int(position) for position in signature.inputs["input_pos"]]
+        count = signature.spec.num_tokens
+        start = positions[0]
+        assert positions == list(range(start, start + count))
+        assert start + count <= len(self.rows.values), "the pass would be clamped"
+        embeddings, per_layer = (signature.inputs[name] for name in ("embeddings", "per_layer_embeddings"))
+        assert (embeddings[0, :, 0] == per_layer[0, :, 0, 0]).all()
+        self.rows.values[start : start + count] = embeddings[0, :, 0]
+        logits = np.zeros((1, count, VOCAB), np.float32)
+        activations = np.zeros((1, count, HIDDEN), np.float32)
+        for row in range(count):
+            seen = self._visible(signature, row)
+            assert len(seen) == positions[row] + 1
+            logits[0, row, next_token(seen)] = 1.0
+            activations[0, row, :2] = -1.0, _mark(seen)
+        if signature.spec.kind != "prefill":
+            signature.outputs = {"logits": logits, "activations": activations}
+
+    def _run_drafter(self, signature: FakeSignature) -> None:
+        """Draft after the cached tokens, the pending one and the drafts so far, which the activations carry along."""
+        seen = self._visible(signature, 0)
+        assert signature.inputs["input_pos"].tolist() == [len(seen) - 1]
+        embedding, previous = np.split(signature.inputs["activations"][0, 0], 2)
+        told = [int(embedding[0])]
+        if previous[0] == -1.0:
+            assert previous[1] == _mark(seen), "not the target's activations at the last processed position"
+        else:
+            told = [int(token) for token in previous[1 : 1 + int(previous[0])]] + told
+        tokens = seen + told
+        right = next_token(tokens)
+        draft = right if self._agree(len(tokens)) else 2 + (right - 1) % (VOCAB - 2)
+        assert draft != right or self._agree(len(tokens))
+        projected = np.zeros((1, 1, HIDDEN), np.float32)
+        projected[0, 0, : 1 + len(told)] = [len(told), *told]
+        logits = np.zeros((1, 1, VOCAB), np.float32)
+        logits[0, 0, draft] = 1.0
+        signature.outputs = {"logits": logits, "projected_activations": projected}
+
+
+def _target_signature(name: str, kind: SignatureKind, tokens: int, length: int, cache: TensorSpec) -> GraphSignature:
+    inputs = (
+        TensorSpec(name="embeddings", shape=(1, tokens, HIDDEN), dtype="float32"),
+        TensorSpec(name="per_layer_embeddings", shape=(1, tokens, 1, 1), dtype="float32"),
+        TensorSpec(name="input_pos", shape=(tokens,), dtype="int32"),
+        TensorSpec(name="mask", shape=(1, 1, tokens, cache.shape[2]), dtype="float32"),
+        cache,
+    )
+    heads = (
+        TensorSpec(name="logits", shape=(1, tokens, VOCAB), dtype="float32"),
+        TensorSpec(name="activations", shape=(1, tokens, HIDDEN), dtype="float32"),
+    )
+    outputs = (cache,) if kind == "prefill" else (cache, *heads)
+    return GraphSignature(
+        name=name, kind=kind, num_tokens=tokens, attention_length=length, inputs=inputs, outputs=outputs
+    )
+
+
+def _draft_signature(name: str, length: int, cache: TensorSpec) -> GraphSignature:
+    inputs = (
+        TensorSpec(name="activations", shape=(1, 1, 2 * HIDDEN), dtype="float32"),
+        TensorSpec(name="input_pos", shape=(1,), dtype="int32"),
+        TensorSpec(name="mask", shape=(1, 1, 1, cache.shape[2]), dtype="float32"),
+        cache,
+    )
+    outputs = (
+        TensorSpec(name="logits", shape=(1, 1, VOCAB), dtype="float32"),
+        TensorSpec(name="projected_activations", shape=(1, 1, HIDDEN), dtype="float32"),
+    )
+    return GraphSignature(
+        name=name, kind="draft", num_tokens=1, attention_length=length, inputs=inputs, outputs=outputs
+    )
+
+
+def _embed_signature(shape: tuple[int, ...]) -> GraphSignature:
+    return GraphSignature(
+        name="embed",
+        kind="embed",
+        num_tokens=1,
+        attention_length=0,
+        inputs=(TensorSpec(name="token_ids", shape=(1, 1), dtype="int32"),),
+        outputs=(TensorSpec(name="embeddings", shape=(1, 1, *shape), dtype="float32"),),
+    )
+
+
+def fake_manifest(
+    *,
+    cache_length: int = 64,
+    num_draft_tokens: int = 4,
+    prefill: Sequence[int] = (8, 16),
+    attention_lengths: Sequence[int] = (16, 32),
+) -> Manifest:
+    """Return a manifest for FakeBackend, with variants of decode, verify and draft for each attention length."""
+    cache = TensorSpec(name="kv_cache_k_0", shape=(1, 1, cache_length, 1), dtype="float32")
+    verified = num_draft_tokens + 1
+    suffixes = [("", cache_length), *((f"_{length}", length) for length in attention_lengths)]
+    signatures = {
+        "target": (
+            *(_target_signature(f"prefill_{size}", "prefill", size, cache_length, cache) for size in prefill),
+            *(_target_signature(f"decode{suffix}", "decode", 1, length, cache) for suffix, length in suffixes),
+            *(_target_signature(f"verify{suffix}", "verify", verified, length, cache) for suffix, length in suffixes),
+        ),
+        "drafter": tuple(_draft_signature(f"draft{suffix}", length, cache) for suffix, length in suffixes),
+        "embedder": (_embed_signature((HIDDEN,)),),
+        "per_layer_embedder": (_embed_signature((1, 1)),),
+    }
+    entry = FileEntry(path="x", sha256="", size_bytes=0)
+    return Manifest(
+        format_version=1,
+        tool_version="0",
+        model="fake",
+        export_format="tflite",
+        recipe="f32",
+        drafter_recipe="f32",
+        cache_length=cache_length,
+        num_draft_tokens=num_draft_tokens,
+        context_length=cache_length - num_draft_tokens,
+        drafter_position_offset=0,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        bos_token_id=2,
+        stop_token_ids=(STOP,),
+        target={},
+        drafter={},
+        inputs=(),
+        files=dict.fromkeys(signatures, entry),
+        signatures=signatures,
+    )

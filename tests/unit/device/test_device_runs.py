@@ -1,0 +1,48 @@
+"""What is asked of a device: only runs that are greedy are held against greedy ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mtp_export.device.protocol import AskedPrompt
+from mtp_export.device.runs import Asked, greedy_runs
+from mtp_runtime.bundle.contract import SamplerDefaults
+from tests.support.fake_backend import fake_manifest
+
+
+def asked(bundle: Path, **changes: Any) -> Asked:
+    options: dict[str, Any] = {
+        "where": "phone",
+        "serial": None,
+        "silence_s": 1.0,
+        "binary": Path("litert_lm_advanced_main"),
+        "app": False,
+        "stock": True,
+        "backend": "cpu",
+        "prompts": (AskedPrompt(id="one", kind="text", text="one"),),
+        "max_new_tokens": 4,
+        "threads": 1,
+    }
+    return Asked(bundle=bundle, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "changes", "depths"),
+    [
+        (None, {}, (0, 4)),
+        (SamplerDefaults(temperature=0.5), {}, (0, 4)),
+        (SamplerDefaults(do_sample=True), {}, (4,)),
+        (SamplerDefaults(do_sample=True), {"binary": None}, (0, 4)),
+    ],
+)
+def test_the_program_runs_without_mtp_only_where_the_bundle_is_greedy(
+    tmp_path: Path, sampler: SamplerDefaults | None, changes: dict[str, Any], depths: tuple[int, ...]
+) -> None:
+    manifest = msgspec.structs.replace(fake_manifest(), sampler=sampler)
+    (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    request = asked(tmp_path, **changes)
+    assert greedy_runs(request, request.request("")).depths == depths

@@ -1,0 +1,163 @@
+"""Stop sequences end the text wherever token boundaries and rounds fall, and what follows is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp_runtime import Session, UserError
+from mtp_runtime.text.stop_strings import StoppingText
+from mtp_runtime.text.tokenizer import Tokenizer
+from tests.support import talking
+from tests.support.talking import OpenSession, expected
+
+PROMPT = (2, 9, 4, 7, 7, 3, 11, 30, 5, 6)
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(talking.tokenizer_json(50), encoding="utf-8")
+    return Tokenizer.open(path, 2)
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Return the text before the stop sequence that is complete first, the longest reading of it."""
+    for end in range(1, len(text) + 1):
+        places = [text[:end].find(stop) for stop in stops if stop in text[:end]]
+        if places:
+            return text[: min(places)], True
+    return text, False
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    # "ab" is one token and two characters; single letters from a small alphabet repeat often.
+    ids=st.lists(st.sampled_from([6, 7, 8, 9, 4]), max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_where_a_stop_sequence_begins(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
+    text = StoppingText(tokenizer.stream(), stops)
+    pieces = []
+    for token in ids:
+        pieces.append(text.push(token))
+        if text.found:
+            break
+    pieces.append(text.finish())
+    whole = tokenizer.decode(ids)
+    wanted, found = cut(whole, stops)
+    # Two sequences that end in one token of two characters are told apart by where they begin.
+    assert len(wanted) >= len("".join(pieces)) >= len(wanted) - 1
+    assert "".join(pieces) == text.text == whole[: len(text.text)]
+    assert bool(text.found) == found
+    assert not any(stop in text.text for stop in stops)
+    if not found:
+        assert text.text == whole
+
+
+def test_what_may_become_a_stop_sequence_is_held_back(tokenizer: Tokenizer) -> None:
+    text = StoppingText(tokenizer.stream(), ["ccd", "xyz"])
+    a, c, d = (tokenizer.encode(letter)[-1] for letter in "acd")
+    assert [text.push(token) for token in (a, c, c, c, a, c, c)] == ["a", "", "", "c", "cca", "", ""]
+    assert text.text == "accca" + "cc"
+    assert (text.push(d), text.found, text.finish(), text.text) == ("", "ccd", "", "accca")
+    held = StoppingText(tokenizer.stream(), ["ccd"])
+    assert [held.push(c), held.push(c), held.finish()] == ["", "", "cc"]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_stop_sequence_ends_the_output_wherever_it_falls(open_session: OpenSession, drafts: int, length: int) -> None:
+    said = expected(open_session, PROMPT, COUNT)
+    session = open_session()
+    pieces = session.text_pieces(said)
+    text = "".join(pieces)
+    for start in range(0, len(text) - length + 1, 3):
+        stop = text[start : start + length]
+        begins = text.index(stop)
+        # The token that completes the sequence is the last one.
+        count = next(n for n in range(1, len(said) + 1) if len("".join(pieces[:n])) >= begins + length)
+        generation = session.generate(
+            PROMPT, max_new_tokens=COUNT, num_draft_tokens=drafts, stop=(stop, "never said"), stop_token_ids=()
+        )
+        given = list(generation.with_text())
+        assert tuple(token.id for token, _ in given) == said[:count]
+        assert "".join(piece for _, piece in given) == generation.text == text[:begins]
+        assert (generation.finish_reason, generation.stop_string) == ("stop", stop)
+        assert generation.stats.committed_tokens == count
+        assert session.backend.kv_cache.filled_length == len(PROMPT) + count - 1
+        assert session.processed_ids == (*PROMPT, *said[: count - 1])
+        assert list(generation) == []
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize("place", range(2, 12))
+def test_continuing_after_a_stop_sequence_is_right(open_session: OpenSession, drafts: int, place: int) -> None:
+    said = expected(open_session, PROMPT, COUNT)
+    session = open_session()
+    text = "".join(session.text_pieces(said))
+    generation = session.generate(
+        PROMPT, max_new_tokens=COUNT, num_draft_tokens=drafts, stop=text[place : place + 2], stop_token_ids=()
+    )
+    generation.finish()
+    ids = session.token_ids
+    rest = session.generate(
+        ids, keep_length=len(ids) - 1, max_new_tokens=COUNT, num_draft_tokens=drafts, stop_token_ids=()
+    ).finish()
+    assert (*ids, *rest.tokens)[: len(PROMPT) + COUNT] == (*PROMPT, *said)
+    # And what continues elsewhere: the stop sequence itself is not kept.
+    other = (*PROMPT, *said[:2], 12)
+    kept = min(len(PROMPT) + 2, len(session.processed_ids))
+    assert session.generate(
+        other, keep_length=kept, max_new_tokens=8, num_draft_tokens=drafts, stop_token_ids=()
+    ).finish().tokens == expected(open_session, other, 8)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_the_budget_stays_exact(open_session: OpenSession, drafts: int) -> None:
+    said = expected(open_session, PROMPT, COUNT)
+    session = open_session()
+    for count in range(1, COUNT):
+        generation = session.generate(
+            PROMPT, max_new_tokens=count, num_draft_tokens=drafts, stop="never said", stop_token_ids=()
+        )
+        trace = generation.finish()
+        assert (trace.tokens, trace.finish_reason) == (said[:count], "max_tokens")
+        assert generation.text == session.detokenize(said[:count])
+
+
+def test_a_stop_sequence_that_the_last_token_completes_wins(open_session: OpenSession) -> None:
+    said = expected(open_session, PROMPT, COUNT)
+    session = open_session()
+    pieces = session.text_pieces(said)
+    count = next(n for n in range(4, COUNT) if pieces[n - 1] and pieces[n - 1] not in "".join(pieces[: n - 1]))
+    generation = session.generate(PROMPT, max_new_tokens=count, stop=pieces[count - 1], stop_token_ids=())
+    assert generation.finish().finish_reason == "stop"
+    assert generation.text == "".join(pieces[: count - 1])
+
+
+def test_text_leaves_a_stop_id_out_and_reads_what_came_before_it_was_asked_for(open_session: OpenSession) -> None:
+    said = expected(open_session, PROMPT, COUNT)
+    session = open_session()
+    stop_id = next(token for token in said[5:] if token > 6)
+    end = said.index(stop_id)
+    generation = session.generate(PROMPT, max_new_tokens=COUNT, stop_token_ids=[stop_id])
+    next(generation)
+    assert generation.text == session.detokenize(said[:1])
+    generation.finish()
+    assert generation.text == session.detokenize(said[:end])
+    late = session.generate(PROMPT, max_new_tokens=COUNT, stop_token_ids=[stop_id])
+    late.finish()
+    assert late.text == session.detokenize(said[:end])
+    assert late.stop_string is None
+
+
+@pytest.mark.parametrize("stop", ["", ("a", ""), (7,)])
+def test_a_stop_sequence_must_be_text(tmp_path: Path, stop: object) -> None:
+    session: Session = talking.fake_opener(tmp_path, lambda position: True)()
+    with pytest.raises(UserError, match="give texts of at least one character"):
+        session.generate(PROMPT, stop=stop)  # type: ignore[arg-type]  # that is the mistake
