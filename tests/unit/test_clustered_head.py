@@ -21,7 +21,7 @@ from mtp_export.models.clustered_head import BatchedClusteredHead, ClusteredHead
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, INT8
-from mtp_runtime.backends.onnx.graphs import open_graph
+from mtp_runtime.backends.onnx.opening import open_graph
 
 SPEC = ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128)
 HIDDEN, BATCH = 32, 3
