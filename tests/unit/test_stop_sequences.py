@@ -45,7 +45,7 @@ def test_text_ends_where_a_stop_sequence_begins(tokenizer: Tokenizer, ids: list[
     pieces = []
     for token in ids:
         pieces.append(text.push(token))
-        if text.found:
+        if text.reached:
             break
     pieces.append(text.finish())
     whole = tokenizer.decode(ids)
@@ -53,7 +53,7 @@ def test_text_ends_where_a_stop_sequence_begins(tokenizer: Tokenizer, ids: list[
     # Two sequences that end in one token of two characters are told apart by where they begin.
     assert len(wanted) >= len("".join(pieces)) >= len(wanted) - 1
     assert "".join(pieces) == text.text == whole[: len(text.text)]
-    assert bool(text.found) == found
+    assert bool(text.reached) == found
     assert not any(stop in text.text for stop in stops)
     if not found:
         assert text.text == whole
@@ -64,7 +64,7 @@ def test_what_may_become_a_stop_sequence_is_held_back(tokenizer: Tokenizer) -> N
     a, c, d = (tokenizer.encode(letter)[-1] for letter in "acd")
     assert [text.push(token) for token in (a, c, c, c, a, c, c)] == ["a", "", "", "c", "cca", "", ""]
     assert text.text == "accca" + "cc"
-    assert (text.push(d), text.found, text.finish(), text.text) == ("", "ccd", "", "accca")
+    assert (text.push(d), text.reached, text.finish(), text.text) == ("", "ccd", "", "accca")
     held = StoppingText(tokenizer.stream(), ["ccd"])
     assert [held.push(c), held.push(c), held.finish()] == ["", "", "cc"]
 

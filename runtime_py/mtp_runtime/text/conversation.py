@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 
 from mtp_runtime.errors import UserError
-from mtp_runtime.generate.session import Generation, Session
+from mtp_runtime.generate.generation import Generation
+from mtp_runtime.generate.options import GenerationOptions, OptionChanges, with_changes
+from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
 from mtp_runtime.text.native_calls import assistant_message
@@ -43,7 +45,7 @@ class Reply(Iterator[Token]):
         conversation: Conversation,
         messages: Sequence[Message],
         prompt_ids: Sequence[int],
-        options: Mapping[str, Any],
+        options: GenerationOptions,
     ) -> None:
         """Start nothing yet: the first `next` processes the prompt. Made by `Conversation.say`."""
         self.messages = tuple(messages)
@@ -122,8 +124,8 @@ class Reply(Iterator[Token]):
         text = tokenizer.decode(ids, skip_special_tokens=False)
         if generation.stop_string is not None:
             # Special tokens inside the sequence, which has none, would hide it.
-            found = text.find(generation.stop_string)
-            return text[:found] if found >= 0 else generation.text
+            end = text.find(generation.stop_string)
+            return text[:end] if end >= 0 else generation.text
         return text
 
     def as_message(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class Reply(Iterator[Token]):
         if self._generation is None:
             session = self._conversation.session
             kept = _common_length(self.prompt_ids[:-1], session.processed_ids)
-            self._generation = session.generate(self.prompt_ids, **{**self._options, "keep_length": kept})
+            self._generation = session.generate(self.prompt_ids, self._options, keep_length=kept)
             self._generation.read_text()
         return self._generation
 
@@ -176,27 +178,33 @@ class Conversation:
         """Whether the chat template is given tools."""
         return bool(self._options.get("tools"))
 
-    def say(self, message: str | Message | Sequence[Message], **options: Any) -> Reply:
+    def say(
+        self,
+        message: str | Message | Sequence[Message],
+        options: GenerationOptions | None = None,
+        **changes: Unpack[OptionChanges],
+    ) -> Reply:
         """Return the reply to a user's text, to any message, or to several, as an iterator of its tokens.
 
         Tools are answered by messages with the role "tool", their `name` and `content`, one for each of the reply's
         `tool_calls`, all in one `say`.
 
-        `options` are those of `Session.generate`, other than keep_length. A reply under way is closed first. The
-        turn is part of the conversation from the reply's first token on: if there is none, it never was.
+        `options` and `changes` are those of `Session.generate`, without keep_length. A reply under way is closed first.
+        The turn is part of the conversation from the reply's first token on: if there is none, it never was.
 
         Raises:
             BundleError: the bundle has no chat template, or it does not work.
             UserError: the template refuses the conversation. At the first token: as `Session.generate`.
         """
-        if "keep_length" in options:
+        chosen = with_changes(options, changes)
+        if chosen.keep_length:
             raise UserError("keep_length is the conversation's own matter: leave it out")
         self._close_reply()
         if isinstance(message, str):
             message = {"role": "user", "content": message}
-        said = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
-        prompt = self.session.chat_prompt([*self.messages, *said], **self._options)
-        self._reply = Reply(self, said, self.session.tokenize(prompt, bos=False), options)
+        new = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+        prompt = self.session.chat_prompt([*self.messages, *new], **self._options)
+        self._reply = Reply(self, new, self.session.tokenize(prompt, bos=False), chosen)
         return self._reply
 
     def rewind(self, turn: int) -> None:
