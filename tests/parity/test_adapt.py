@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mtp_calibration.drafter.adapt import Adaptation, Step, adapt, draft_step, load, merge_adapters, round_masks
+from mtp_calibration.drafter.adapt import Adaptation, Step, Watch, adapt
+from mtp_calibration.drafter.models import load, merge_adapters
+from mtp_calibration.drafter.rounds import draft_step, round_masks
 from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, lookup_name
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.embedded import EMBEDDED
@@ -70,7 +72,7 @@ def test_a_killed_run_goes_on_and_writes_a_drafter(pair: Pair, tmp_path: Path) -
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps: list[Step] = []
-    adapt(pair, PROMPTS, whole, options, device=CPU, on_step=steps.append)
+    adapt(pair, PROMPTS, whole, options, watch=Watch(on_step=steps.append))
     assert [step.number for step in steps] == [1, 2, 3, 4]
 
     def until_the_third(step: Step) -> None:
@@ -78,10 +80,10 @@ def test_a_killed_run_goes_on_and_writes_a_drafter(pair: Pair, tmp_path: Path) -
             raise KilledError
 
     with pytest.raises(KilledError):
-        adapt(pair, PROMPTS, killed, options, device=CPU, on_step=until_the_third)
+        adapt(pair, PROMPTS, killed, options, watch=Watch(on_step=until_the_third))
     assert not killed.exists()
     again: list[Step] = []
-    adapt(pair, PROMPTS, killed, options, device=CPU, resume=True, on_step=again.append)
+    adapt(pair, PROMPTS, killed, options, resume=True, watch=Watch(on_step=again.append))
     assert [step.number for step in again] == [3, 4]
     assert again == steps[2:]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
