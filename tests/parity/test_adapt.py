@@ -32,19 +32,19 @@ def test_rounds_are_those_of_an_export(pair: Pair) -> None:
     """The training step at every position of a text longer than the window, twice, against the exported segments."""
     ids = [2, *torch.randint(200, 4000, (159,), generator=torch.Generator().manual_seed(0)).tolist()]
     target = FloatTarget(pair, len(ids))
-    (said,) = target.said([ids])
+    (outputs,) = target.outputs([ids])
     exported = FloatDrafter(pair, len(ids), target.values[lookup_name("embedder")])
     model, drafter = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
     out = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
     rounds, first = len(ids) - 2, 140
     shared = {kind: tuple(x[:, :, :rounds] for x in kv) for kind, kv in out.shared_kv_states.items()}
     embedded, masks = model.get_input_embeddings()(torch.tensor([ids])), round_masks(rounds, 128, CPU)
-    state, theirs = out.hidden_states[-1][:, :rounds], torch.from_numpy(said.activations[first - 1 : rounds])
+    state, theirs = out.hidden_states[-1][:, :rounds], torch.from_numpy(outputs.activations[first - 1 : rounds])
     for step in (1, 2):
         now = embedded[:, step : step + rounds]
         hidden, state = draft_step(drafter, now, state, shared, masks, torch.arange(rounds) + 1)
         tokens = ids[first + step - 1 : rounds + step]
-        expected, theirs = exported.step(tokens, theirs, said.caches, first, 1)
+        expected, theirs = exported.step(tokens, theirs, outputs.caches, first, 1)
         torch.testing.assert_close(hidden[0, first - 1 :], expected, rtol=0, atol=1e-3)
 
 

@@ -32,13 +32,13 @@ class StoredWeight:
 
 
 def stored_weights(bundle: Bundle) -> dict[str, dict[str, StoredWeight]]:
-    """Every weight of every graph, by role and name; rows are read from the files when they are asked for."""
+    """Return every weight of every graph, by role and name; rows are read from the files when they are asked for."""
     read = _of_onnx if bundle.manifest.export_format == "onnx" else _of_tflite
     return {role: read(bundle, role) for role in GRAPH_ROLES}
 
 
 def unpacked(data: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Signed values of which several lie in a byte, the first in the low bits. Shapes: [N*bits/8] -> [N]"""
+    """Return signed values of which several lie in a byte, the first in the low bits. Shapes: [N*bits/8] -> [N]"""
     if bits == 8:
         return data.view(np.int8)
     per_byte = 8 // bits
@@ -54,7 +54,7 @@ def _stored(shape: tuple[int, ...], bits: int, rows: Callable[[int, int], NDArra
 def _scaled(
     data: NDArray[np.uint8], shape: tuple[int, ...], bits: int, scales: NDArray[np.float32], zero: int
 ) -> Callable[[int, int], NDArray[np.float32]]:
-    """Rows of quantised values. Shapes: data [R*C*bits/8], scales [R,blocks] or [1,1] for all rows."""
+    """Return a reader of rows of quantised values. Shapes: data [R*C*bits/8], scales [R,blocks], or [1,1] for all."""
     columns = math.prod(shape[1:])
     row_bytes = columns * bits // 8
 
@@ -78,7 +78,7 @@ def _plain(values: NDArray[Any], shape: tuple[int, ...]) -> Callable[[int, int],
 def _of_tflite(bundle: Bundle, role: str) -> dict[str, StoredWeight]:
     data = np.memmap(bundle.path(role), np.uint8, mode="r")
     model = schema.Model.GetRootAs(data, 0)
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for i in range(model.SubgraphsLength()):
         subgraph = model.Subgraphs(i)
         for j in range(subgraph.TensorsLength()):
@@ -87,12 +87,12 @@ def _of_tflite(bundle: Bundle, role: str) -> dict[str, StoredWeight]:
             buffer = model.Buffers(tensor.Buffer())
             # What is computed has no buffer, what belongs to a segment has a path for a name; scales of blocks come
             # after the weight that they belong to.
-            known = name in found or name.removesuffix("_scales") in found
+            known = name in weights or name.removesuffix("_scales") in weights
             if not known and "/" not in name and buffer.Size() > 1:
                 weight = _tflite_weight(data, model, subgraph, tensor, buffer)
                 if weight is not None:
-                    found[name] = weight
-    return found
+                    weights[name] = weight
+    return weights
 
 
 def _tflite_weight(data: NDArray[np.uint8], model: Any, subgraph: Any, tensor: Any, buffer: Any) -> StoredWeight | None:
@@ -137,7 +137,7 @@ def _of_onnx(bundle: Bundle, role: str) -> dict[str, StoredWeight]:
         start, length = int(place["offset"]), int(place["length"])
         return np.memmap(file, np.uint8, mode="r", offset=start, shape=(length,))
 
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for name, tensor in tensors.items():
         if name.endswith(".scales"):
             continue
@@ -147,21 +147,22 @@ def _of_onnx(bundle: Bundle, role: str) -> dict[str, StoredWeight]:
             rows = tensor.dims[0]
             scales = content(f"{own}.scales").view(np.float32).reshape(rows, -1)
             shape = (rows, len(content(name)) * 8 // bits // rows)
-            found[own] = _stored(shape, bits, _scaled(content(name), shape, bits, scales, 1 << (bits - 1)))
+            weights[own] = _stored(shape, bits, _scaled(content(name), shape, bits, scales, 1 << (bits - 1)))
         else:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             shape = tuple(tensor.dims)
             bits = 32 if dtype != np.float16 else 16
-            found[name] = _stored(shape, bits, _plain(content(name).view(dtype), shape))
-    return found
+            weights[name] = _stored(shape, bits, _plain(content(name).view(dtype), shape))
+    return weights
 
 
 def as_values(stored: Mapping[str, StoredWeight]) -> dict[str, Parameter]:
+    """Return the weights without the numbers of bits that they are stored in."""
     return {name: weight.parameter for name, weight in stored.items()}
 
 
 def with_row_scales(stored: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    """A drafter's weights with the scales of the clustered table's rows, which lie apart, multiplied into it."""
+    """Return a drafter's weights with the scales of the clustered table's rows, which lie apart, multiplied into it."""
     rest = dict(stored)
     scales = rest.pop(_ROW_SCALES, None)
     if scales is None:
