@@ -1,4 +1,4 @@
-"""Imports go runtime ← export ← calibration, never back, and importing is light.
+"""Imports go runtime ← export ← calibration, never back.
 
 The imports of every module are read from its source, also those inside functions.
 """
@@ -6,8 +6,6 @@ The imports of every module are read from its source, also those inside function
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,7 +21,6 @@ MAY_IMPORT = {
     "mtp_calibration": set(PACKAGES),
 }
 CLI = "mtp_export.cli"  # the one package that may import all three
-HEAVY = {"torch", "tensorflow", "ai_edge_litert", "litert_torch", "litert_lm", "onnxruntime", "transformers"}
 
 
 class Import(NamedTuple):
@@ -134,29 +131,3 @@ def test_an_import_that_goes_back_is_noticed(source: str, module: str, expected:
 def test_a_cycle_is_noticed(of_b: str, expected: set[str]) -> None:
     sources = {"a": "import b", "b": of_b}
     assert set(cycle({name: list(imports_of(source, name)) for name, source in sources.items()})) == expected
-
-
-HELP = """
-import sys
-from mtp_export.cli.main import main
-sys.argv[1:] = ["--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-"""
-
-
-@pytest.mark.parametrize(
-    ("code", "heavy"),
-    [("import mtp_runtime", HEAVY | {"google", "jinja2"}), (HELP, HEAVY)],
-    ids=["mtp_runtime", "mtp-export --help"],
-)
-def test_importing_is_light(code: str, heavy: set[str]) -> None:
-    """In a process of its own; help texts go to standard output before the list of modules."""
-    script = f"{code}\nimport sys\nprint('\\n' + ' '.join({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert "mtp_runtime" in loaded
-    assert not heavy & loaded
