@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtp_runtime import Conversation, MtpError, Session, UserError
+from mtp_runtime import Backend, Conversation, MtpError, Session, UserError
 from tests.unit import talking
 from tests.unit.talking import OpenSession, closing_all, expected
 
@@ -19,18 +19,18 @@ SAID = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": SAID, "stop_token_ids": ()}
 
 
-class Prefilled:
-    """Counts the tokens that a session processes for its prompts."""
+class CountingBackend:
+    """Implements Backend by another one, and counts the tokens that are prefilled."""
 
-    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        prefill = session.backend.prefill
+    def __init__(self, backend: Backend) -> None:
+        self.kv_cache, self.embed_ms = backend.kv_cache, 0.0
+        self.verify, self.draft, self.close = backend.verify, backend.draft, backend.close
+        self.prefilled = 0
+        self._prefill = backend.prefill
 
-        def counted(token_ids: Sequence[int]) -> None:
-            self.count += len(token_ids)
-            prefill(token_ids)
-
-        monkeypatch.setattr(session.backend, "prefill", counted)
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        self.prefilled += len(token_ids)
+        self._prefill(token_ids)
 
 
 def ids_of(reply: Any) -> tuple[int, ...]:
@@ -43,21 +43,20 @@ def is_consistent(session: Session) -> bool:
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
-def test_each_turn_says_what_a_fresh_session_would(
-    open_session: OpenSession, drafts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = open_session()
-    prefilled = Prefilled(session, monkeypatch)
+def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, drafts: int) -> None:
+    opened = open_session()
+    backend = CountingBackend(opened.backend)
+    session = Session(opened.bundle, backend)
     conversation = Conversation(session)
     for turn, message in enumerate(MESSAGES):
         before = session.processed_ids
-        prefilled.count = 0
+        backend.prefilled = 0
         reply = conversation.say(message, num_draft_tokens=drafts, **OPTIONS)
         trace = reply.finish()
         assert trace.tokens == expected(open_session, reply.prompt_ids, SAID)
         stats = reply.stats
         # All but the prompt's last token and what is in the cache.
-        assert prefilled.count == stats.prompt_tokens - stats.reused_tokens - 1
+        assert backend.prefilled == stats.prompt_tokens - stats.reused_tokens - 1
         assert reply.prompt_ids[: stats.reused_tokens] == before[: stats.reused_tokens]
         assert (stats.reused_tokens > 0) == (turn > 0)
         shorter = min(len(before), len(reply.prompt_ids) - 1)

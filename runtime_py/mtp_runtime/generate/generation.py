@@ -36,7 +36,7 @@ class Generation(Iterator[Token]):
         self._manifest = manifest
         self._source = loop.generate(request, self.stats)
         self._open_text = open_text
-        # A tokenizer is needed, and time spent, only where someone wants text.
+        # A tokenizer is needed, and time spent, only where text is read.
         self._text = open_text() if stops else None
         self.piece = ""
 
@@ -65,7 +65,7 @@ class Generation(Iterator[Token]):
             yield token, self.piece
 
     def read_text(self) -> StoppingText:
-        """Return the text so far, and read what comes: `piece` is what the last token made certain."""
+        """Return the text so far, and read the tokens to come: `piece` is the text that the last one made certain."""
         if self._text is None:
             self._text = self._open_text()
             for token in self.tokens[:-1]:
@@ -95,7 +95,7 @@ class Generation(Iterator[Token]):
         return self.trace()
 
     def trace(self) -> GenerationTrace:
-        """Return what was generated so far."""
+        """Return the trace of the tokens so far."""
         return GenerationTrace(
             model=self._manifest.model,
             recipe=self._manifest.recipe,

@@ -88,7 +88,7 @@ class Session:
     def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt that the bundle's chat template makes of a user's text or of a whole conversation.
 
-        `options` are `tools`, `add_generation_prompt` and whatever else the template reads, such as enable_thinking;
+        `options` are `tools`, `add_generation_prompt` and other names that the template reads, such as enable_thinking;
         special tokens are the checkpoint's unless they are among them.
 
         Raises:
@@ -111,7 +111,7 @@ class Session:
         return render_chat(template, messages, special_tokens=special_tokens, **options)
 
     def text_pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return what each token adds to the text, one piece per token; joined they are the text of all."""
+        """Return the text that each token adds, one piece per token; joined they are the text of all."""
         stream = self.text_stream()
         pieces = [stream.push(token_id) for token_id in ids]
         if pieces:
@@ -232,7 +232,7 @@ class Session:
             raise UserError("the session is closed: open the bundle again")
 
     def close(self) -> None:
-        """Release the graphs and remove what was unpacked; closing twice is harmless."""
+        """Release the graphs and remove unpacked files; closing twice is harmless."""
         self._closed = True
         self._loop.abandon()
         self.backend.close()
