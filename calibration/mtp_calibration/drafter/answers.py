@@ -56,7 +56,7 @@ def answered(target: Any, prompts: Sequence[Sequence[int]], options: Answering) 
     in_order = [answers[number] for number in range(len(prompts))]
     long_enough = [answer for answer in in_order if len(answer.ids) > answer.start + DEPTH]
     if not long_enough:
-        raise UserError(f"the target says no more than {DEPTH} tokens after any prompt: give others")
+        raise UserError(f"no answer of the target has more than {DEPTH} tokens: give other prompts")
     return long_enough
 
 

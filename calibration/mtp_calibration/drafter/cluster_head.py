@@ -98,7 +98,7 @@ def trained_centroids(
         chosen = hidden[torch.randint(len(hidden), (_BATCH,), generator=generator)]
         best = (chosen @ embedding.T)[:, ordering.reshape(-1)].view(len(chosen), count, -1).amax(-1)
         scores = chosen @ centroids.T
-        # Sharp, for the first choice; and softened, which tells of clusters that are never first along these answers.
+        # Sharp, for the first choice; and softened, for clusters that are never first along these answers.
         loss = F.cross_entropy(scores, best.softmax(-1))
         loss = loss + _SOFT * F.cross_entropy(scores / _SOFT, (best / _SOFT).softmax(-1))
         optimiser.param_groups[0]["lr"] = rate * (1 - number / steps)

@@ -32,7 +32,7 @@ class StoredWeight:
 
 
 def stored_weights(bundle: Bundle) -> dict[str, dict[str, StoredWeight]]:
-    """Return every weight of every graph, by role and name; rows are read from the files when they are asked for."""
+    """Return every weight of every graph, by role and name; rows are read from the files when they are needed."""
     read = _of_onnx if bundle.manifest.export_format == "onnx" else _of_tflite
     return {role: read(bundle, role) for role in GRAPH_ROLES}
 

@@ -1,4 +1,4 @@
-"""A conversation of several turns: each prompt is the whole of it, and what the cache has of that is not processed
+"""A conversation of several turns: each prompt is the whole of it, and tokens that the cache holds are not processed
 again."""
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ Message = Mapping[str, Any]
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was said to the model, one message or the answers of several tools, and its reply, as the chat template
-    takes them."""
+    """One message to the model, or the answers of several tools, and its reply, as the chat template takes them."""
 
     messages: tuple[dict[str, Any], ...]
     reply: dict[str, Any]
@@ -37,7 +36,7 @@ class _Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Reply(Iterator[Token]):
     """The tokens of a reply, as they come; the conversation has the turn as soon as one has come.
 
-    Closing it early, or saying something else first, keeps what was said so far as the reply.
+    Closing it early, or saying something else first, keeps the tokens so far as the reply.
     """
 
     def __init__(
@@ -150,11 +149,11 @@ class Conversation:
 
     Each prompt is the chat template's text of the whole conversation. Its longest beginning whose rows are in the
     cache is not processed again: usually all but the new message. A template that writes past replies otherwise than
-    they were said (Gemma 4's drops thoughts) makes that shorter, and the result no different.
+    they were generated (Gemma 4's drops thoughts) makes that shorter, and the result no different.
     """
 
     def __init__(self, session: Session, *, system: str | None = None, **options: Any) -> None:
-        """Begin with nothing said. `options` go to the chat template: tools, enable_thinking and so on."""
+        """Begin without turns. `options` go to the chat template: tools, enable_thinking and so on."""
         self.session = session
         self._system = system
         self._options = options
@@ -163,13 +162,13 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The turns so far, of a reply under way what was said of it."""
+        """The turns so far, the last with the tokens so far of a reply under way."""
         running = self._reply
         return (*self._turns, _turn(running)) if running is not None and running.tokens else tuple(self._turns)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Everything said so far, in order."""
+        """All messages so far, in order."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         return [*system, *(dict(message) for turn in self.turns for message in (*turn.messages, turn.reply))]
 
@@ -250,7 +249,7 @@ class Conversation:
             self._reply.close()
 
     def _end(self, reply: Reply) -> None:
-        """Take what a reply that is over has said."""
+        """Keep the turn of a reply that is over."""
         if reply is self._reply:
             self._turns = list(self.turns)
             self._reply = None

@@ -15,7 +15,7 @@ from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.generate.backend import FloatArray
 
 _INSTALL = "pip install 'mtp-export[webgpu]'"
-_NO_ADAPTER = "WebGPU adapter"  # in what the provider says where Vulkan offers it no device
+_NO_ADAPTER = "WebGPU adapter"  # in the provider's error where Vulkan offers it no device
 
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
