@@ -14,9 +14,9 @@ from tests.unit.talking import OpenSession, closing_all, expected
 
 # Short enough for four turns in 60 positions; the last one reads across many windows of the toy pair.
 MESSAGES = ("cab", "Q!", "abba", "z")
-SAID = 4
+COUNT = 4
 # Tokens of a reply come from these options: nothing ends it but its length.
-OPTIONS: dict[str, Any] = {"max_new_tokens": SAID, "stop_token_ids": ()}
+OPTIONS: dict[str, Any] = {"max_new_tokens": COUNT, "stop_token_ids": ()}
 
 
 class CountingBackend:
@@ -53,7 +53,7 @@ def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, dr
         backend.prefilled = 0
         reply = conversation.say(message, num_draft_tokens=drafts, **OPTIONS)
         trace = reply.finish()
-        assert trace.tokens == expected(open_session, reply.prompt_ids, SAID)
+        assert trace.tokens == expected(open_session, reply.prompt_ids, COUNT)
         stats = reply.stats
         # All but the prompt's last token and what is in the cache.
         assert backend.prefilled == stats.prompt_tokens - stats.reused_tokens - 1
@@ -94,7 +94,7 @@ def test_rewinding_to_any_turn_goes_on_from_there(open_session: OpenSession, tur
     conversation.rewind(turn)
     assert conversation.turns == turns[:turn]
     reply = conversation.say("other", **OPTIONS)
-    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
     # The beginning at least: <bos> and the first turn's mark.
     assert reply.stats.reused_tokens >= (3 if turn == 0 else 8)
     assert conversation.turns[:turn] == turns[:turn]
@@ -118,7 +118,7 @@ def test_a_reply_abandoned_midway_is_what_was_said_of_it(open_session: OpenSessi
     if how == "rewound":
         conversation.rewind(2)
     after = conversation.say("e", **OPTIONS)
-    assert after.finish().tokens == expected(open_session, after.prompt_ids, SAID)
+    assert after.finish().tokens == expected(open_session, after.prompt_ids, COUNT)
     assert ids_of(reply) == tuple(first)
     assert reply.finish_reason == "abandoned"
     assert list(reply) == []
@@ -154,7 +154,7 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(open_session: OpenSess
         conversation.say("x", keep_length=3)
     assert conversation.turns == turns
     reply = conversation.say("cd", **OPTIONS)
-    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
     assert reply.stats.reused_tokens > 0
 
 
@@ -164,7 +164,7 @@ def test_two_conversations_share_a_session(open_session: OpenSession) -> None:
     for turn in range(2):
         for conversation, message in zip(conversations, ("abc", "xyz"), strict=True):
             reply = conversation.say(message + str(turn), **OPTIONS)
-            assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+            assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
 
 
 def test_a_reply_overtaken_by_another_generation_ends_there(open_session: OpenSession) -> None:
@@ -176,7 +176,7 @@ def test_a_reply_overtaken_by_another_generation_ends_there(open_session: OpenSe
     with pytest.raises(MtpError, match="another generation started"):
         list(reply)
     after = conversation.say("e", **OPTIONS)
-    assert after.finish().tokens == expected(open_session, after.prompt_ids, SAID)
+    assert after.finish().tokens == expected(open_session, after.prompt_ids, COUNT)
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
@@ -194,19 +194,19 @@ def test_a_later_turn_fills_the_context_to_its_last_slot(open_session: OpenSessi
 
 def test_a_stop_sequence_and_a_stop_id_are_no_part_of_what_was_said(open_session: OpenSession) -> None:
     session = open_session()
-    said = expected(open_session, session.tokenize(session.chat_prompt("ab")), 12)
-    raw = session.tokenizer.decode(said, skip_special_tokens=False)
-    text = session.detokenize(said)
+    ids = expected(open_session, session.tokenize(session.chat_prompt("ab")), 12)
+    raw = session.tokenizer.decode(ids, skip_special_tokens=False)
+    text = session.detokenize(ids)
     stop = text[3:5]
     reply = Conversation(session).say("ab", max_new_tokens=12, stop=stop, stop_token_ids=())
-    given = "".join(piece for _, piece in reply.with_text())
-    assert given == reply.text == text[: text.index(stop)]
+    streamed = "".join(piece for _, piece in reply.with_text())
+    assert streamed == reply.text == text[: text.index(stop)]
     conversation = Conversation(session)
     conversation.say("ab", max_new_tokens=12, stop=stop, stop_token_ids=()).finish()
     assert stop not in conversation.turns[0].reply["content"]
     conversation.rewind(0)
-    conversation.say("ab", max_new_tokens=12, stop_token_ids=[said[7]]).finish()
-    kept = said[: said.index(said[7])]
+    conversation.say("ab", max_new_tokens=12, stop_token_ids=[ids[7]]).finish()
+    kept = ids[: ids.index(ids[7])]
     assert conversation.turns[0].reply["content"] == session.tokenizer.decode(kept, skip_special_tokens=False)
     assert raw.startswith(conversation.turns[0].reply["content"])
 

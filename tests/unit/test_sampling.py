@@ -360,9 +360,9 @@ def test_the_processors_are_those_of_transformers(
         scores = processor(torch.tensor([tokens]), scores)
     expected = scores.softmax(-1)[0].numpy()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = probabilities(penalised(np.array(logits), tokens, penalty), sampling)
-    assert found.sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    ours = probabilities(penalised(np.array(logits), tokens, penalty), sampling)
+    assert ours.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(ours, expected, atol=1e-9)
 
 
 def test_disallowed_tokens_have_no_probability_even_where_top_k_is_larger_than_what_is_left() -> None:
