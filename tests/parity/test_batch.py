@@ -145,10 +145,12 @@ def test_a_bundle_for_one_sequence_says_what_to_do(export_nano: Export) -> None:
         SessionBatch.open(export_nano("int8"))
 
 
+@pytest.fixture(scope="module")
+def session(export_nano: Export) -> Iterator[Session]:
+    """One of eight sequences."""
+    with SessionBatch.open(export_nano("f32", export_format="onnx")) as opened:
+        yield opened.sessions[3]
+
+
 class TestOneSequenceOfABatch(BackendTests):
     """The conformance class on a sequence whose passes have room for seven others."""
-
-    @pytest.fixture(scope="class")
-    def session(self, export_nano: Export) -> Iterator[Session]:
-        with SessionBatch.open(export_nano("f32", export_format="onnx")) as opened:
-            yield opened.sessions[3]
