@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from benchmarks.machine import write_result
 from mtp_calibration.choose.head import Rounds
-from mtp_calibration.drafter import adapt
+from mtp_calibration.drafter.adapt import Adaptation, Watch, adapt
+from mtp_calibration.drafter.models import load, save_like
 from mtp_calibration.same_model.observe import Text
 from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import open_made_from
@@ -72,7 +73,7 @@ def windows(seed: int, count: int, length: int) -> list[list[int]]:
 def fine_tuned(folder: Path, steps: int, seed: int = 1) -> None:
     """Fine-tune nano's target on the domain and write it."""
     pair = open_made_from("nano", None, None, ())
-    model = adapt.load(pair.target.folder, torch.device("cpu"))
+    model = load(pair.target.folder, torch.device("cpu"))
     trained = [p.requires_grad_(True) for n, p in model.named_parameters() if "embed_tokens" not in n]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     texts = torch.tensor(windows(seed, 8 * steps, LENGTH))
@@ -88,13 +89,13 @@ def fine_tuned(folder: Path, steps: int, seed: int = 1) -> None:
         optimiser.zero_grad()
         if number % 20 == 19:
             print(f"target: step {number + 1} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
-    adapt.save_like(pair.target, model, folder)
+    save_like(pair.target, model, folder)
 
 
 def acceptance(target: Path | None, drafter: Path | None, prompts: Sequence[Sequence[int]]) -> float:
     """Accepted drafts a round of the float pair along its own greedy answers."""
     pair = open_made_from("nano", str(target) if target else None, str(drafter) if drafter else None, ())
-    model = adapt.load(pair.target.folder, torch.device("cpu"))
+    model = load(pair.target.folder, torch.device("cpu"))
     ids = torch.tensor(prompts)
     said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False)
     texts = [Text(str(i), "bulletin", tuple(row), PROMPT) for i, row in enumerate(said.tolist())]
@@ -128,15 +129,14 @@ def main() -> int:
         figures: dict[str, Any] = {"before": acceptance(None, None, judged), "tuned": acceptance(target, None, judged)}
         print(figures, flush=True)
         start = time.perf_counter()
-        adapt.adapt(
+        adapt(
             open_made_from("nano", str(target), None, ()),
             asked,
             drafter,
-            adapt.Adaptation(
+            Adaptation(
                 steps=options.steps, batch=6, learning_rate=1e-3, max_new_tokens=ANSWER, position_offset=1, seed=0
             ),
-            device=torch.device("cpu"),
-            on_step=lambda step: print(step, flush=True) if step.number % 20 == 0 else None,
+            watch=Watch(on_step=lambda step: print(step, flush=True) if step.number % 20 == 0 else None),
         )
         adapted_s = time.perf_counter() - start
         figures["adapted"] = acceptance(target, drafter, judged)

@@ -20,8 +20,9 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from mtp_runtime import Session
-from mtp_runtime.backends.onnx import graphs as onnx_graphs
+from mtp_runtime import Bundle, Session
+from mtp_runtime.backends.onnx.backend import OnnxBackend
+from mtp_runtime.backends.onnx.opening import open_graph, open_session, pooled_options
 from mtp_runtime.backends.packed_weights import PackedWeights
 from mtp_runtime.measure.timing import filled_prompt
 
@@ -63,18 +64,17 @@ def main() -> int:
 def profile(bundle: Path, threads: int, filled: int, folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
     """Run decode and verify in turn; return the numbers of tokens of the last passes in their order, and the events."""
     opened: list[ort.InferenceSession] = []
-    plain = onnx_graphs.open_graph
 
     def open_profiled(path: Path, threads: int, packed: PackedWeights | None = None) -> ort.InferenceSession:
         if path.name != "target.onnx":
-            return plain(path, threads, packed)
-        options = onnx_graphs.pooled_options(threads)
+            return open_graph(path, threads, packed)
+        options = pooled_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(folder / "target")
-        opened.append(onnx_graphs.open_session(path, options))
+        opened.append(open_session(path, options))
         return opened[0]
 
-    onnx_graphs.open_graph = open_profiled
-    with Session.open(bundle, threads=threads, verify=False) as session:
+    source = Bundle.open(bundle, verify=False)
+    with Session(source, OnnxBackend.open(source, threads=threads, open_graph=open_profiled)) as session:
         prompt = filled_prompt(session, filled)
         session.backend.prefill(prompt)
         sizes = [1, session.manifest.num_draft_tokens + 1] * REPEATS

@@ -23,7 +23,7 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration.choose import head
 from mtp_calibration.report.acceptance import measure_acceptance, on_device
-from mtp_calibration.same_model.calibrate import calibrate
+from mtp_calibration.same_model.calibrate import CalibrationOptions, calibrate
 from mtp_calibration.same_model.observe import continued
 from mtp_export.check.prompts import Prompt, calibration_prompts, heldout_prompts, in_turn
 from mtp_export.source.pair import Pair, open_made_from
@@ -53,7 +53,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, damage) in enumerate(DAMAGES.items()):
             bundle = damaged(exported(1024, "int8"), Path(scratch) / str(number), damage)
-            found = calibrate(bundle, pair, prompts[:4], max_new_tokens=32)
+            found = calibrate(bundle, pair, prompts[:4], CalibrationOptions(max_new_tokens=32))
             figures["damaged"][name] = {"passed": found.passed, "said": found.verdict.summary}
             print(f"{name}: {found.verdict.summary}", flush=True)
     figures |= drafts(exported(1024, "int8"), pair, prompts)

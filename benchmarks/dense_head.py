@@ -19,8 +19,8 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_calibration.choose import head
 from mtp_calibration.choose.calibration_texts import calibration_texts
-from mtp_calibration.drafter.adapt import load
-from mtp_calibration.drafter.cluster_head import cluster, drawn_answers
+from mtp_calibration.drafter.cluster_head import Clustering, cluster, drawn_answers
+from mtp_calibration.drafter.models import load
 from mtp_calibration.same_model.observe import continued
 from mtp_export.check.prompts import calibration_prompts, for_tuning, heldout_prompts, in_turn
 from mtp_export.source.pair import open_made_from
@@ -51,7 +51,7 @@ def main() -> int:
     )
     print(f"{len(answers)} answers", flush=True)
     ordering, centroids, apart = cluster(
-        target, dense, answers, count=clusters, top_k=clusters // 8, steps=800, position_offset=1
+        target, dense, answers, Clustering(count=clusters, top_k=clusters // 8, steps=800, position_offset=1)
     )
     drafter = rounds.drafter
     drafter.ordering, drafter.centroids = ordering, centroids

@@ -34,7 +34,7 @@ from mtp_export.graph.builder import GraphBuilder
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import INT4, INT8, WeightFormat
-from mtp_runtime.backends.onnx.graphs import open_graph
+from mtp_runtime.backends.onnx.opening import open_graph
 from mtp_runtime.measure.timing import expected_committed
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8)

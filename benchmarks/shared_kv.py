@@ -32,7 +32,7 @@ from benchmarks.machine import write_result
 from mtp_runtime import Bundle, Manifest, Session
 from mtp_runtime.backends.litert.quiet import native_log_held_back
 from mtp_runtime.backends.onnx.backend import OnnxBackend
-from mtp_runtime.backends.onnx.graphs import BoundGraph, TargetRun
+from mtp_runtime.backends.onnx.runs import BoundGraph, TargetRun
 
 GOAL = 1.3
 Step = Callable[[], None]
@@ -175,7 +175,7 @@ def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[st
 
 def copying_graph(backend: OnnxBackend) -> BoundGraph:
     """A decode that returns the caches apart from those it was given."""
-    graph = TargetRun(backend.graphs, 1, 1, (0,)).graph
+    graph = TargetRun(backend.graphs.opened, 1, 1, (0,)).graph
     for name, value in backend.graphs.cache_values[0].items():
         apart = ort.OrtValue.ortvalue_from_numpy(np.zeros(value.shape(), np.float32), "cpu")
         graph.binding.bind_ortvalue_output(f"{name}_next", apart)

@@ -81,8 +81,8 @@ def between(stack: str, mode: str, char: str) -> State | None:
         return stack + char, "member" if char == "{" else "item"
     if char in LITERALS:
         return stack, LITERALS[char]
-    found = {'"': "string", "-": "-", "0": "zero"}.get(char, "digits" if char in "123456789" else "")
-    return (stack, found) if found else None
+    mode_after = {'"': "string", "-": "-", "0": "zero"}.get(char, "digits" if char in "123456789" else "")
+    return (stack, mode_after) if mode_after else None
 
 
 def read(state: State | None, text: str) -> State | None:

@@ -2,7 +2,7 @@
 
     python examples/stream.py BUNDLE [PROMPT]
 
-Accepted drafts are printed in [brackets]; what the target said itself is not.
+Accepted drafts are printed in [brackets], the target's own tokens without.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A conversation in which the model calls tools, is answered, and says what came of it.
+"""A conversation in which the model calls tools, gets their answers, and replies with them.
 
 python examples/tools.py BUNDLE
 """
@@ -16,7 +16,7 @@ DECLARED = json.loads(Path(__file__).with_name("tools.json").read_text(encoding=
 
 
 def answer(call: dict[str, Any]) -> dict[str, Any]:
-    """What a tool says to a call."""
+    """Return a tool's answer to a call."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if name == "add":
         result: dict[str, Any] = {"result": arguments["a"] + arguments["b"]}

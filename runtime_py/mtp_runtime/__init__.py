@@ -12,8 +12,10 @@ from mtp_runtime.bundle.contract import Manifest, read_manifest
 from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
 from mtp_runtime.generate.acceptance import Acceptance, Origin, accept_greedy
 from mtp_runtime.generate.backend import Backend, Draft, TargetPass
+from mtp_runtime.generate.generation import Generation
+from mtp_runtime.generate.options import GenerationOptions
 from mtp_runtime.generate.sampling import Constraint, Sampling
-from mtp_runtime.generate.session import Generation, Session
+from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.session_batch import SessionBatch
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
@@ -31,6 +33,7 @@ __all__ = [
     "Draft",
     "FinishReason",
     "Generation",
+    "GenerationOptions",
     "GenerationStats",
     "GenerationTrace",
     "Manifest",

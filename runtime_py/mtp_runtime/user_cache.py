@@ -1,4 +1,4 @@
-"""Where the project keeps what can be made again."""
+"""Where the project keeps files that can be made again."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/mtp-export`, by default below ~/.cache; it need not exist."""
+    """Return `$XDG_CACHE_HOME/mtp-export`, by default below ~/.cache; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtp-export"

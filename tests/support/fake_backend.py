@@ -137,17 +137,17 @@ class FakeBackend:
         seen = self._visible(signature, 0)
         assert signature.inputs["input_pos"].tolist() == [len(seen) - 1]
         embedding, previous = np.split(signature.inputs["activations"][0, 0], 2)
-        told = [int(embedding[0])]
+        carried = [int(embedding[0])]
         if previous[0] == -1.0:
             assert previous[1] == _mark(seen), "not the target's activations at the last processed position"
         else:
-            told = [int(token) for token in previous[1 : 1 + int(previous[0])]] + told
-        tokens = seen + told
+            carried = [int(token) for token in previous[1 : 1 + int(previous[0])]] + carried
+        tokens = seen + carried
         right = next_token(tokens)
         draft = right if self._agree(len(tokens)) else 2 + (right - 1) % (VOCAB - 2)
         assert draft != right or self._agree(len(tokens))
         projected = np.zeros((1, 1, HIDDEN), np.float32)
-        projected[0, 0, : 1 + len(told)] = [len(told), *told]
+        projected[0, 0, : 1 + len(carried)] = [len(carried), *carried]
         logits = np.zeros((1, 1, VOCAB), np.float32)
         logits[0, 0, draft] = 1.0
         signature.outputs = {"logits": logits, "projected_activations": projected}

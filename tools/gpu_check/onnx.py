@@ -23,7 +23,8 @@ import onnx
 from mtp_runtime import Bundle, GenerationTrace, Session
 from mtp_runtime.backends.onnx.backend import OnnxBackend
 from mtp_runtime.backends.onnx.errors import REFUSED
-from mtp_runtime.backends.onnx.graphs import BoundGraph, TargetRun, pooled_options
+from mtp_runtime.backends.onnx.opening import pooled_options
+from mtp_runtime.backends.onnx.runs import BoundGraph, TargetRun
 from mtp_runtime.backends.onnx.webgpu import DeviceRows, open_session
 from mtp_runtime.bundle.contract import BATCH_ROLES
 from mtp_runtime.errors import MtpError
@@ -192,7 +193,7 @@ def _steps(backend: OnnxBackend, num_draft_tokens: int, hidden_size: int) -> dic
 
 def _copying_graph(backend: OnnxBackend) -> BoundGraph:
     """A pass over two tokens, as a quantised target decodes, that returns the caches apart from those it was given."""
-    graph = TargetRun(backend.graphs, 2, 2, (0,)).graph
+    graph = TargetRun(backend.graphs.opened, 2, 2, (0,)).graph
     for name, value in backend.graphs.cache_values[0].items():
         graph.binding.bind_ortvalue_output(f"{name}_next", DeviceRows(tuple(value.shape())).value)
     return graph

@@ -1,4 +1,4 @@
-"""What settings of an export are chosen on: prompts as a checkpoint's own tokenizer and chat template have them."""
+"""The texts that settings are chosen on: prompts as a checkpoint's own tokenizer and chat template have them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LENGTH = 128  # of a text: all are padded to the longest
 
 
 def tuning_prompts(path: Path | None) -> list[Prompt]:
-    """A user's prompts, or those of the package that no bundle is judged on.
+    """Return a user's prompts, or those of the package that no bundle is judged on.
 
     Raises:
         UserError: the file cannot be read, or a line is no prompt.
@@ -26,7 +26,7 @@ def tuning_prompts(path: Path | None) -> list[Prompt]:
 
 
 def calibration_texts(target: Checkpoint, spec: TargetSpec, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    """Token ids of prompts; a long one becomes several texts, which begin as every text does.
+    """Return token ids of prompts; a long one becomes several texts, which begin as every text does.
 
     Raises:
         UserError: a prompt has messages and the checkpoint no chat template.
@@ -43,8 +43,8 @@ def calibration_texts(target: Checkpoint, spec: TargetSpec, prompts: Sequence[Pr
         template, tools = contents["chat_template"], list(prompt.tools) or None
         return render_chat(template, prompt.messages, special_tokens=special_tokens, tools=tools)
 
-    found = []
+    pieces = []
     for prompt in prompts:
         first, *ids = tokenizer.encode(text_of(prompt))
-        found += [(first, *ids[start : start + _LENGTH - 1]) for start in range(0, len(ids), _LENGTH - 1)]
-    return found
+        pieces += [(first, *ids[start : start + _LENGTH - 1]) for start in range(0, len(ids), _LENGTH - 1)]
+    return pieces

@@ -1,8 +1,8 @@
-"""GPTQ: the target's matrices rounded so that what they give on calibration texts changes least, in their own format.
+"""GPTQ: the target's matrices rounded so that their products on calibration texts change least, in their own format.
 
-A matrix is rounded column by column, and what a column is off by is made up for by the columns that are not rounded
-yet, as the second moments of its inputs tell (Frantar et al. 2022, arXiv 2210.17323). Scales are those that cost least
-where inputs are large. Layers are taken in order, each on the inputs that the rounded ones before it give.
+A matrix is rounded column by column. The columns that are not rounded yet make up for a column's error, by the second
+moments of its inputs (Frantar et al. 2022, arXiv 2210.17323). Scales are those that cost least
+where inputs are large. Layers are taken in order, each on the outputs of the rounded ones before it.
 
 Memory is that of the texts' activations, one segment of a layer in float32, and the second moments of its inputs with
 two working copies; rounded values go to a file. The widest matrix of E2B has 12288 columns, so 0.6 GB a copy.
@@ -30,7 +30,7 @@ from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import WeightFormat
 
 _DAMPING = 0.01  # of the mean second moment, added to each: directions that no text has are left alone
-_TOGETHER = 128  # columns after which the others are told of their errors
+_TOGETHER = 128  # columns after which the others make up for their errors
 _FRACTIONS = np.linspace(1.0, 0.5, 26)  # of the largest magnitude, tried as the largest level
 
 
@@ -47,7 +47,7 @@ def round_target(
     """
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  # maps of it outlive this function
     target = FloatTarget(pair, max(len(ids) for ids in texts))
-    found: dict[str, Parameter] = {}
+    rounded: dict[str, Parameter] = {}
 
     def refit(call: Call, weights: Mapping[str, Tensor], run: Callable[[OnProduct], None]) -> Mapping[str, Tensor]:
         moments: dict[str, Tensor] = {}
@@ -63,16 +63,16 @@ def round_target(
             name = call.weights[leaf]
             rows = gptq(weights[leaf], moments.pop(leaf), formats[name])
             changed[leaf] = torch.from_numpy(restored(*rows))
-            found[name] = _kept(rows, formats[name], file)
+            rounded[name] = _kept(rows, formats[name], file)
             on_parameter(name)
         return changed
 
     target.through_layers(texts, target.values, refit)
-    return found
+    return rounded
 
 
 def _kept(rows: Rows, format: WeightFormat, file: IO[bytes]) -> Parameter:
-    """A parameter of values that are written to a file and mapped."""
+    """Return a parameter of values that are written to a file and mapped."""
 
     def mapped(array: NDArray[Any]) -> NDArray[Any]:
         start = file.seek(0, 2)
@@ -116,9 +116,9 @@ def gptq(weights: Tensor, moments: Tensor, format: WeightFormat) -> Rows:
             errors[:, i] = (part[:, i] - values[:, at] * by_column[:, at]) / factor[at, at]
             part[:, i + 1 :] -= errors[:, i, None] * factor[at, at + 1 : stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    found = torch.empty(rows, columns, dtype=torch.int8)
-    found[:, order] = values.to(torch.int8)
-    return Rows(found.numpy(), scales.numpy())
+    in_place = torch.empty(rows, columns, dtype=torch.int8)
+    in_place[:, order] = values.to(torch.int8)
+    return Rows(in_place.numpy(), scales.numpy())
 
 
 def _levels(bits: int) -> tuple[int, int]:
@@ -127,7 +127,7 @@ def _levels(bits: int) -> tuple[int, int]:
 
 
 def _scales(blocks: Tensor, moments: Tensor, format: WeightFormat) -> Tensor:
-    """For each block the scale whose rounding errors, weighted by their inputs' moments, are least.
+    """Return for each block the scale whose rounding errors, weighted by their inputs' moments, are least.
 
     Shapes: blocks [R,G,block], moments [G,block] -> [R,G]
     """

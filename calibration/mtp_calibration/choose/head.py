@@ -24,8 +24,11 @@ _DEVIATIONS = 3.0  # standard errors by which a position convention must be bett
 
 
 class TopKRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What so many clusters give: share of the vocabulary that is scored, states whose dense first choice is among the
-    candidates, those whose candidates hold the target's choice, and accepted drafts of a round."""
+    """The effect of scoring `top_k` clusters.
+
+    scored: share of the vocabulary; recall: states whose dense first choice is among the candidates; target_recall:
+    states whose candidates hold the target's choice; accepted_per_round: accepted drafts of a round.
+    """
 
     top_k: int
     scored: float
@@ -43,22 +46,22 @@ class PositionTest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def float_answers(pair: Pair, prompts: Sequence[Sequence[int]], count: int) -> list[Text]:
-    """Prompts with what the float target says greedily after them, so many tokens, found in rounds over all of them."""
+    """Return prompts with the float target's greedy answers of `count` tokens, made in rounds over all of them."""
     target = FloatTarget(pair, max(len(ids) for ids in prompts) + count)
     drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
     texts, settled = [list(ids) for ids in prompts], [len(ids) for ids in prompts]
     ends = [len(ids) + count for ids in prompts]
     while open_ := [i for i, end in enumerate(ends) if settled[i] < end]:
-        for i, said in zip(open_, target.said([texts[i] for i in open_]), strict=True):
-            choices, ids = said.logits.argmax(-1), texts[i]
+        for i, outputs in zip(open_, target.outputs([texts[i] for i in open_]), strict=True):
+            choices, ids = outputs.logits.argmax(-1), texts[i]
             while settled[i] < len(ids) and ids[settled[i]] == choices[settled[i] - 1]:
                 settled[i] += 1
             filled = settled[i]
             ids[filled:] = [int(choices[filled - 1])]
             settled[i] += 1
-            state = torch.from_numpy(said.activations[filled - 1 : filled])
+            state = torch.from_numpy(outputs.activations[filled - 1 : filled])
             for _ in range(min(_DEPTH, ends[i] - settled[i])):
-                hidden, state = drafter.step(ids[-1:], state, said.caches, filled, 1)
+                hidden, state = drafter.step(ids[-1:], state, outputs.caches, filled, 1)
                 ids += drafter.best(hidden, pair.drafter_spec.head.top_k)
     return [
         Text(str(i), "", tuple(ids[:end]), len(prompts[i]))
@@ -67,7 +70,7 @@ def float_answers(pair: Pair, prompts: Sequence[Sequence[int]], count: int) -> l
 
 
 class Rounds:
-    """What target and drafter say of some texts, ready to be asked about heads and positions."""
+    """The outputs of target and drafter on some texts, from which heads and positions are judged."""
 
     def __init__(self, pair: Pair, texts: Sequence[Text]) -> None:
         """Run the float target once over the texts; rounds begin in their answers."""
@@ -76,16 +79,16 @@ class Rounds:
         target = FloatTarget(pair, max(len(ids) for ids in self.texts))
         self.drafter = FloatDrafter(pair, target.length, target.values[lookup_name("embedder")])
         read = self.drafter.read
-        self._said = [
-            (said.logits.argmax(-1), torch.from_numpy(said.activations), {n: said.caches[n] for n in read})
-            for said in target.said(self.texts)
+        self._outputs = [
+            (outputs.logits.argmax(-1), torch.from_numpy(outputs.activations), {n: outputs.caches[n] for n in read})
+            for outputs in target.outputs(self.texts)
         ]
 
     @torch.no_grad()
     def accepted(self, top_k: int, offset: int) -> list[int]:
-        """Accepted drafts of the round after each token of each text."""
+        """Return the accepted drafts of the round after each token of each text."""
         counts = []
-        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._outputs, strict=True):
             tokens, following, chains = list(ids[first:]), states[first - 1 : -1], []
             for _ in range(_DEPTH):
                 hidden, following = self.drafter.step(tokens, following, caches, first, offset)
@@ -97,34 +100,36 @@ class Rounds:
 
     @torch.no_grad()
     def states(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Head inputs of chained steps along the texts, the dense first choice at each, and the target's choice there
-        (-1 where the text has ended). Shapes: -> [N,D], [N], [N]"""
-        hidden, wanted = [], []
-        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._said, strict=True):
+        """Return the head's inputs in chained steps along the texts, with the dense first choice and the target's.
+
+        Shapes: -> [N,D], [N], [N]
+        """
+        hidden, targets = [], []
+        for ids, first, (choices, states, caches) in zip(self.texts, self._first, self._outputs, strict=True):
             following = states[first - 1 : -1]
             for step in range(_DEPTH):
-                # Along the text: later steps are fed what a drafter that is right would have said.
+                # Along the text: later steps are fed the drafts of a drafter that is right.
                 shifted = [*ids[first + step :], *([ids[-1]] * step)][: len(ids) - first]
-                found, following = self.drafter.step(shifted, following, caches, first, offset)
+                states_here, following = self.drafter.step(shifted, following, caches, first, offset)
                 kept = max(0, len(ids) - first - step)
-                hidden.append(found[:kept])
-                wanted.append(torch.from_numpy(np.asarray(choices[first + step :])))
+                hidden.append(states_here[:kept])
+                targets.append(torch.from_numpy(np.asarray(choices[first + step :])))
         joined = torch.cat(hidden)
         best = torch.cat([(block @ self.drafter.embedding.T).argmax(-1) for block in torch.split(joined, 256)])
-        return joined, best, torch.cat(wanted)
+        return joined, best, torch.cat(targets)
 
 
 def top_k_curve(rounds: Rounds, offset: int, top_ks: Sequence[int]) -> list[TopKRow]:
-    """What each number of clusters gives, on the drafter's own centroids."""
+    """Return the effect of each number of clusters, on the drafter's own centroids."""
     drafter = rounds.drafter
-    hidden, best, wanted = rounds.states(offset)
-    ranks, wanted_ranks = (_ranks(drafter, hidden, tokens) for tokens in (best, wanted))
+    hidden, best, targets = rounds.states(offset)
+    ranks, target_ranks = (_ranks(drafter, hidden, tokens) for tokens in (best, targets))
     return [
         TopKRow(
             top_k=k,
             scored=k / len(drafter.centroids),
             recall=float((ranks < k).float().mean()),
-            target_recall=float((wanted_ranks < k).float().mean()),
+            target_recall=float((target_ranks < k).float().mean()),
             accepted_per_round=float(np.mean(rounds.accepted(k, offset))),
         )
         for k in top_ks
@@ -132,26 +137,26 @@ def top_k_curve(rounds: Rounds, offset: int, top_ks: Sequence[int]) -> list[TopK
 
 
 def _ranks(drafter: FloatDrafter, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """At which place the cluster of each state's token comes. Shapes: hidden [N,D], tokens [N] -> [N]"""
+    """Return at which place the cluster of each state's token comes. Shapes: hidden [N,D], tokens [N] -> [N]"""
     scores = hidden @ drafter.centroids.T
     own = scores.gather(1, drafter.cluster_of_token[tokens][:, None])
     return (scores > own).sum(-1)
 
 
 def top_ks(clusters: int) -> list[int]:
-    """Numbers of clusters to try: a few to each doubling, all of them last."""
+    """Return numbers of clusters to try: a few to each doubling, all of them last."""
     tried = {round(clusters * 2 ** (-i / 2)) for i in range(2 * int(math.log2(clusters)) + 1)}
     return sorted(k for k in tried if k >= 1)
 
 
 def enough(curve: Sequence[TopKRow]) -> int:
-    """The fewest clusters that keep almost all drafts that scoring every cluster would give."""
+    """Return the fewest clusters that keep almost all drafts that scoring every cluster would give."""
     most = curve[-1].accepted_per_round
     return next(row.top_k for row in curve if row.accepted_per_round >= _ENOUGH * most)
 
 
 def position_test(rounds: Rounds, default: int) -> PositionTest:
-    """Which convention accepts more drafts; `default` unless the other one is clearly better."""
+    """Return which convention accepts more drafts; `default` unless the other one is clearly better."""
     top_k = rounds.drafter.spec.head.top_k
     counts = [np.asarray(rounds.accepted(top_k, offset)) for offset in (0, 1)]
     difference = counts[1] - counts[0]

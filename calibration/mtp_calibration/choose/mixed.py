@@ -1,8 +1,8 @@
 """A mixed recipe under a size: a recipe's formats, and fewer bits where they cost least.
 
-Each part of the target is quantised alone, and how far the float model's distribution moves is what that costs. From
+Each part of the target is quantised alone. Its cost is how far the float model's distribution moves. From
 the smallest formats, the change that takes most KL off for a byte comes next, until the size is reached. KLs of parts
-are taken to add up, and 8 bits to cost what the squares of the steps say: a 329th of 4 bits.
+are taken to add up, and 8 bits to cost as the squares of the steps do: a 329th of 4 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Part:
 
 
 def parts_of(values: Mapping[str, Mapping[str, Parameter]]) -> list[Part]:
-    """A layer's attention, its feed-forward block, each table, the head; formats are their own, and fewer bits."""
+    """Return the parts: a layer's attention, its feed-forward block, each table, the head.
+
+    The formats of a part are its own, and those of fewer bits.
+    """
     groups: dict[str, list[tuple[str, str]]] = {}
     for role in ("target", *LOOKUPS):
         for name, parameter in values[role].items():
@@ -41,14 +44,14 @@ def parts_of(values: Mapping[str, Mapping[str, Parameter]]) -> list[Part]:
             if words[0] == "layers":
                 part = f"layer {words[1]} {'attention' if words[2] == 'self_attn' else 'feed-forward'}"
             groups.setdefault(part, []).append((role, name))
-    found = []
+    parts = []
     for part, parameters in groups.items():
         role, first = parameters[0]
         own = values[role][first].format
         smaller = (_TABLE_INT2, INT4, INT8) if part == "per_layer_embedder" else (INT4, INT8)
         formats = (*(format for format in smaller if format.bits < own.bits), own)
-        found.append(Part(name=part, parameters=tuple(parameters), formats=formats))
-    return found
+        parts.append(Part(name=part, parameters=tuple(parameters), formats=formats))
+    return parts
 
 
 def measured(
@@ -57,16 +60,16 @@ def measured(
     texts: Sequence[Sequence[int]],
     on_part: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[float, ...]]:
-    """KL per token on the texts with each part alone in each of its formats, by its name."""
+    """Return the KL per token on the texts with each part alone in each of its formats, by its name."""
     target = FloatTarget(pair, max(len(ids) for ids in texts))
-    reference = [said.logits for said in target.said(texts)]
+    reference = [outputs.logits for outputs in target.outputs(texts)]
 
     def kl(part: Part, format: WeightFormat) -> float:
         agreement = Agreement()
         names = [lookup_name(role) if role in LOOKUPS else name for role, name in part.parameters]
         replaced = {name: with_format(target.values[name], format) for name in names}
-        for ids, expected, said in zip(texts, reference, target.said(texts, replaced), strict=True):
-            agreement.add(expected, said.logits, ids, len(ids))
+        for ids, expected, outputs in zip(texts, reference, target.outputs(texts, replaced), strict=True):
+            agreement.add(expected, outputs.logits, ids, len(ids))
         return agreement.kl_per_token
 
     costs = {}
@@ -84,7 +87,10 @@ def chosen(
     most_bytes: int,
     size: Callable[[Part, WeightFormat], int],
 ) -> dict[str, WeightFormat]:
-    """The format of each part, by name: so many bytes together at most, as long as the smallest formats take fewer."""
+    """Return the format of each part, by name.
+
+    Together they take at most `most_bytes`, as long as the smallest formats take fewer.
+    """
     levels = dict.fromkeys((part.name for part in parts), 0)
     left = most_bytes - sum(size(part, part.formats[0]) for part in parts)
     while True:

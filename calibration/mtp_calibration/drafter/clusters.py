@@ -26,7 +26,7 @@ _BLOCK = 8192  # rows whose cosines are computed at a time
 def balanced_clusters(
     rows: Tensor, count: int, *, seed: int = 0, rounds: int = ROUNDS, on_round: Callable[[int], None] = lambda n: None
 ) -> Tensor:
-    """Token ids in C clusters of V / C each, ids within a cluster in order. `rows` are normalised in place.
+    """Return token ids in C clusters of V / C each, ids within a cluster in order. `rows` are normalised in place.
 
     Shapes: rows [V,D] float32 -> [C, V / C] int64
 
@@ -50,44 +50,44 @@ def balanced_clusters(
 
 
 def _assign(rows: Tensor, means: Tensor, size: int) -> Tensor:
-    """A cluster for every row, `size` rows each. Shapes: rows [V,D], means [C,D] -> [V]"""
+    """Return a cluster for every row, `size` rows each. Shapes: rows [V,D], means [C,D] -> [V]"""
     assigned = torch.full((len(rows),), -1)
     room = torch.full((len(means),), size)
     while (left := (assigned < 0).nonzero()[:, 0]).numel():
         open_ = (room > 0).nonzero()[:, 0]
         few = min(_NEAREST, len(open_))
         nearest = [(rows[block] @ means[open_].T).topk(few, -1) for block in torch.split(left, _BLOCK)]
-        asked = torch.cat([block.indices for block in nearest])
-        settled = _settle(torch.cat([block.values for block in nearest]), asked, room[open_])
+        requests = torch.cat([block.indices for block in nearest])
+        settled = _settle(torch.cat([block.values for block in nearest]), requests, room[open_])
         placed = settled >= 0
         assigned[left[placed]] = open_[settled[placed]]
         room -= torch.bincount(assigned[left[placed]], minlength=len(room))
     return assigned
 
 
-def _settle(cosines: Tensor, asked: Tensor, room: Tensor) -> Tensor:
-    """The stable marriage of rows and the clusters that they ask, each with so much room; -1 for those left over.
+def _settle(cosines: Tensor, requests: Tensor, room: Tensor) -> Tensor:
+    """Return the stable marriage of rows and the clusters that they ask, each with so much room; -1 for the rest.
 
-    Shapes: cosines and asked [N,few], in the order of asking; room [C] -> [N]
+    Shapes: cosines and requests [N,few], in the order of asking; room [C] -> [N]
     """
-    count, few = asked.shape
+    count, few = requests.shape
     turn = torch.zeros(count, dtype=torch.long)
     everyone = torch.arange(count)
     while True:
         asking = everyone[turn < few]
-        wanted, near = asked[asking, turn[asking]], cosines[asking, turn[asking]]
+        current, near = requests[asking, turn[asking]], cosines[asking, turn[asking]]
         order = near.argsort(descending=True, stable=True)
-        order = order[wanted[order].argsort(stable=True)]
-        clusters = wanted[order]
+        order = order[current[order].argsort(stable=True)]
+        clusters = current[order]
         first = torch.searchsorted(clusters, torch.arange(len(room)))
         turned_away = order[torch.arange(len(order)) - first[clusters] >= room[clusters]]
         if not len(turned_away):
             settled = torch.full((count,), -1)
-            settled[asking] = wanted
+            settled[asking] = current
             return settled
         turn[asking[turned_away]] += 1
 
 
 def cluster_means(rows: Tensor, ordering: Tensor) -> Tensor:
-    """Mean of the embedding rows of each cluster. Shapes: rows [V,D], ordering [C,V/C] -> [C,D]"""
+    """Return the mean of the embedding rows of each cluster. Shapes: rows [V,D], ordering [C,V/C] -> [C,D]"""
     return torch.stack([rows[tokens].mean(0) for tokens in ordering])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from mtp_calibration.same_model.observe import text_of
-from mtp_export.check.prompts import Prompt
+from mtp_export.check.prompts import Prompt, text_of
 from mtp_runtime import GenerationStats, GenerationTrace, Session
 from mtp_runtime.errors import UserError
 from mtp_runtime.measure import timing

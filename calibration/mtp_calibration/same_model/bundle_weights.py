@@ -24,11 +24,12 @@ def stored_weights(bundle: Bundle) -> dict[str, dict[str, StoredWeight]]:
 
 
 def as_values(stored: Mapping[str, StoredWeight]) -> dict[str, Parameter]:
+    """Return the weights without the numbers of bits that they are stored in."""
     return {name: weight.parameter for name, weight in stored.items()}
 
 
 def with_row_scales(stored: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    """A drafter's weights with the scales of the clustered table's rows, which lie apart, multiplied into it."""
+    """Return a drafter's weights with the scales of the clustered table's rows, which lie apart, multiplied into it."""
     rest = dict(stored)
     scales = rest.pop(_ROW_SCALES, None)
     if scales is None:

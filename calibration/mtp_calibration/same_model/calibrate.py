@@ -1,14 +1,16 @@
-"""Measure a bundle, judge it, and write what was found beside it."""
+"""Measure a bundle and judge it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from mtp_calibration.same_model.gate import Bars, Verdict, bars_for, judge
-from mtp_calibration.same_model.quality import Quality, measure
+from mtp_calibration.same_model.measure import measure
+from mtp_calibration.same_model.quality import Quality
 from mtp_export.check.prompts import Prompt
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import hash_file
@@ -21,7 +23,7 @@ MAX_NEW_TOKENS = 64
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What `calibrate` found of a bundle."""
+    """The quality of a bundle and the verdict on it, as calibration.json has them."""
 
     model: str
     recipe: str
@@ -30,36 +32,38 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     quality: Quality
 
     def to_json(self) -> str:
+        """Serialise, as calibration.json has it."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How a bundle is measured. bars: to be cleared, by default the recipe's; max_new_tokens: of each answer."""
+
+    bars: Bars | None = None
+    threads: int = 1
+    max_new_tokens: int = MAX_NEW_TOKENS
 
 
 def calibrate(
     path: Path,
     pair: Pair,
     prompts: Sequence[Prompt],
+    options: CalibrationOptions = CalibrationOptions(),
     *,
-    bars: Bars | None = None,
-    threads: int = 1,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Calibration:
-    """Hold a bundle against the pair that it was made from.
+    """Hold the bundle at `path` against the pair that it was made from.
 
     Raises:
         MtpError: the bundle cannot be run.
     """
-    with Session.open(path, threads=threads) as session:
+    with Session.open(path, threads=options.threads) as session:
         manifest = session.manifest
         room = min(MAX_TOKENS, manifest.context_length)
-        quality = measure(
-            session,
-            pair,
-            prompts,
-            max_tokens=room,
-            max_new_tokens=min(max_new_tokens, room // 2),
-            on_stage=on_stage,
-        )
-    verdict = judge(quality, manifest, bars or bars_for(manifest.recipe))
+        new_tokens = min(options.max_new_tokens, room // 2)
+        quality = measure(session, pair, prompts, max_tokens=room, max_new_tokens=new_tokens, on_stage=on_stage)
+    verdict = judge(quality, manifest, options.bars or bars_for(manifest.recipe))
     return Calibration(
         model=manifest.model, recipe=manifest.recipe, passed=verdict.passed, verdict=verdict, quality=quality
     )

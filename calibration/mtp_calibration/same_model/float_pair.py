@@ -31,17 +31,17 @@ from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, RECIPES, WeightFormat
 
 Values = Mapping[str, Parameter]
-# Told the leaf of a segment that a matrix is, and what it is multiplied with: [T, columns].
+# Called with the leaf of a segment that a matrix is, and the rows that it is multiplied with: [T, columns].
 OnProduct = Callable[[str, Tensor], None]
-# Given a call and its weights by leaf, and a function that runs it over all texts and tells of its products, says which
-# weights the call is to have.
+# Called with a call, its weights by leaf, and a function that runs the call over all texts and reports its products.
+# It returns the weights that the call is to have.
 Refit = Callable[[Call, Mapping[str, Tensor], Callable[[OnProduct], None]], Mapping[str, Tensor]]
 LOOKUPS = ("embedder", "per_layer_embedder")  # the roles of graphs that look tokens up
 _PAD = 0
 
 
-class Said(NamedTuple):
-    """What the target says of a text. Shapes: logits [T,V], activations [T,H], caches by name [1,G,T,D]."""
+class TargetOutputs(NamedTuple):
+    """The outputs of the target for a text. Shapes: logits [T,V], activations [T,H], caches by name [1,G,T,D]."""
 
     logits: NDArray[np.float32]
     activations: NDArray[np.float32]
@@ -49,13 +49,13 @@ class Said(NamedTuple):
 
 
 def restored(values: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The weights that quantised ones stand for. Shapes: values [R,C], scales [R,blocks] -> [R,C]"""
+    """Return the weights that quantised ones stand for. Shapes: values [R,C], scales [R,blocks] -> [R,C]"""
     blocks: NDArray[np.float32] = values.reshape(*scales.shape, -1) * scales[..., None]
     return blocks.reshape(values.shape)
 
 
 def rows_of(parameter: Parameter, start: int, stop: int) -> NDArray[np.float32]:
-    """Rows of a parameter as a bundle would have them, in float32. Shapes: -> [stop - start, …]"""
+    """Return rows of a parameter as a bundle would have them, in float32. Shapes: -> [stop - start, …]"""
     rows: NDArray[np.float32] = parameter.rows(start, stop)
     if parameter.format.bits == FLOAT32.bits or parameter.unit_scale:
         return rows
@@ -63,11 +63,12 @@ def rows_of(parameter: Parameter, start: int, stop: int) -> NDArray[np.float32]:
 
 
 def with_format(parameter: Parameter, format: WeightFormat) -> Parameter:
+    """Return a parameter that a bundle would store in another format."""
     return dataclasses.replace(parameter, format=format.for_columns(parameter.shape[-1]))
 
 
 def lookup_name(role: str) -> str:
-    """What the table of an embedder is called among a target's values."""
+    """Return the name of an embedder's table among a target's values."""
     return f"{role} table"
 
 
@@ -96,8 +97,8 @@ class FloatTarget:
         }
 
     @torch.no_grad()
-    def said(self, texts: Sequence[Sequence[int]], values: Values | None = None) -> Iterator[Said]:
-        """What the target says of each text, in turn; all texts go through a layer before the next one is read.
+    def outputs(self, texts: Sequence[Sequence[int]], values: Values | None = None) -> Iterator[TargetOutputs]:
+        """Yield the outputs for each text, in turn; all texts go through a layer before the next one is read.
 
         `values` stand in for the checkpoint's.
         """
@@ -108,7 +109,7 @@ class FloatTarget:
         for ids, running in zip(texts, everything, strict=True):
             running.update(self._outputs(head, weights, running))
             count = len(ids)
-            yield Said(
+            yield TargetOutputs(
                 running["logits"][0, :count].numpy(),
                 running["activations"][0, :count].numpy(),
                 {n.removesuffix("_next"): v[:, :, :count] for n, v in running.items() if n.endswith("_next")},
@@ -119,13 +120,13 @@ class FloatTarget:
     def through_layers(
         self, texts: Sequence[Sequence[int]], values: Values, refit: Refit | None = None
     ) -> list[dict[str, Tensor]]:
-        """What the head is given of each text, and the caches; `refit` may change the weights of each call before."""
+        """Return the head's inputs for each text, and the caches; `refit` may change a call's weights before it."""
         everything = [dict(self._fixed) | self._embedded(ids, values) for ids in texts]
         *body, head = self._traced.calls
         for call, spent in zip(body, _spent_after(body, head), strict=True):
             weights: Mapping[str, Tensor] = _weights(call, values)
             if refit is not None:
-                run = functools.partial(self._tell_products, call, weights, list(zip(texts, everything, strict=True)))
+                run = functools.partial(self._report_products, call, weights, list(zip(texts, everything, strict=True)))
                 weights = refit(call, weights, run)
             for running in everything:
                 running.update(self._outputs(call, weights, running))
@@ -154,7 +155,7 @@ class FloatTarget:
         outputs = torch.func.functional_call(module, dict(weights), (), arguments)
         return {value: outputs[name] for name, value in call.outputs.items()}
 
-    def _tell_products(
+    def _report_products(
         self,
         call: Call,
         weights: Mapping[str, Tensor],
@@ -162,20 +163,20 @@ class FloatTarget:
         on_product: OnProduct,
     ) -> None:
         module = self.graph.segments[call.segment].module
-        told: dict[str, Tensor] = {}
+        products: dict[str, Tensor] = {}
         linear = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
-        hooks = [m.register_forward_pre_hook(_kept_in(told, leaf)) for leaf, m in linear.items()]
+        hooks = [m.register_forward_pre_hook(_kept_in(products, leaf)) for leaf, m in linear.items()]
         for ids, running in texts if hooks else ():
             self._outputs(call, weights, running)
-            for leaf, inputs in told.items():
+            for leaf, inputs in products.items():
                 on_product(leaf, inputs[0, : len(ids)])
         for hook in hooks:
             hook.remove()
 
 
-def _kept_in(told: dict[str, Tensor], leaf: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+def _kept_in(products: dict[str, Tensor], leaf: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        told[leaf] = inputs[0]
+        products[leaf] = inputs[0]
 
     return hook
 
@@ -185,7 +186,7 @@ def _weights(call: Call, values: Values) -> dict[str, Tensor]:
 
 
 def _spent_after(body: Sequence[Call], head: Call) -> list[set[str]]:
-    """Which values no later call takes, after each call; what the caches became is kept for the caller."""
+    """Return the values that no later call takes, after each call; the new caches are kept for the caller."""
     needed = set(head.inputs.values())
     spent: list[set[str]] = []
     for call in reversed(body):
@@ -236,7 +237,7 @@ class FloatDrafter:
     def step(
         self, tokens: Sequence[int], activations: Tensor, caches: Mapping[str, Tensor], filled: int, offset: int
     ) -> tuple[Tensor, Tensor]:
-        """One draft step at each of T consecutive positions: the first after `filled` processed tokens.
+        """Run one draft step at each of T consecutive positions: the first after `filled` processed tokens.
 
         Shapes: tokens T, activations [T,backbone], caches [1,G,S',D] of any length S' -> hidden [T,H], activations
         [T,backbone]
@@ -264,19 +265,19 @@ class FloatDrafter:
         return hidden, hidden @ self._weights["post_projection.weight"].T
 
     def clusters(self, hidden: Tensor, top_k: int) -> Tensor:
-        """The best clusters. Shapes: hidden [T,H] -> [T,top_k]"""
+        """Return the best clusters. Shapes: hidden [T,H] -> [T,top_k]"""
         return (hidden @ self.centroids.T).topk(top_k, -1).indices
 
     def best(self, hidden: Tensor, top_k: int) -> list[int]:
-        """The first choice of the clustered head at each position. Shapes: hidden [T,H] -> T"""
-        found = []
+        """Return the first choice of the clustered head at each position. Shapes: hidden [T,H] -> T"""
+        tokens = []
         for state, clusters in zip(hidden, self.clusters(hidden, top_k), strict=True):
             ids = self.ordering[clusters].reshape(-1)
-            found.append(int(ids[(self.embedding[ids] @ state).argmax()]))
-        return found
+            tokens.append(int(ids[(self.embedding[ids] @ state).argmax()]))
+        return tokens
 
     def weight(self, name: str) -> NDArray[np.float32]:
-        """A parameter in the form that a bundle's drafter has it in. Shapes: -> those of the bundle's"""
+        """Return a parameter in the form that a bundle's drafter has it in. Shapes: -> those of the bundle's"""
         if name == "masked_embedding.token_ordering":
             return self.ordering.numpy().astype(np.float32)
         if name == "masked_embedding.table":

@@ -1,6 +1,6 @@
 """The gate: bars that a bundle must clear, and the diagnosis where it does not.
 
-A diagnosis says the most definite thing that is known: a stored weight that is not the checkpoint's comes before a
+A diagnosis states the most definite fault: a stored weight that is not the checkpoint's comes before a
 distribution that has moved, and a graph that contradicts its manifest before drafts that are not accepted.
 """
 
@@ -54,17 +54,18 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
+        """Whether no bar is missed and nothing is wrong."""
         return not self.missed and not self.findings
 
     @property
     def summary(self) -> str:
         """One line: the findings where there are any, else the missed bars."""
-        found = [f"{finding.part}: {finding.diagnosis}: {finding.remedy}" for finding in self.findings]
-        return "; ".join(found or self.missed)
+        findings = [f"{finding.part}: {finding.diagnosis}: {finding.remedy}" for finding in self.findings]
+        return "; ".join(findings or self.missed)
 
 
 def bars_for(recipe: str) -> Bars:
-    """What is asked of a recipe; mixed recipes and those of 4 and 2 bits share theirs."""
+    """Return the bars of a recipe; mixed recipes and those of 4 and 2 bits share theirs."""
     if recipe == "f32":
         return Bars(kl_per_token=1e-4, top1_agreement=0.999, perplexity_ratio=1.001, accepted_share=0.98)
     if recipe == "int8":
@@ -73,7 +74,7 @@ def bars_for(recipe: str) -> Bars:
 
 
 def judge(quality: Quality, manifest: Manifest, bars: Bars) -> Verdict:
-    """Hold what was measured against the bars, and say what is wrong."""
+    """Hold the quality against the bars, and diagnose what is wrong."""
     missed = _missed(quality, bars)
     weights = [w for w in quality.weights if is_wrong(w)]
     findings = [*_target_findings(quality, weights, missed), *_drafter_findings(quality.drafter, weights, manifest)]
@@ -113,10 +114,10 @@ def _missed(quality: Quality, bars: Bars) -> list[str]:
 
 def _target_findings(quality: Quality, weights: list[WeightError], missed: list[str]) -> list[Finding]:
     wrong = [weight for weight in weights if not weight.name.startswith("drafter: ")]
-    found = [_wrong_weight("target", weight) for weight in wrong[:_NAMED]]
+    findings = [_wrong_weight("target", weight) for weight in wrong[:_NAMED]]
     of_target = [text for text in missed if not text.startswith("accepted")]
-    if found or not of_target:
-        return found
+    if findings or not of_target:
+        return findings
     if quality.kl_per_token > 3 * quality.weights_kl_per_token:
         diagnosis = (
             f"KL per token is {quality.kl_per_token:.3g} and its weights explain {quality.weights_kl_per_token:.3g}: "
@@ -148,9 +149,9 @@ def _drafter_findings(drafter: DrafterQuality, weights: list[WeightError], manif
     if not drafter.rounds:
         return []
     wrong = [weight for weight in weights if weight.name.startswith("drafter: ")]
-    found = _head_findings(drafter)
-    found += [_wrong_weight("drafter", weight) for weight in wrong if "masked_embedding" not in weight.name][:_NAMED]
-    return found + _position_findings(drafter, manifest.drafter_position_offset)
+    findings = _head_findings(drafter)
+    findings += [_wrong_weight("drafter", weight) for weight in wrong if "masked_embedding" not in weight.name][:_NAMED]
+    return findings + _position_findings(drafter, manifest.drafter_position_offset)
 
 
 def _head_findings(drafter: DrafterQuality) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Distances between what a float model and a quantised one say of the same tokens. Numpy only.
+"""Distances between a float model's and a quantised model's outputs for the same tokens. Numpy only.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ _ROWS = 32  # at a time in float64: a row of a large vocabulary takes 2 MB
 
 
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a greedy answer first is not what the float model says: the token's number, and by how many logits the
+    """Where a greedy answer first is not the float model's choice: the token's number, and by how many logits the
     float model prefers its own. None of both where it never differs."""
 
     text: str
@@ -49,22 +49,24 @@ class Agreement(msgspec.Struct, kw_only=True):
 
     @property
     def float_perplexity(self) -> float:
+        """Perplexity of the float model."""
         return float(np.exp(self.float_nll / max(1, self.scored)))
 
     @property
     def perplexity(self) -> float:
+        """Perplexity of the quantised model."""
         return float(np.exp(self.nll / max(1, self.scored)))
 
-    def add(self, reference: FloatArray, found: FloatArray, ids: Sequence[int], start: int) -> None:
+    def add(self, reference: FloatArray, result: FloatArray, ids: Sequence[int], start: int) -> None:
         """Count a text. Perplexity is that of the first `start` tokens, which no model wrote.
 
-        Shapes: reference and found [T,V], ids T
+        Shapes: reference and result [T,V], ids T
         """
-        self.same += int((reference.argmax(-1) == found.argmax(-1)).sum())
+        self.same += int((reference.argmax(-1) == result.argmax(-1)).sum())
         self.tokens += len(reference)
         self.scored += max(0, start - 1)
         for at in range(0, len(reference), _ROWS):
-            p, q = log_softmax(reference[at : at + _ROWS]), log_softmax(found[at : at + _ROWS])
+            p, q = log_softmax(reference[at : at + _ROWS]), log_softmax(result[at : at + _ROWS])
             self.kl += float((np.exp(p) * (p - q)).sum())
             following = np.asarray(ids[at + 1 : min(start, at + 1 + _ROWS)], np.int64)
             rows = np.arange(len(following))
@@ -73,16 +75,16 @@ class Agreement(msgspec.Struct, kw_only=True):
 
 
 def log_softmax(logits: FloatArray) -> NDArray[np.float64]:
-    """Shapes: [T,V] -> [T,V]"""
+    """Return the logarithms of softmax. Shapes: [T,V] -> [T,V]"""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
+    log_p: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return log_p
 
 
 def divergence(name: str, reference: FloatArray, ids: Sequence[int], start: int) -> Divergence:
     """Hold a greedy answer, the tokens from `start`, against the float model's choices along it.
 
-    Up to the first difference they are what the float model alone would have said.
+    Up to the first difference they are the choices of the float model alone.
 
     Shapes: reference [T,V], ids T
     """
@@ -99,11 +101,12 @@ class RelativeError(msgspec.Struct, kw_only=True):
     squares: float = 0.0
     difference: float = 0.0
 
-    def add(self, reference: NDArray[np.float32], found: NDArray[np.float32]) -> None:
-        """Shapes: any, both alike."""
+    def add(self, reference: NDArray[np.float32], result: NDArray[np.float32]) -> None:
+        """Add the difference of two arrays. Shapes: any, both alike."""
         self.squares += float(np.square(reference, dtype=np.float64).sum())
-        self.difference += float(np.square(reference.astype(np.float64) - found).sum())
+        self.difference += float(np.square(reference.astype(np.float64) - result).sum())
 
     @property
     def value(self) -> float:
+        """The relative error; 0 where nothing was added."""
         return float(np.sqrt(self.difference / self.squares)) if self.squares else 0.0

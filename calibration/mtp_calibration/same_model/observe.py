@@ -1,4 +1,4 @@
-"""What a bundle says of a text: every logit, every cache row, and the drafts at many positions. Without torch."""
+"""The outputs of a bundle for a text: every logit, every cache row, and the drafts at many positions. Without torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.check.prompts import Prompt
+from mtp_export.check.prompts import Prompt, text_of
 from mtp_runtime import Session
 
 
 class Round(NamedTuple):
-    """Drafts after `filled` processed tokens of a text, chained, and what the first step said.
+    """Drafts after `filled` processed tokens of a text, chained, and the outputs of the first step.
 
     Shapes: drafts K, candidates [N], scores [N], activations [H].
     """
@@ -26,7 +26,7 @@ class Round(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """Shapes: logits [T,V], activations [T,H], caches by name [1,G,T,D]."""
+    """The outputs for the tokens of a text. Shapes: logits [T,V], activations [T,H], caches by name [1,G,T,D]."""
 
     logits: NDArray[np.float32]
     activations: NDArray[np.float32]
@@ -35,7 +35,7 @@ class Observed(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Tokens of which the first `start` are a prompt, and the others what the bundle says after it."""
+    """Tokens of which the first `start` are a prompt, and the others the bundle's answer."""
 
     name: str
     kind: str
@@ -43,16 +43,11 @@ class Text(NamedTuple):
     start: int
 
 
-def text_of(session: Session, prompt: Prompt) -> str:
-    """The text of a prompt, its messages put into the bundle's chat template."""
-    if not prompt.messages:
-        return prompt.text
-    return session.chat_prompt(prompt.messages, tools=list(prompt.tools) or None)
-
-
 def continued(session: Session, prompt: Prompt, *, max_tokens: int, max_new_tokens: int) -> Text:
-    """A prompt, its beginning cut off if there are more tokens than `max_tokens` with the answer, and the bundle's
-    greedy answer."""
+    """Return a prompt with the bundle's greedy answer.
+
+    The prompt's beginning is cut off if there are more tokens than `max_tokens` with the answer.
+    """
     first, *ids = session.tokenize(text_of(session, prompt))
     ids = [first, *ids[max(0, len(ids) - (max_tokens - max_new_tokens - 1)) :]]
     generation = session.generate(ids, max_new_tokens=max_new_tokens)
@@ -67,13 +62,13 @@ def observe(session: Session, text: Text) -> Observed:
     cache.rewind(0)
     logits, activations, rounds = [], [], []
     for at in range(0, len(text.ids), size):
-        said = backend.verify(text.ids[at : at + size])
+        result = backend.verify(text.ids[at : at + size])
         filled = min(at + size, len(text.ids))
         cache.advance(filled - at)
-        logits.append(said.logits)
-        activations.append(said.activations)
+        logits.append(result.logits)
+        activations.append(result.activations)
         if text.start <= filled < len(text.ids):
-            rounds.append(_draft(session, text.ids[filled], said.activations[-1], filled))
+            rounds.append(_draft(session, text.ids[filled], result.activations[-1], filled))
     caches = {name: cache.rows(name) for name in cache.names}
     return Observed(np.concatenate(logits), np.concatenate(activations), caches, tuple(rounds))
 
@@ -93,7 +88,7 @@ def _draft(session: Session, pending: int, activations: NDArray[np.float32], fil
 
 
 def accepted(drafts: Sequence[int], filled: int, ids: Sequence[int], choices: Sequence[int]) -> int:
-    """How many leading drafts after `filled` tokens a target keeps whose choice after token i is `choices[i]`.
+    """Return how many leading drafts after `filled` tokens a target keeps whose choice after token i is `choices[i]`.
 
     The draft at position j is judged only where the text goes on with the drafts before it.
     """

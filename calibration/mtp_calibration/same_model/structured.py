@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Literal
 
-Expectation = Literal["", "json", "tool_call"]
+from mtp_export.check.prompts import Expectation
 
 _QUOTE = '<|"|>'
 _CALL = re.compile(r"<\|tool_call>(.*?)<tool_call\|>", re.DOTALL)
@@ -21,7 +20,7 @@ _PLAIN = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?(?=[,}\]])|(true|fals
 
 
 def is_valid(text: str, expects: Expectation, opened: str = "") -> bool:
-    """Whether `text`, special tokens included, holds what is expected of it.
+    """Return whether `text`, special tokens included, has the form that is expected of it.
 
     json: its first object or list is whole and parses; `opened` is the part of it that the prompt has already written.
     tool_call: there is at least one call, and every call is whole and of the grammar.
@@ -50,7 +49,7 @@ def _is_call(call: str) -> bool:
 
 
 def _value_end(text: str, at: int) -> int:
-    """Where the value that begins at `at` ends; -1 if none does."""
+    """Return where the value that begins at `at` ends; -1 if none does."""
     if text.startswith(_QUOTE, at):
         end = text.find(_QUOTE, at + len(_QUOTE))
         return -1 if end < 0 else end + len(_QUOTE)

@@ -104,7 +104,7 @@ def _tensor_map(schema: Any, name: bytes, index: int) -> Any:
 def _open_onnx(path: Path, folder: Path) -> Callable[[], object]:
     import onnx
 
-    from mtp_runtime.backends.onnx.graphs import open_graph
+    from mtp_runtime.backends.onnx.opening import open_graph
 
     model = onnx.load(path, load_external_data=False)
     graph = model.graph

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from mtp_calibration.same_model.observe import text_of
 from mtp_export.bundle.metadata import llm_metadata, metadata_differences
 from mtp_export.check.chat_parity import ChatTurn, compare_stock_chat, compare_tokens_of_chat, hold
 from mtp_export.check.chats import Chat, parity_chats
-from mtp_export.check.prompts import Prompt
+from mtp_export.check.prompts import Prompt, text_of
 from mtp_export.check.stock_runtime import StockRun, known_faults, run_stock
 from mtp_runtime import GenerationTrace, Session
 from mtp_runtime.bundle.litertlm import read_metadata

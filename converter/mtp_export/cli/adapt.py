@@ -57,10 +57,8 @@ def command(
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output")
     with working("loading") as tell:
-        import torch
-
         from mtp_calibration.choose.calibration_texts import calibration_texts
-        from mtp_calibration.drafter.adapt import Adaptation, adapt
+        from mtp_calibration.drafter.adapt import Adaptation, Watch, adapt
         from mtp_export.check.prompts import read_prompts
         from mtp_export.source.pair import open_made_from
 
@@ -77,11 +75,9 @@ def command(
             pair,
             calibration_texts(pair.target, pair.target_spec, read_prompts(prompts)),
             output,
-            Adaptation(**options, position_offset=drafter_position_offset),
-            device=torch.device(device),
+            Adaptation(**options, position_offset=drafter_position_offset, device=device),
             resume=resume,
-            on_stage=tell,
-            on_step=on_step,
+            watch=Watch(on_stage=tell, on_step=on_step),
         )
     name = click.format_filename(output)
     click.echo(f"{name}: a drafter for this target; next: mtp-export export --drafter {name} with its --checkpoint")

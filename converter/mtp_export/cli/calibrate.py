@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,14 @@ def _calibrate(
     prompts: Path | None,
     limit: int,
     bars: tuple[float | None, float | None],
-    **options: Any,
+    *,
+    threads: int,
+    max_new_tokens: int,
+    on_stage: Callable[[str], None],
 ) -> Any:
     import msgspec
 
-    from mtp_calibration.same_model.calibrate import calibrate, check_inputs
+    from mtp_calibration.same_model.calibrate import CalibrationOptions, calibrate, check_inputs
     from mtp_calibration.same_model.gate import bars_for
     from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts
     from mtp_export.source.pair import open_made_from
@@ -107,7 +111,9 @@ def _calibrate(
     pair = open_made_from(manifest.model, checkpoint, drafter, adapters)
     check_inputs(pair, manifest)
     given = {name: bar for name, bar in zip(("kl_per_token", "top1_agreement"), bars, strict=True) if bar is not None}
-    return calibrate(bundle, pair, chosen, bars=msgspec.structs.replace(bars_for(manifest.recipe), **given), **options)
+    bars_of_recipe = msgspec.structs.replace(bars_for(manifest.recipe), **given)
+    how = CalibrationOptions(bars=bars_of_recipe, threads=threads, max_new_tokens=max_new_tokens)
+    return calibrate(bundle, pair, chosen, how, on_stage=on_stage)
 
 
 def _print(found: Any) -> None:

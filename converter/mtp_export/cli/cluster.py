@@ -60,8 +60,14 @@ def command(
         import torch
 
         from mtp_calibration.choose.calibration_texts import calibration_texts, tuning_prompts
-        from mtp_calibration.drafter.adapt import load
-        from mtp_calibration.drafter.cluster_head import check_dense, cluster, drawn_answers, write_clustered
+        from mtp_calibration.drafter.cluster_head import (
+            Clustering,
+            check_dense,
+            cluster,
+            drawn_answers,
+            write_clustered,
+        )
+        from mtp_calibration.drafter.models import load
         from mtp_export.arch.gemma4 import read_target_spec
         from mtp_export.source.checkpoint import Checkpoint
         from mtp_export.source.hub import locate
@@ -86,10 +92,7 @@ def command(
             model,
             load(dense.folder, torch.device(device), trained=True),
             answers,
-            count=clusters,
-            top_k=few,
-            steps=steps,
-            position_offset=drafter_position_offset,
+            Clustering(count=clusters, top_k=few, steps=steps, position_offset=drafter_position_offset),
             on_stage=tell,
         )
         write_clustered(dense, ordering, centroids, few, output)

@@ -78,7 +78,7 @@ class PackedWeights:
         _remove(self._new)
 
     def remove(self) -> None:
-        """Remove what is there: it cannot be used."""
+        """Remove the file or folder: it cannot be used."""
         _remove(self._final)
 
 
@@ -108,7 +108,7 @@ def _name(graph: Iterable[FileEntry], library: Library) -> str:
 
 
 def _processor() -> str:
-    """What kernels are chosen by: the processor's features."""
+    """Return the processor's features, by which kernels are chosen."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -117,9 +117,9 @@ def _processor() -> str:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what ended processes left half-written, and what was not used for long."""
+    """Remove files that ended processes left half-written, and those that were not used for long."""
     now = time.time()
-    for path in [found for library in (LITERT, ONNX_RUNTIME) for found in folder.glob(f"*{library.suffix}")]:
+    for path in [path for library in (LITERT, ONNX_RUNTIME) for path in folder.glob(f"*{library.suffix}")]:
         owner = path.name.removeprefix(".").partition("-")[0] if path.name.startswith(".") else ""
         abandoned = owner.isdigit() and not Path("/proc", owner).exists()
         with contextlib.suppress(OSError):  # another process was faster

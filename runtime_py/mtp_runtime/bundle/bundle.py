@@ -1,4 +1,4 @@
-"""Opening a bundle, the folder or the `.litertlm` file, and checking that it is what it says it is."""
+"""Opening a bundle, the folder or the `.litertlm` file, and checking it against its manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Bundle:
-    """An opened bundle: its manifest and where its files lie. Close it to remove what was unpacked."""
+    """An opened bundle: its manifest and where its files lie. Close it to remove unpacked files."""
 
     def __init__(self, manifest: Manifest, folder: Path, unpacked: tempfile.TemporaryDirectory[str] | None) -> None:
         """Take an already checked folder; `unpacked` owns it if it is temporary."""
@@ -69,7 +69,7 @@ class Bundle:
         return self._folder / self.manifest.files[role].path
 
     def close(self) -> None:
-        """Remove what was unpacked; closing twice is harmless."""
+        """Remove unpacked files; closing twice is harmless."""
         if self._unpacked is not None:
             self._unpacked.cleanup()
 
@@ -89,9 +89,9 @@ def _check_file(role: str, path: Path, entry: FileEntry, *, verify: bool) -> Non
             raise BundleError(
                 f"{path} ({role}) has {size_bytes} bytes, the manifest says {entry.size_bytes}: export the bundle again"
             )
-        if verify and (found := sha256_of(path)) != entry.sha256:
+        if verify and (sha256 := sha256_of(path)) != entry.sha256:
             raise BundleError(
-                f"{path} ({role}) has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
+                f"{path} ({role}) has SHA-256 {sha256[:16]}…, the manifest says {entry.sha256[:16]}…: "
                 "the file was changed, export the bundle again"
             )
     except FileNotFoundError:

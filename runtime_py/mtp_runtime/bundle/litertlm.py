@@ -125,7 +125,7 @@ def _model_type(section: schema.SectionObject) -> str | None:
 
 
 def read_metadata(path: Path) -> llm_metadata_pb2.LlmMetadata:
-    """Return what a container tells LiteRT-LM of its model.
+    """Return the settings that a container has for LiteRT-LM.
 
     Raises:
         BundleError: the file is no container, damaged, or has none.

@@ -1,7 +1,7 @@
-"""Which drafts of a round are kept: pure functions of the drafts and of what the target says.
+"""Which drafts of a round are kept: pure functions of the drafts and of the target's choices.
 
 Notation: the target's verify pass sees the pending token and K drafts, so its row i judges draft i (from 0) and its
-row K has seen every draft. Whatever the drafter proposed, what is committed is what the target alone would have said.
+row K has seen every draft. Whatever the drafter proposed, the committed tokens are those of the target alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Acceptance(NamedTuple):
 def accept_each(drafts: Sequence[int], token_at: Callable[[int], int]) -> Acceptance:
     """Keep the leading drafts that `token_at` confirms by returning them, in order.
 
-    `token_at(i)` decides what comes at row i, and is asked only when every draft before that row is kept; the row
-    after the last draft is asked for the extra token.
+    `token_at(i)` chooses the token at row i. It is called only when every draft before that row is kept; for the row
+    after the last draft it chooses the bonus.
     """
     for row, draft in enumerate(drafts):
         token = token_at(row)

@@ -1,30 +1,30 @@
-"""How many tokens to draft in the next round, from what drafts brought and what passes cost so far.
+"""How many tokens to draft in the next round, from the drafts that were kept and the times of passes so far.
 
 A round of K drafts commits 1 + a1 + a1 a2 + … + a1 … aK tokens on average, where ai is the chance that the draft at
 position i is kept once those before it were, and takes K drafter passes and one target pass over K + 1 tokens
 (Leviathan et al. 2023, section 3.3, with a rate for every position and measured times). The K that commits most tokens
 per millisecond is taken, as long as drafting can be afforded: every round's gain or loss against plain decoding goes to
-an account, and while that is overdrawn no draft is made. So what drafts lose is bounded whatever the text is like, and
-whatever the rates were believed to be. The output is the same whatever is taken.
+an account, and while that is overdrawn no draft is made. So the loss by drafts is bounded, whatever the text is
+like and whatever rates were assumed. The output does not depend on K.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-# What was seen n rounds ago counts MEMORY**n: the last 40 rounds or so decide.
+# An observation n rounds ago counts MEMORY**n: the last 40 rounds or so decide.
 MEMORY = 0.975
-# A rate without evidence is that of the position before it, as firmly as so many rounds would say.
+# A rate without evidence is that of the position before it, as firmly as after so many rounds.
 PRIOR_ROUNDS = 2.0
 PRIOR_RATE = 0.8
 # A cost is the mean of so many measurements without the slowest quarter. Interruptions by other programs belong to it,
 # since a long pass meets more of them than a short one: in a lower quartile, which is without them, plain decoding
-# looked cheaper than it was. It is not believed before it has the fewest, and is measured afresh when so many rounds
-# with drafts have passed without one.
+# looked cheaper than it was. It is used once it has the fewest, and is measured afresh when so many rounds with drafts
+# have passed without a measurement.
 MOST_MEASUREMENTS = 24
 FEWEST_MEASUREMENTS = 3
 STALE_ROUNDS = 256
-# What drafts may lose, in decode steps: this part of plain decoding's time, and past gains up to the most.
+# The most that drafts may lose, in decode steps: this part of plain decoding's time, and past gains up to the most.
 EARNED_SHARE = 0.015
 MOST_CREDIT = 24.0
 
@@ -51,9 +51,9 @@ class _Cost:
 
 
 class AdaptiveDepth:
-    """Chooses K for each round, and is told how the round went.
+    """Chooses K for each round, from how earlier rounds went.
 
-    It is deterministic: the times are given to it. Costs and rates stay from one generation to the next.
+    It is deterministic: the times are arguments. Costs and rates stay from one generation to the next.
     """
 
     def __init__(self, num_draft_tokens: int) -> None:
@@ -76,7 +76,7 @@ class AdaptiveDepth:
     def observe(self, num_drafts: int, accepted: int, *, draft_ms: float, total_ms: float) -> None:
         """Learn from a round of `num_drafts`, of which the first `accepted` were kept.
 
-        `draft_ms` is what its drafts took together, `total_ms` the whole round; without drafts it is a decode step.
+        `draft_ms` is the time of all its drafts, `total_ms` that of the whole round, or of a decode step.
         """
         self._number += num_drafts > 0
         # The first decode step after drafts finds the processor's caches full of other weights, and takes up to 1.7
@@ -95,7 +95,7 @@ class AdaptiveDepth:
             self._credit = min(self._credit + gain, MOST_CREDIT)
 
     def _best(self, limit: int) -> int:
-        """The K from 1 that commits most tokens per millisecond; 0 only if no draft may be made."""
+        """Return the K from 1 that commits most tokens per millisecond; 0 only if no draft may be made."""
         best, best_speed = 0, 0.0
         tokens, together, rate = 1.0, 1.0, PRIOR_RATE
         for k in range(1, limit + 1):
@@ -109,7 +109,7 @@ class AdaptiveDepth:
         return best
 
     def _round_ms(self, num_drafts: int) -> float:
-        """What a round takes. What is not measured is taken to be as cheap as it can be: trying it tells."""
+        """Return the time of a round. A pass without measurements counts as cheap as it can be, so that it is tried."""
         pass_ms = 0.0
         for cost in reversed(self._passes[: num_drafts + 1]):
             known = cost.known_ms(self._number)

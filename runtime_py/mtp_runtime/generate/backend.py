@@ -1,8 +1,8 @@
-"""The seam of the runtime: what a `Backend` gives to the loop, whatever library runs the graphs.
+"""The seam of the runtime: the passes that a `Backend` runs for the loop, whatever library runs the graphs.
 
 A backend has one KV cache, which its target and its drafter share, and processes tokens at `kv_cache.filled_length`.
-A pass writes the rows of its tokens there and does not say that they are filled: the loop does, once it knows how
-many it keeps.
+A pass writes the rows of its tokens there and leaves `filled_length` as it is: the loop advances it, once it knows how
+many rows it keeps.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ IntArray = NDArray[np.int32]
 
 
 class TargetPass(NamedTuple):
-    """What the target says at each token of a pass. Shapes: logits [T, V], activations [T, H]."""
+    """The target's outputs at each token of a pass. Shapes: logits [T, V], activations [T, H]."""
 
     logits: FloatArray
     activations: FloatArray
 
 
 class Draft(NamedTuple):
-    """What the drafter says after one token.
+    """The drafter's outputs after one token.
 
-    `best` is its first choice; `candidates` are the token ids that it scored, None where they were not asked for, and
-    `scores` theirs up to a constant. `activations` are what its next step is fed.
+    `best` is its first choice; `candidates` are the token ids that it scored, None without `with_candidates`, and
+    `scores` theirs up to a constant. `activations` are the input of its next step.
 
     Shapes: activations [H], candidates [N], scores [N].
     """
@@ -59,7 +59,7 @@ class KVCache(Protocol):
         ...
 
     def advance(self, count: int) -> None:
-        """Say that the next `count` positions now hold processed tokens.
+        """Count the next `count` positions as filled with processed tokens.
 
         Raises:
             ContextFullError: there are not that many left.
@@ -79,7 +79,7 @@ class KVCache(Protocol):
         ...
 
     def restore(self, rows: dict[str, FloatArray]) -> None:
-        """Replace everything by rows that `rows()` gave, of every tensor. Shapes: [1, G, filled, D] each.
+        """Replace everything by rows that `rows()` returned, of every tensor. Shapes: [1, G, filled, D] each.
 
         Raises:
             MtpError: a tensor is missing, or of another shape.
@@ -88,7 +88,11 @@ class KVCache(Protocol):
 
 
 class Backend(Protocol):
-    """An opened bundle, ready to run."""
+    """An opened bundle, ready to run.
+
+    Every implementation passes the conformance classes in `backend_tests.py` among the tests, on an exported bundle:
+    LiteRT (for a CPU and for a GPU) and ONNX Runtime do.
+    """
 
     @property
     def kv_cache(self) -> KVCache:
@@ -101,7 +105,7 @@ class Backend(Protocol):
         ...
 
     def prefill(self, token_ids: Sequence[int]) -> None:
-        """Process tokens whose logits nobody wants, and advance the cache by their number.
+        """Process tokens without reading their logits, and advance the cache by their number.
 
         Raises:
             ContextFullError: they do not fit the cache.

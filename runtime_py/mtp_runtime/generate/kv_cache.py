@@ -1,7 +1,7 @@
 """The KV cache: allocated once, shared by target and drafter, rewound by moving one number.
 
 The target writes the rows of the tokens it processes at their positions. Rows at or beyond `filled_length` hold
-whatever a padded or rejected pass left there: masks hide them, and the next pass over them overwrites them.
+leftovers of padded or rejected passes: masks hide them, and the next pass over them overwrites them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CachePositions:
         return self._filled
 
     def check_room(self, count: int) -> None:
-        """Refuse what does not fit.
+        """Check that `count` more tokens fit.
 
         Raises:
             ContextFullError: `count` more tokens do not fit.
@@ -58,7 +58,7 @@ class CachePositions:
             raise ContextFullError(f"the cache has {self._length} positions, and {needed} are needed: shorten the text")
 
     def advance(self, count: int) -> None:
-        """Say that the next `count` positions now hold processed tokens.
+        """Count the next `count` positions as filled with processed tokens.
 
         Raises:
             ContextFullError: there are not that many left.
@@ -124,7 +124,7 @@ class StaticKVCache(CachePositions):
         return self._by_slot(name, whole)[:, :, : self._filled]
 
     def restore(self, rows: Mapping[str, NDArray[np.float32]]) -> None:
-        """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
+        """Replace everything by rows that `rows()` returned. Shapes: [1, G, filled, D] each."""
         wholes = {name: np.zeros(spec.fixed_shape, np.float32) for name, spec in self._specs.items()}
         by_slot = {name: self._by_slot(name, whole) for name, whole in wholes.items()}
         filled = check_rows(rows, {name: whole.shape for name, whole in by_slot.items()})
@@ -134,7 +134,7 @@ class StaticKVCache(CachePositions):
         self._filled = filled
 
     def _by_slot(self, name: str, whole: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A view of a whole cache as [1, G, S, D]."""
+        """Return a view of a whole cache as [1, G, S, D]."""
         return whole.swapaxes(2, 3) if name in self._slots_last else whole
 
 

@@ -28,7 +28,7 @@ from mtp_runtime.generate.trace import FinishReason, Token
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to generate, greedily without `sampling`.
+    """A generation to be made, greedy without `sampling`.
 
     `keep_length` leading prompt tokens are taken as already in the cache and not processed. With `adaptive`,
     `num_draft_tokens` is the most that a round drafts, and each round as many as have paid so far (adaptive.py).
@@ -48,14 +48,15 @@ class Request:
 class GenerationLoop:
     """Runs requests one after another on one backend and its cache."""
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
-        """Take an opened backend and the manifest of its bundle."""
+    def __init__(self, backend: Backend, manifest: Manifest, choosing: type[Chooser] = Chooser) -> None:
+        """Take an opened backend, the manifest of its bundle, and the rules by which tokens are chosen."""
         self._manifest = manifest
         self._backend = backend
         self._cache = backend.kv_cache
         self._pending = 0
         self._activations: FloatArray = np.zeros(manifest.hidden_size, np.float32)
-        self._chooser = Chooser(None, None, ())
+        self._choosing = choosing
+        self._chooser = choosing(None, None, ())
         self._adaptive = AdaptiveDepth(manifest.num_draft_tokens)
         self._runs = 0
         self._token_ids: list[int] = []
@@ -96,7 +97,7 @@ class GenerationLoop:
         limit, limit_reason = self._check(request)
         self._runs += 1
         this_run = self._runs
-        self._chooser = Chooser(
+        self._chooser = self._choosing(
             request.sampling,
             request.constraint,
             request.prompt_ids,
@@ -143,7 +144,7 @@ class GenerationLoop:
         self._runs += 1
 
     def _check(self, request: Request) -> tuple[int, FinishReason]:
-        """Return how many tokens may be committed, and what it means when they are."""
+        """Return how many tokens may be committed, and the finish reason once they are."""
         prompt_ids, manifest = request.prompt_ids, self._manifest
         if not prompt_ids:
             raise UserError("the prompt is empty: give at least one token")
@@ -188,10 +189,10 @@ class GenerationLoop:
     def _decode(self, request: Request, stats: GenerationStats) -> list[Token]:
         """Process the pending token alone."""
         with self._timed(stats, "decode_ms"):
-            said = self._backend.verify((self._pending,))
+            result = self._backend.verify((self._pending,))
             self._cache.advance(1)
         stats.decode_steps += 1
-        return self._commit((), said, request, stats)
+        return self._commit((), result, request, stats)
 
     def _round(self, num_drafts: int, request: Request, stats: GenerationStats) -> list[Token]:
         """Draft, verify the pending token and the drafts in one pass, and keep what the target agrees with."""
@@ -199,9 +200,9 @@ class GenerationLoop:
         with self._timed(stats, "draft_ms"):
             drafts = self._propose(num_drafts)
         with self._timed(stats, "verify_ms"):
-            said = self._backend.verify((self._pending, *drafts))
+            result = self._backend.verify((self._pending, *drafts))
             self._cache.advance(num_drafts + 1)
-        batch = self._commit(drafts, said, request, stats)
+        batch = self._commit(drafts, result, request, stats)
         stats.count_round(num_drafts, len(batch) - 1)
         self._cache.rewind(position + len(batch))
         return batch
@@ -216,22 +217,23 @@ class GenerationLoop:
             drafts.append(token)
         return drafts
 
-    def _commit(self, drafts: Sequence[int], said: TargetPass, request: Request, stats: GenerationStats) -> list[Token]:
-        """Turn what the target said after the pending token and each draft into committed tokens; the last of them
-        becomes the pending one."""
+    def _commit(
+        self, drafts: Sequence[int], result: TargetPass, request: Request, stats: GenerationStats
+    ) -> list[Token]:
+        """Turn a pass over the pending token and the drafts into committed tokens; the last becomes the pending one."""
         started = time.perf_counter()
-        accepted, next_token, origin = self._chooser.choose(drafts, said.logits)
+        accepted, next_token, origin = self._chooser.choose(drafts, result.logits)
         margins = [top_margin(row) if request.with_margins else None for row in self._chooser.scores]
         batch = [Token(draft, "accepted", margin) for draft, margin in zip(drafts, margins[:accepted], strict=False)]
         batch.append(Token(next_token, origin, margins[accepted]))
         self._pending = next_token
-        self._activations = said.activations[accepted]
+        self._activations = result.activations[accepted]
         stats.accept_ms += _ms_since(started)
         return batch
 
     @contextlib.contextmanager
     def _timed(self, stats: GenerationStats, phase: str) -> Iterator[None]:
-        """Add the time of a block to a phase, but what it spent on embeddings to theirs."""
+        """Add the time of a block to a phase, without the time of its embeddings, which is added to theirs."""
         started, embed_ms = time.perf_counter(), self._backend.embed_ms
         yield
         embed_ms = self._backend.embed_ms - embed_ms

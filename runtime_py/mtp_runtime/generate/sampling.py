@@ -1,9 +1,9 @@
-"""Sampling without loss: what is committed has the target's distribution, whatever the drafter proposes.
+"""Sampling without loss: committed tokens have the target's distribution, whatever the drafter proposes.
 
 A row of the target's logits becomes probabilities p by the usual processors, in the order of transformers: repetition
 penalty, suppressed tokens, allowed tokens, temperature, top-k, top-p. Two rules decide about a draft:
 
-- match: the drafter says its first choice, the target samples from p; the draft is accepted if it is that sample.
+- match: the drafter proposes its first choice, the target samples from p; the draft is accepted if it is that sample.
 - speculative: the draft is sampled from the drafter's probabilities q, accepted with probability min(1, p/q), and
   replaced by a sample of max(p - q, 0), normalised, if it is not. Source: Leviathan et al. 2023 (arXiv 2211.17192),
   Chen et al. 2023 (arXiv 2302.01318).
@@ -107,7 +107,7 @@ def probabilities(scores: FloatArray, sampling: Sampling) -> Probabilities:
 
 
 def residual(p: Probabilities, ids: IntArray, q: Probabilities) -> Probabilities:
-    """Return max(p - q, 0), normalised: what a rejected draft is replaced from.
+    """Return max(p - q, 0), normalised: the probabilities that a rejected draft is replaced from.
 
     `q` holds the drafter's probabilities of the tokens `ids`; it is zero elsewhere.
 
@@ -116,7 +116,7 @@ def residual(p: Probabilities, ids: IntArray, q: Probabilities) -> Probabilities
     rest = p.copy()
     rest[ids] = np.maximum(rest[ids] - q, 0.0)
     total = rest.sum()
-    # Nothing is left only where p equals q but for rounding, and then p is what is wanted.
+    # Nothing is left only where p equals q but for rounding, and then p is right.
     return rest / total if total > 0.0 else p
 
 
@@ -166,7 +166,7 @@ class Chooser:
         return self._samples_drafts
 
     def propose(self, draft: Draft) -> int:
-        """Return the token to propose for what the drafter said: its first choice, or a sample of q.
+        """Return the token to propose for a draft: the drafter's first choice, or a sample of q.
 
         q is the softmax of the candidates' scores under the request's temperature, top-k and top-p. It knows no
         penalty, which is not defined for scores up to a constant, and no mask: the target refuses such a draft.
@@ -185,7 +185,7 @@ class Chooser:
         Shapes: logits [K + 1, V].
 
         Raises:
-            UserError: the constraint allows no token, or says so in another shape.
+            UserError: the constraint allows no token, or its mask has another shape.
         """
         self.scores = []
 
@@ -196,12 +196,12 @@ class Chooser:
             self._tokens.append(token)
             return token
 
-        outcome = accept_each(drafts, token_at)
+        acceptance = accept_each(drafts, token_at)
         self._proposals.clear()
-        return outcome
+        return acceptance
 
     def _own(self, scores: FloatArray) -> int:
-        """Return what the target says by itself."""
+        """Return the target's own choice."""
         if not self._samples:
             return int(scores.argmax())
         return draw(probabilities(scores, self._sampling), self._random)
@@ -214,7 +214,11 @@ class Chooser:
         ids, q = self._proposals[row]
         if self._random.random() * float(q[ids == draft][0]) < p[draft]:
             return draft
-        return draw(residual(p, ids, q), self._random)
+        return draw(self.replacement(p, ids, q), self._random)
+
+    def replacement(self, p: Probabilities, ids: IntArray, q: Probabilities) -> Probabilities:
+        """Return the probabilities that a rejected draft is replaced from. Shapes: p [V], ids and q [N]."""
+        return residual(p, ids, q)
 
     def _processed(self, logits: FloatArray) -> FloatArray:
         """Apply the penalty and the masks that follow from the tokens so far. Shapes: logits [V]."""

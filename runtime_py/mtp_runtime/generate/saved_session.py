@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 64 << 20
 
 
 class SavedSession(NamedTuple):
-    """The tokens of a session, the rows of the leading ones, and what the caller wanted to keep beside them.
+    """The tokens of a session, the rows of the leading ones, and a note of the caller's.
 
     Shapes: rows [1, G, filled, D] each, of at most as many positions as there are tokens.
     """
@@ -83,7 +83,7 @@ def write_session(path: Path, manifest: Manifest, saved: SavedSession) -> None:
 
 
 def read_session(path: Path, manifest: Manifest) -> SavedSession:
-    """Read what `write_session` wrote for the same bundle; the sizes are checked before anything large is read.
+    """Read a session of the same bundle; the sizes are checked before anything large is read.
 
     Raises:
         UserError: the file cannot be read, or is no saved session, or damaged.

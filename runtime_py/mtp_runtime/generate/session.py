@@ -3,120 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Unpack
 
+from mtp_runtime.backends.opening import open_backend
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.bundle.contract import Manifest
 from mtp_runtime.errors import BundleError, MtpError, UserError
 from mtp_runtime.generate.backend import Backend, Provider
+from mtp_runtime.generate.generation import Generation
 from mtp_runtime.generate.loop import GenerationLoop, Request
-from mtp_runtime.generate.sampling import Constraint, Method, Sampling
+from mtp_runtime.generate.options import GenerationOptions, OptionChanges, with_changes
+from mtp_runtime.generate.sampling import Method, Sampling
 from mtp_runtime.generate.saved_session import SavedSession, read_session, write_session
-from mtp_runtime.generate.stats import GenerationStats
-from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
 from mtp_runtime.text.stop_strings import StoppingText, check_stop_strings
 from mtp_runtime.text.tokenizer import TextStream, Tokenizer
-
-
-class Generation(Iterator[Token]):
-    """The committed tokens of one request, as they come; `stats` and `finish_reason` grow with them.
-
-    A stop sequence ends it as a stop id does: the token that completes it is the last one, and tokens of the same
-    round after it are dropped, from the cache too. `tokens` has those that spell the sequence, `text` excludes it.
-    """
-
-    def __init__(
-        self,
-        loop: GenerationLoop,
-        manifest: Manifest,
-        request: Request,
-        open_text: Callable[[], StoppingText],
-        *,
-        stops: bool,
-    ) -> None:
-        """Start nothing yet: the first `next` processes the prompt. With `stops`, text is read as tokens come."""
-        self.request = request
-        self.stats = GenerationStats()
-        self.tokens: list[Token] = []
-        self.finish_reason: FinishReason = "abandoned"
-        self._loop = loop
-        self._manifest = manifest
-        self._source = loop.generate(request, self.stats)
-        self._open_text = open_text
-        # A tokenizer is needed, and time spent, only where someone wants text.
-        self._text = open_text() if stops else None
-        self.piece = ""
-
-    def __next__(self) -> Token:
-        token = next(self._source)
-        self.tokens.append(token)
-        self.finish_reason = self._loop.finish_reason
-        if self._text is not None:
-            self._read(self._text)
-        return token
-
-    @property
-    def text(self) -> str:
-        """The text so far, without special tokens, a stop id or a stop sequence."""
-        return self.read_text().text
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop sequence that ended the text, if one did."""
-        return None if self._text is None else self._text.found
-
-    def with_text(self) -> Iterator[tuple[Token, str]]:
-        """Yield each token with the text that is certain since the one before; joined it is `text` at the end."""
-        self.read_text()
-        for token in self:
-            yield token, self.piece
-
-    def read_text(self) -> StoppingText:
-        """Return the text so far, and read what comes: `piece` is what the last token made certain."""
-        if self._text is None:
-            self._text = self._open_text()
-            for token in self.tokens[:-1]:
-                self._text.push(token.id)
-            if self.tokens:
-                self._read(self._text)
-        return self._text
-
-    def _read(self, text: StoppingText) -> None:
-        """Add the last token to the text, and end here if that completes a stop sequence."""
-        last = self.tokens[-1].id
-        self.piece = "" if last in self.request.stop_token_ids else text.push(last)
-        if self.finish_reason != "abandoned":
-            self.piece += text.finish()
-        if text.found is not None:
-            self._source.close()
-            self.finish_reason = "stop"
-
-    def close(self) -> None:
-        """Stop here; the cache stays as if generation had ended with the last token."""
-        self._source.close()
-
-    def finish(self) -> GenerationTrace:
-        """Run to the end and return the trace."""
-        for _ in self:
-            pass
-        return self.trace()
-
-    def trace(self) -> GenerationTrace:
-        """Return what was generated so far."""
-        return GenerationTrace(
-            model=self._manifest.model,
-            recipe=self._manifest.recipe,
-            num_draft_tokens=self.request.num_draft_tokens,
-            prompt_ids=self.request.prompt_ids,
-            tokens=tuple(token.id for token in self.tokens),
-            origins=tuple(token.origin for token in self.tokens),
-            margins=tuple(token.margin for token in self.tokens if token.margin is not None),
-            finish_reason=self.finish_reason,
-            stats=self.stats,
-        )
 
 
 class Session:
@@ -155,7 +58,7 @@ class Session:
             raise UserError(f"threads is {threads}: give 1 or more")
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
-            backend = _open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir), provider)
+            backend = open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir), provider)
             opened.callback(backend.close)
             session = cls(bundle, backend)
             opened.pop_all()
@@ -185,7 +88,7 @@ class Session:
     def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt that the bundle's chat template makes of a user's text or of a whole conversation.
 
-        `options` are `tools`, `add_generation_prompt` and whatever else the template reads, such as enable_thinking;
+        `options` are `tools`, `add_generation_prompt` and other names that the template reads, such as enable_thinking;
         special tokens are the checkpoint's unless they are among them.
 
         Raises:
@@ -208,7 +111,7 @@ class Session:
         return render_chat(template, messages, special_tokens=special_tokens, **options)
 
     def text_pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return what each token adds to the text, one piece per token; joined they are the text of all."""
+        """Return the text that each token adds, one piece per token; joined they are the text of all."""
         stream = self.text_stream()
         pieces = [stream.push(token_id) for token_id in ids]
         if pieces:
@@ -222,49 +125,38 @@ class Session:
     def generate(
         self,
         prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        num_draft_tokens: int | Literal["auto"] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Collection[int] | None = None,
-        keep_length: int = 0,
-        with_margins: bool = False,
-        sampling: Sampling | Literal["checkpoint"] | None = None,
-        constraint: Constraint | None = None,
+        options: GenerationOptions | None = None,
+        **changes: Unpack[OptionChanges],
     ) -> Generation:
-        """Return the continuation of `prompt` as an iterator of committed tokens, greedy without `sampling`.
+        """Return the continuation of `prompt` as an iterator of committed tokens.
 
-        "checkpoint" draws them as the checkpoint's generation_config.json says. What that file suppresses is never
-        said, however tokens are chosen.
+        `changes` are fields of `GenerationOptions`, and stand in for those of `options`:
 
-        `num_draft_tokens` is 0 for plain decoding, "auto" for as many in each round as have paid so far, and the
-        graph's own number by default; `stop_token_ids` are the manifest's by default. Without `max_new_tokens` it
-        ends at a stop id or with the context. `stop` gives texts at which to end, as `Generation` says. `keep_length`
-        says that so many leading prompt tokens are in the cache from the generation before. `with_margins` records
-        how far each greedy choice was from a tie. `constraint` is called with the output's tokens before each
-        committed one and returns which tokens may follow, [V], or None for all.
+            session.generate("def add(a, b):", max_new_tokens=64, stop="\\n\\n")
 
-        Raises (at the first token):
-            UserError: the request contradicts the bundle or itself.
-            ContextFullError: the prompt leaves no room for a token.
+        Tokens that the checkpoint suppresses are never chosen.
+
+        Raises:
+            UserError: the session is closed, or a stop text is empty; at the first token, the request contradicts the
+                bundle or itself.
+            ContextFullError: at the first token, the prompt leaves no room for a token.
         """
         self._check_open()
-        manifest = self.manifest
-        most_drafts = (
-            manifest.num_draft_tokens if num_draft_tokens is None or num_draft_tokens == "auto" else num_draft_tokens
-        )
+        chosen = with_changes(options, changes)
+        manifest, depth = self.manifest, chosen.num_draft_tokens
+        stop_token_ids = manifest.stop_token_ids if chosen.stop_token_ids is None else chosen.stop_token_ids
         request = Request(
             prompt_ids=tuple(self.tokenize(prompt) if isinstance(prompt, str) else prompt),
-            max_new_tokens=max_new_tokens,
-            num_draft_tokens=most_drafts,
-            adaptive=num_draft_tokens == "auto",
-            stop_token_ids=frozenset(manifest.stop_token_ids if stop_token_ids is None else stop_token_ids),
-            keep_length=keep_length,
-            with_margins=with_margins,
-            sampling=self.checkpoint_sampling() if sampling == "checkpoint" else sampling,
-            constraint=constraint,
+            max_new_tokens=chosen.max_new_tokens,
+            num_draft_tokens=manifest.num_draft_tokens if depth is None or depth == "auto" else depth,
+            adaptive=depth == "auto",
+            stop_token_ids=frozenset(stop_token_ids),
+            keep_length=chosen.keep_length,
+            with_margins=chosen.with_margins,
+            sampling=self.checkpoint_sampling() if chosen.sampling == "checkpoint" else chosen.sampling,
+            constraint=chosen.constraint,
         )
-        stops = check_stop_strings(stop)
+        stops = check_stop_strings(chosen.stop)
         return Generation(
             self._loop,
             manifest,
@@ -274,10 +166,10 @@ class Session:
         )
 
     def checkpoint_sampling(self, *, seed: int = 0, method: Method = "match") -> Sampling:
-        """Return the sampling that the checkpoint's generation_config.json asks for; without do_sample it is greedy.
+        """Return the sampling of the checkpoint's generation_config.json; without do_sample it is greedy.
 
         Raises:
-            UserError: the bundle does not say.
+            UserError: the bundle has no sampling of its checkpoint.
         """
         sampler = self.manifest.sampler
         if sampler is None:
@@ -340,7 +232,7 @@ class Session:
             raise UserError("the session is closed: open the bundle again")
 
     def close(self) -> None:
-        """Release the graphs and remove what was unpacked; closing twice is harmless."""
+        """Release the graphs and remove unpacked files; closing twice is harmless."""
         self._closed = True
         self._loop.abandon()
         self.backend.close()
@@ -351,19 +243,3 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def _open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider: Provider) -> Backend:
-    """The libraries are imported here, so that reading manifests, traces and reports loads none."""
-    if bundle.manifest.export_format == "onnx":
-        from mtp_runtime.backends.onnx.backend import OnnxBackend
-
-        return OnnxBackend.open(bundle, threads=threads, cache_dir=cache_dir, provider=provider)
-    if provider != "cpu":
-        raise UserError(
-            f"a {bundle.manifest.export_format} bundle runs on the cpu, not on {provider}: export it with --target onnx"
-        )
-    from mtp_runtime.backends.litert.backend import LiteRTGraphs
-    from mtp_runtime.backends.litert.static import StaticBackend
-
-    return StaticBackend(LiteRTGraphs.open(bundle, threads=threads, cache_dir=cache_dir), bundle.manifest)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Unpack
 
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.errors import UserError
+from mtp_runtime.generate.options import GenerationOptions, OptionChanges
 from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.trace import GenerationTrace
 
@@ -58,13 +59,18 @@ class SessionBatch:
             opened.pop_all()
         return cls([Session(bundle, backend) for backend in backends])
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[GenerationTrace]:
-        """Return the continuation of each prompt, with the options of `Session.generate`; the order is theirs.
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        options: GenerationOptions | None = None,
+        **changes: Unpack[OptionChanges],
+    ) -> list[GenerationTrace]:
+        """Return the continuation of each prompt, in order, with the options of `Session.generate`.
 
         There may be more prompts than sessions: each session takes the next one when it is done.
 
         Raises:
-            MtpError: what the first prompt that fails raises, when all are done.
+            MtpError: the error of the first prompt that fails, when all are done.
         """
         free: queue.SimpleQueue[Session] = queue.SimpleQueue()
         for session in self.sessions:
@@ -73,7 +79,7 @@ class SessionBatch:
         def run(prompt: str | Sequence[int]) -> GenerationTrace:
             session = free.get()
             try:
-                return session.generate(prompt, **options).finish()
+                return session.generate(prompt, options, **changes).finish()
             finally:
                 free.put(session)
 

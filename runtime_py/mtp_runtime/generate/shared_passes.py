@@ -1,4 +1,4 @@
-"""Passes that several sequences share: each asks from a thread of its own, and one pass serves all that wait.
+"""Passes that several sequences share: each waits in a thread of its own, and one pass serves all that wait.
 
 Which sequences meet in a pass changes only how long it takes. A pass starts once everyone waits who did when the last
 one started, or nothing has happened for PATIENCE_S: a sequence that has ended, or whose reader is slow, holds up the
@@ -23,8 +23,10 @@ class SharedPasses:
     """Runs the work of many sequences together, kind by kind."""
 
     def __init__(self, runners: Mapping[type, Runner]) -> None:
-        """Take what runs the work of each kind, by the number of its sequence; where several wait, the first kind is
-        run first."""
+        """Take a runner for each kind of work, which maps works to results by the number of their sequence.
+
+        Where several kinds wait, the first one is run first.
+        """
         self._runners = dict(runners)
         self._turn = threading.Condition()
         self._waiting: dict[int, Any] = {}
@@ -37,7 +39,7 @@ class SharedPasses:
         """Return the result of `work`, once a pass has served it.
 
         Raises:
-            MtpError: what the pass raises, in every sequence that it served.
+            MtpError: the error of the pass, in every sequence that it served.
         """
         with self._turn:
             self._done.pop(sequence, None)
@@ -68,7 +70,7 @@ class SharedPasses:
         served = {sequence: work for sequence, work in self._waiting.items() if isinstance(work, kind)}
         for sequence in served:
             del self._waiting[sequence]
-        # What the others get if this thread is interrupted in the middle.
+        # The result of the others if this thread is interrupted in the middle.
         results: Mapping[int, Any] = dict.fromkeys(served, BackendError("the pass was interrupted: generate again"))
         self._busy = True
         self._turn.release()

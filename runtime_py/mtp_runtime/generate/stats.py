@@ -13,8 +13,8 @@ class GenerationStats(msgspec.Struct, kw_only=True):
     A round is one draft-and-verify cycle; a pass over one token without drafts is a decode step and no round.
     `reused_tokens` of the prompt were in the cache already, and were not processed.
     `drafted_at[i]` and `accepted_at[i]` count the rounds that proposed, and kept, the draft at position i.
-    The phases do not overlap: `embed_ms` is what looking up embeddings took, wherever it was needed. The time that the
-    caller spends between two tokens is in none of them.
+    The phases do not overlap: `embed_ms` is the time of looking up embeddings, in any phase. The time that the caller
+    spends between two tokens is in none of them.
     """
 
     prompt_tokens: int = 0

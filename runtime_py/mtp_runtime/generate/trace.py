@@ -1,4 +1,4 @@
-"""GenerationTrace: everything that one generation said and did, as a value that goes to JSON and back."""
+"""GenerationTrace: the tokens and figures of one generation, as a value that goes to JSON and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mtp_runtime.errors import UserError
 from mtp_runtime.generate.acceptance import Origin
 from mtp_runtime.generate.stats import GenerationStats
 
-# The model said a stop id, `max_new_tokens` were committed, the context is full, or the caller stopped listening.
+# The model chose a stop id, `max_new_tokens` were committed, the context is full, or the caller stopped listening.
 FinishReason = Literal["stop", "max_tokens", "context", "abandoned"]
 
 
 class Token(NamedTuple):
-    """A committed token: its id, where it came from, and the target's top-1 minus top-2 logit if it was asked for."""
+    """A committed token: its id, where it came from, and the target's top-1 minus top-2 logit or None."""
 
     id: int
     origin: Origin
@@ -25,7 +25,7 @@ class Token(NamedTuple):
 class GenerationTrace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One generation: the prompt, the committed tokens with their origins and margins, and the statistics.
 
-    `margins` is empty where margins were not asked for. `tokens` includes the stop id, if one was said.
+    `margins` is empty where margins are not recorded. `tokens` includes the stop id, if it ended with one.
     """
 
     model: str
@@ -46,7 +46,7 @@ class GenerationTrace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     @classmethod
     def from_json(cls, text: str) -> GenerationTrace:
-        """Parse what `to_json` wrote.
+        """Parse the JSON of `to_json`.
 
         Raises:
             UserError: the text is no such trace.

@@ -1,16 +1,18 @@
-"""A conversation of several turns: each prompt is the whole of it, and what the cache has of that is not processed
+"""A conversation of several turns: each prompt is the whole of it, and tokens that the cache holds are not processed
 again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 
 from mtp_runtime.errors import UserError
-from mtp_runtime.generate.session import Generation, Session
+from mtp_runtime.generate.generation import Generation
+from mtp_runtime.generate.options import GenerationOptions, OptionChanges, with_changes
+from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
 from mtp_runtime.text.native_calls import assistant_message
@@ -19,8 +21,7 @@ Message = Mapping[str, Any]
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was said to the model, one message or the answers of several tools, and its reply, as the chat template
-    takes them."""
+    """One message to the model, or the answers of several tools, and its reply, as the chat template takes them."""
 
     messages: tuple[dict[str, Any], ...]
     reply: dict[str, Any]
@@ -35,7 +36,7 @@ class _Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Reply(Iterator[Token]):
     """The tokens of a reply, as they come; the conversation has the turn as soon as one has come.
 
-    Closing it early, or saying something else first, keeps what was said so far as the reply.
+    Closing it early, or saying something else first, keeps the tokens so far as the reply.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Reply(Iterator[Token]):
         conversation: Conversation,
         messages: Sequence[Message],
         prompt_ids: Sequence[int],
-        options: Mapping[str, Any],
+        options: GenerationOptions,
     ) -> None:
         """Start nothing yet: the first `next` processes the prompt. Made by `Conversation.say`."""
         self.messages = tuple(messages)
@@ -122,8 +123,8 @@ class Reply(Iterator[Token]):
         text = tokenizer.decode(ids, skip_special_tokens=False)
         if generation.stop_string is not None:
             # Special tokens inside the sequence, which has none, would hide it.
-            found = text.find(generation.stop_string)
-            return text[:found] if found >= 0 else generation.text
+            end = text.find(generation.stop_string)
+            return text[:end] if end >= 0 else generation.text
         return text
 
     def as_message(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class Reply(Iterator[Token]):
         if self._generation is None:
             session = self._conversation.session
             kept = _common_length(self.prompt_ids[:-1], session.processed_ids)
-            self._generation = session.generate(self.prompt_ids, **{**self._options, "keep_length": kept})
+            self._generation = session.generate(self.prompt_ids, self._options, keep_length=kept)
             self._generation.read_text()
         return self._generation
 
@@ -148,11 +149,11 @@ class Conversation:
 
     Each prompt is the chat template's text of the whole conversation. Its longest beginning whose rows are in the
     cache is not processed again: usually all but the new message. A template that writes past replies otherwise than
-    they were said (Gemma 4's drops thoughts) makes that shorter, and the result no different.
+    they were generated (Gemma 4's drops thoughts) makes that shorter, and the result no different.
     """
 
     def __init__(self, session: Session, *, system: str | None = None, **options: Any) -> None:
-        """Begin with nothing said. `options` go to the chat template: tools, enable_thinking and so on."""
+        """Begin without turns. `options` go to the chat template: tools, enable_thinking and so on."""
         self.session = session
         self._system = system
         self._options = options
@@ -161,13 +162,13 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The turns so far, of a reply under way what was said of it."""
+        """The turns so far, the last with the tokens so far of a reply under way."""
         running = self._reply
         return (*self._turns, _turn(running)) if running is not None and running.tokens else tuple(self._turns)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Everything said so far, in order."""
+        """All messages so far, in order."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         return [*system, *(dict(message) for turn in self.turns for message in (*turn.messages, turn.reply))]
 
@@ -176,27 +177,33 @@ class Conversation:
         """Whether the chat template is given tools."""
         return bool(self._options.get("tools"))
 
-    def say(self, message: str | Message | Sequence[Message], **options: Any) -> Reply:
+    def say(
+        self,
+        message: str | Message | Sequence[Message],
+        options: GenerationOptions | None = None,
+        **changes: Unpack[OptionChanges],
+    ) -> Reply:
         """Return the reply to a user's text, to any message, or to several, as an iterator of its tokens.
 
         Tools are answered by messages with the role "tool", their `name` and `content`, one for each of the reply's
         `tool_calls`, all in one `say`.
 
-        `options` are those of `Session.generate`, other than keep_length. A reply under way is closed first. The
-        turn is part of the conversation from the reply's first token on: if there is none, it never was.
+        `options` and `changes` are those of `Session.generate`, without keep_length. A reply under way is closed first.
+        The turn is part of the conversation from the reply's first token on: if there is none, it never was.
 
         Raises:
             BundleError: the bundle has no chat template, or it does not work.
             UserError: the template refuses the conversation. At the first token: as `Session.generate`.
         """
-        if "keep_length" in options:
+        chosen = with_changes(options, changes)
+        if chosen.keep_length:
             raise UserError("keep_length is the conversation's own matter: leave it out")
         self._close_reply()
         if isinstance(message, str):
             message = {"role": "user", "content": message}
-        said = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
-        prompt = self.session.chat_prompt([*self.messages, *said], **self._options)
-        self._reply = Reply(self, said, self.session.tokenize(prompt, bos=False), options)
+        new = [dict(one) for one in ([message] if isinstance(message, Mapping) else message)]
+        prompt = self.session.chat_prompt([*self.messages, *new], **self._options)
+        self._reply = Reply(self, new, self.session.tokenize(prompt, bos=False), chosen)
         return self._reply
 
     def rewind(self, turn: int) -> None:
@@ -242,7 +249,7 @@ class Conversation:
             self._reply.close()
 
     def _end(self, reply: Reply) -> None:
-        """Take what a reply that is over has said."""
+        """Keep the turn of a reply that is over."""
         if reply is self._reply:
             self._turns = list(self.turns)
             self._reply = None

@@ -23,7 +23,7 @@ class _NoCallError(Exception):
 
 
 def assistant_message(text: str) -> dict[str, Any]:
-    """A reply, special tokens included and without what ended it, as a message of a conversation.
+    """Return a reply as a message of a conversation; `text` has its special tokens, and no stop token.
 
     Where it calls tools, and every call is in the notation, the message has `tool_calls` as OpenAI's API writes them,
     `content` without the calls and `reasoning_content` where it thought: a template writes a thought of the turn that a
@@ -44,7 +44,7 @@ def assistant_message(text: str) -> dict[str, Any]:
 
 
 def _split(text: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The text without its calls, and the calls' names and arguments."""
+    """Return the text without its calls, and the calls' names and arguments."""
     pieces, calls, at = [], [], 0
     while (start := text.find(_CALL_OPEN, at)) >= 0:
         pieces.append(text[at:start])

@@ -23,22 +23,22 @@ def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 class StoppingText:
     """The text of the tokens of one generation, up to the first place where one of `stops` begins.
 
-    What may still become a stop sequence is held back. It looks at text, so a stop sequence is found wherever token
+    What may still become a stop sequence is held back. It looks at text, so a stop sequence counts wherever token
     boundaries fall, and special tokens, which have no text, cannot be part of one.
     """
 
     def __init__(self, stream: TextStream, stops: Sequence[str]) -> None:
         """Take a fresh stream."""
-        self.found: str | None = None
+        self.reached: str | None = None
         self._stream = stream
         self._stops = tuple(stops)
-        self._given: list[str] = []
+        self._released: list[str] = []
         self._held = ""
 
     @property
     def text(self) -> str:
         """All text so far, what is held back included, a stop sequence and what came after it not."""
-        return "".join(self._given) + self._held
+        return "".join(self._released) + self._held
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is certain by now."""
@@ -49,18 +49,18 @@ class StoppingText:
         return self._take(self._stream.finish(), final=True)
 
     def _take(self, more: str, *, final: bool) -> str:
-        if self.found is not None:
+        if self.reached is not None:
             return ""
         self._held += more
         places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
-            end, self.found = min(places)
-            given, self._held = self._held[:end], ""
+            end, self.reached = min(places)
+            released, self._held = self._held[:end], ""
         else:
             end = len(self._held) if final else self._certain()
-            given, self._held = self._held[:end], self._held[end:]
-        self._given.append(given)
-        return given
+            released, self._held = self._held[:end], self._held[end:]
+        self._released.append(released)
+        return released
 
     def _certain(self) -> int:
         """Return how much of the held text cannot be the beginning of a stop sequence."""

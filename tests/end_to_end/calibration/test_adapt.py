@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mtp_calibration.drafter.adapt import Adaptation, Step, adapt, draft_step, load, merge_adapters, round_masks
+from mtp_calibration.drafter.adapt import Adaptation, Step, Watch, adapt
+from mtp_calibration.drafter.models import load, merge_adapters
+from mtp_calibration.drafter.rounds import draft_step, round_masks
 from mtp_calibration.same_model.float_pair import FloatDrafter, FloatTarget, lookup_name
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.embedded import EMBEDDED
@@ -30,19 +32,19 @@ def test_rounds_are_those_of_an_export(pair: Pair) -> None:
     """The training step at every position of a text longer than the window, twice, against the exported segments."""
     ids = [2, *torch.randint(200, 4000, (159,), generator=torch.Generator().manual_seed(0)).tolist()]
     target = FloatTarget(pair, len(ids))
-    (said,) = target.said([ids])
+    (outputs,) = target.outputs([ids])
     exported = FloatDrafter(pair, len(ids), target.values[lookup_name("embedder")])
     model, drafter = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
     out = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
     rounds, first = len(ids) - 2, 140
     shared = {kind: tuple(x[:, :, :rounds] for x in kv) for kind, kv in out.shared_kv_states.items()}
     embedded, masks = model.get_input_embeddings()(torch.tensor([ids])), round_masks(rounds, 128, CPU)
-    state, theirs = out.hidden_states[-1][:, :rounds], torch.from_numpy(said.activations[first - 1 : rounds])
+    state, theirs = out.hidden_states[-1][:, :rounds], torch.from_numpy(outputs.activations[first - 1 : rounds])
     for step in (1, 2):
         now = embedded[:, step : step + rounds]
         hidden, state = draft_step(drafter, now, state, shared, masks, torch.arange(rounds) + 1)
         tokens = ids[first + step - 1 : rounds + step]
-        expected, theirs = exported.step(tokens, theirs, said.caches, first, 1)
+        expected, theirs = exported.step(tokens, theirs, outputs.caches, first, 1)
         torch.testing.assert_close(hidden[0, first - 1 :], expected, rtol=0, atol=1e-3)
 
 
@@ -70,7 +72,7 @@ def test_a_killed_run_goes_on_and_writes_a_drafter(pair: Pair, tmp_path: Path) -
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps: list[Step] = []
-    adapt(pair, PROMPTS, whole, options, device=CPU, on_step=steps.append)
+    adapt(pair, PROMPTS, whole, options, watch=Watch(on_step=steps.append))
     assert [step.number for step in steps] == [1, 2, 3, 4]
 
     def until_the_third(step: Step) -> None:
@@ -78,10 +80,10 @@ def test_a_killed_run_goes_on_and_writes_a_drafter(pair: Pair, tmp_path: Path) -
             raise KilledError
 
     with pytest.raises(KilledError):
-        adapt(pair, PROMPTS, killed, options, device=CPU, on_step=until_the_third)
+        adapt(pair, PROMPTS, killed, options, watch=Watch(on_step=until_the_third))
     assert not killed.exists()
     again: list[Step] = []
-    adapt(pair, PROMPTS, killed, options, device=CPU, resume=True, on_step=again.append)
+    adapt(pair, PROMPTS, killed, options, resume=True, watch=Watch(on_step=again.append))
     assert [step.number for step in again] == [3, 4]
     assert again == steps[2:]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

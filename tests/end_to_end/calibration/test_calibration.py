@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mtp_calibration.choose.refinement import MeasuredRefinement
-from mtp_calibration.same_model.calibrate import Calibration, calibrate
+from mtp_calibration.same_model.calibrate import Calibration, CalibrationOptions, calibrate
 from mtp_calibration.same_model.gate import bars_for, judge
 from mtp_calibration.same_model.quality import Quality
 from mtp_export.check.prompts import calibration_prompts, in_turn
@@ -33,14 +33,15 @@ def pair() -> Pair:
 
 
 def calibrated(bundle: Path, pair: Pair, prompts: int = 2) -> Calibration:
-    return calibrate(bundle, pair, in_turn(calibration_prompts(), prompts), max_new_tokens=24)
+    options = CalibrationOptions(max_new_tokens=24)
+    return calibrate(bundle, pair, in_turn(calibration_prompts(), prompts), options)
 
 
 def test_float_weights_change_nothing(export_nano: Export, pair: Pair) -> None:
-    found = calibrated(export_nano("f32"), pair)
-    assert found.passed, found.verdict.summary
-    assert found.quality.kl_per_token < 1e-5
-    assert max(found.quality.hops.values()) < 1e-5
+    result = calibrated(export_nano("f32"), pair)
+    assert result.passed, result.verdict.summary
+    assert result.quality.kl_per_token < 1e-5
+    assert max(result.quality.hops.values()) < 1e-5
 
 
 def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_path: Path) -> None:
@@ -53,9 +54,9 @@ def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_p
     figures = [float(figure) for figure in re.findall(r"KL (\S+)\)", worst[1])]
     assert figures == sorted(figures, reverse=True)
     assert len(figures) == 3
-    found = json.loads(done.stdout)
-    assert json.loads((tmp_path / "calibration.json").read_text()) == found
-    quality = msgspec.convert(found["quality"], Quality)
+    result = json.loads(done.stdout)
+    assert json.loads((tmp_path / "calibration.json").read_text()) == result
+    quality = msgspec.convert(result["quality"], Quality)
     assert judge(quality, read_manifest(export_nano("int8")), bars_for("int8")).passed
     assert 1e-4 <= quality.kl_per_token <= 0.02
     assert max(quality.hops.values()) < 0.05
@@ -68,13 +69,13 @@ def test_damages_are_told_apart(export_nano: Export, pair: Pair, tmp_path: Path)
         for one in (doubled_scales(_GATE), doubled_scales(_BEHIND_A_NORM), turned_centroids, other_position):
             one(folder)
 
-    found = calibrated(damaged(export_nano("int8"), tmp_path / "bundle", damage), pair)
-    assert not found.passed
-    said = sorted((finding.part, finding.diagnosis) for finding in found.verdict.findings)
-    assert [part for part, _ in said] == ["clustered head", "position", "target", "target"]
-    assert "centroids are in another order" in said[0][1]
-    assert "says drafter_position_offset 0 and the graph adds 1" in said[1][1]
-    for (_, diagnosis), name in zip(said[2:], (_GATE, _BEHIND_A_NORM), strict=True):
+    result = calibrated(damaged(export_nano("int8"), tmp_path / "bundle", damage), pair)
+    assert not result.passed
+    findings = sorted((finding.part, finding.diagnosis) for finding in result.verdict.findings)
+    assert [part for part, _ in findings] == ["clustered head", "position", "target", "target"]
+    assert "centroids are in another order" in findings[0][1]
+    assert "says drafter_position_offset 0 and the graph adds 1" in findings[1][1]
+    for (_, diagnosis), name in zip(findings[2:], (_GATE, _BEHIND_A_NORM), strict=True):
         assert f"100% of the rows of {name} are 2 times the checkpoint's" in diagnosis
 
 

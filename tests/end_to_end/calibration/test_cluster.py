@@ -39,8 +39,8 @@ def test_a_dense_drafter_is_sent_to_be_clustered_and_exports_then(dense: Path, t
     prompts.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     options = ("--checkpoint", str(EMBEDDED / "target"), "--clusters", "64", "--top-k", "16", "--prompts", str(prompts))
     few = ("--beginnings", "16", "--max-new-tokens", "48", "--steps", "150")
-    said = run_cli("cluster", str(dense), *options, *few, "--output", str(output)).stdout
-    recall = re.search(r"64 clusters, of which the best 16 hold (\d+\.\d)%", said)
+    output_text = run_cli("cluster", str(dense), *options, *few, "--output", str(output)).stdout
+    recall = re.search(r"64 clusters, of which the best 16 hold (\d+\.\d)%", output_text)
     assert recall is not None
     assert float(recall[1]) > 80  # a quarter of the vocabulary; by chance it would be 25
     drafter: Any = AutoModelForCausalLM.from_pretrained(output)

@@ -17,7 +17,7 @@ from mtp_export.graph.ir import TracedGraph
 from mtp_export.models.clustered_head import BatchedClusteredHead
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import FLOAT32, INT8
-from mtp_runtime.backends.onnx.graphs import open_graph
+from mtp_runtime.backends.onnx.opening import open_graph
 from tests.support.clustered_heads import BATCH, HIDDEN, SPEC, columns_of, random_head, random_hidden
 
 

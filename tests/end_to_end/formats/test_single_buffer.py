@@ -15,7 +15,7 @@ from flatbuffers import flexbuffers
 
 from mtp_export.formats.tflite.gpu_table import open_graph
 from mtp_runtime import BundleError, Manifest, Session, read_manifest
-from mtp_runtime.backends.litert.backend import LiteRTSignature
+from mtp_runtime.backends.litert.static import BoundSignature, StaticBackend, StaticGraphs
 from mtp_runtime.bundle.consistency import check_consistency
 from tests.conftest import Export
 from tests.support.operators import operator_counts
@@ -82,25 +82,43 @@ def test_what_an_operator_is_told(export_nano: Export) -> None:
         assert told == {"is_global": True, "is_src": of_values, "rhs_cache_update": True}
 
 
-def test_what_a_pass_is_told(export_nano: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, list[int]]] = []
-    write = LiteRTSignature.write
+class RecordingSignature:
+    """Implements BoundSignature by another one, and records the parameters of each pass."""
 
-    def recorded(self: LiteRTSignature, name: str, values: Any) -> None:
+    def __init__(self, signature: BoundSignature, records: list[tuple[str, list[int]]]) -> None:
+        self.spec, self.run, self.read = signature.spec, signature.run, signature.read
+        self._write, self._records = signature.write, records
+
+    def write(self, name: str, values: Any) -> None:
         if name == "param_tensor":
-            told.append((self.spec.name, np.ravel(values).tolist()))
-        write(self, name, values)
+            self._records.append((self.spec.name, np.ravel(values).tolist()))
+        self._write(name, values)
 
+
+class RecordingGraphs:
+    """Implements StaticGraphs by others."""
+
+    def __init__(self, graphs: StaticGraphs) -> None:
+        self.kv_cache, self.close = graphs.kv_cache, graphs.close
+        self.records: list[tuple[str, list[int]]] = []
+        self._graphs = graphs
+
+    def bound(self, role: str, name: str) -> RecordingSignature:
+        return RecordingSignature(self._graphs.bound(role, name), self.records)
+
+
+def test_the_parameters_of_each_pass(export_nano: Export) -> None:
     with Session.open(export_nano("int8", export_format="tflite-gpu")) as session:
-        monkeypatch.setattr(LiteRTSignature, "write", recorded)
-        backend = session.backend
+        assert isinstance(session.backend, StaticBackend)
+        graphs = RecordingGraphs(session.backend.graphs)
+        backend = StaticBackend(graphs, session.manifest)
         backend.prefill((5, 6, 7))
         passed = backend.verify((8,))
         backend.verify((8, 9))  # of a signature for five
         backend.draft(9, passed.activations[0])
         backend.kv_cache.advance(2)
         backend.draft(9, passed.activations[0])
-    assert told == [
+    assert graphs.records == [
         ("prefill_16", [0, 3, 3, 0, 0, 0, 0]),
         ("decode", [3, 4, 4, 0, 0, 0, 0]),
         ("verify", [3, 5, 5, 0, 0, 0, 0]),

@@ -265,7 +265,7 @@ def test_the_same_in_onnx_with_a_scale_repeated_for_each_block(
 def run_against_torch(graph: TracedGraph, parameters: dict[str, Parameter], path: Path) -> None:
     """ONNX Runtime multiplies what is stored; its activations are rounded to int8."""
     from mtp_export.graph.ir import run_signature
-    from mtp_runtime.backends.onnx.graphs import open_graph
+    from mtp_runtime.backends.onnx.opening import open_graph
 
     def restored(parameter: Parameter) -> torch.Tensor:
         rows = parameter.rows(0, parameter.shape[0])

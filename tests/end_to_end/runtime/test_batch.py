@@ -18,7 +18,7 @@ from mtp_export.source.checkpoint import hash_file
 from mtp_runtime import ContextFullError, Sampling, Session, SessionBatch, UserError, read_manifest
 from mtp_runtime.bundle.contract import BATCH_ROLES, MANIFEST_NAME, batch_role
 from tests.conftest import Export
-from tests.support.backend_tests import all_rows
+from tests.support.backend_tests import BackendTests, all_rows
 
 NEW_TOKENS = 24
 
@@ -143,3 +143,14 @@ def resized(bundle: Path, sequences: int, folder: Path) -> Path:
 def test_a_bundle_for_one_sequence_says_what_to_do(export_nano: Export) -> None:
     with pytest.raises(UserError, match="export it with --target onnx --batch-size 2 to 8"):
         SessionBatch.open(export_nano("int8"))
+
+
+@pytest.fixture(scope="module")
+def session(export_nano: Export) -> Iterator[Session]:
+    """One of eight sequences."""
+    with SessionBatch.open(export_nano("f32", export_format="onnx")) as opened:
+        yield opened.sessions[3]
+
+
+class TestOneSequenceOfABatch(BackendTests):
+    """The conformance class on a sequence whose passes have room for seven others."""

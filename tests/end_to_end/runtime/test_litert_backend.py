@@ -131,8 +131,8 @@ def test_the_library_prints_nothing(toy_folder: Path) -> None:
         "    print(len(session.generate([2, 5], max_new_tokens=5, stop_token_ids=()).finish().tokens))\n"
         "print('seen', file=sys.stderr)\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(toy_folder)], capture_output=True, text=True, check=True)
-    assert (found.stdout, found.stderr) == ("5\n", "seen\n")
+    done = subprocess.run([sys.executable, "-c", code, str(toy_folder)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("5\n", "seen\n")
 
 
 @pytest.mark.parametrize("fault", ["no graph", "other signature"])
@@ -148,9 +148,9 @@ def test_the_library_prints_nothing_when_a_bundle_is_refused(toy_folder: Path, t
         "except MtpError as error: print(error, file=sys.stderr)\n"
         "gc.collect()\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert found.stderr.startswith(("LiteRT refuses the bundle: ", "the drafter graph has no signature"))
-    assert found.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith(("LiteRT refuses the bundle: ", "the drafter graph has no signature"))
+    assert done.stderr.count("\n") == 1
 
 
 def edited(folder: Path, tmp_path: Path, **changes: object) -> Path:

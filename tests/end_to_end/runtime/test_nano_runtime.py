@@ -32,7 +32,7 @@ def test_mtp_says_what_plain_decoding_says_up_to_the_last_slot(session: Session)
         assert len(drafted.tokens) == len(plain.tokens)
         assert drafted.finish_reason == "context"
         assert drafted.stats.accepted > 0
-        found = compare_tokens(
+        comparison = compare_tokens(
             f"K = {drafts}",
             plain.tokens,
             drafted.tokens,
@@ -40,7 +40,7 @@ def test_mtp_says_what_plain_decoding_says_up_to_the_last_slot(session: Session)
             tolerance=TOLERANCE,
             max_new_tokens=len(plain.tokens),
         )
-        assert found.verdict != "different", found
+        assert comparison.verdict != "different", comparison
 
 
 def test_prefill_leaves_the_rows_that_decoding_would(session: Session) -> None:
@@ -55,9 +55,9 @@ def test_prefill_leaves_the_rows_that_decoding_would(session: Session) -> None:
         session.backend.verify((token,))
         cache.advance(1)
     for name, expected in prefilled.items():
-        found = cache.rows(name)
+        decoded = cache.rows(name)
         # Dynamic int8 activations round per row and per kernel; a wrong row is off by its whole norm.
-        error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        error = np.linalg.norm(decoded - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
         assert error.max() < 0.05, name
 
 

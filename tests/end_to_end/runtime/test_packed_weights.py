@@ -25,7 +25,7 @@ PROMPT = [2, 70, 71, 72]
 FORMATS = ("tflite", "onnx")
 
 
-def said(bundle: Path, cache_dir: Path) -> tuple[int, ...]:
+def tokens_of(bundle: Path, cache_dir: Path) -> tuple[int, ...]:
     with Session.open(bundle, threads=1, cache_dir=cache_dir) as session:
         return session.generate(PROMPT, max_new_tokens=12).finish().tokens
 
@@ -38,11 +38,11 @@ def large(folder: Path) -> Path:
 @pytest.mark.parametrize("export_format", FORMATS)
 def test_the_second_start_maps_what_the_first_packed(export_format: str, export_nano: Export, tmp_path: Path) -> None:
     bundle = export_nano("int4", export_format=export_format)
-    first = said(bundle, tmp_path)
+    first = tokens_of(bundle, tmp_path)
     packed = names(tmp_path)
     assert large(tmp_path).stat().st_size > 1 << 20
     written, contents = large(tmp_path).stat().st_ino, large(tmp_path).read_bytes()
-    assert said(bundle, tmp_path) == first
+    assert tokens_of(bundle, tmp_path) == first
     assert names(tmp_path) == packed
     assert (large(tmp_path).stat().st_ino, large(tmp_path).read_bytes()) == (written, contents)
     assert str(large(tmp_path)) in mapped_by_a_session(bundle, tmp_path)
@@ -73,8 +73,8 @@ def mapped_by_a_session(bundle: Path, cache_dir: Path) -> str:
 
 
 def test_bundles_do_not_get_each_other_s_weights(export_nano: Export, tmp_path: Path) -> None:
-    alone = [said(export_nano(recipe), tmp_path / recipe) for recipe in ("int4", "int8")]
-    together = [said(export_nano(recipe), tmp_path / "both") for recipe in ("int4", "int8")]
+    alone = [tokens_of(export_nano(recipe), tmp_path / recipe) for recipe in ("int4", "int8")]
+    together = [tokens_of(export_nano(recipe), tmp_path / "both") for recipe in ("int4", "int8")]
     assert together == alone
 
 
@@ -82,12 +82,12 @@ def test_bundles_do_not_get_each_other_s_weights(export_nano: Export, tmp_path: 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_a_damaged_file_is_packed_again(export_nano: Export, tmp_path: Path, kept: float, export_format: str) -> None:
     bundle = export_nano("int4", export_format=export_format)
-    first = said(bundle, tmp_path)
+    first = tokens_of(bundle, tmp_path)
     path = large(tmp_path)
     os.truncate(path, int(path.stat().st_size * kept))
     with pytest.warns(UserWarning, match="no packed weights") if export_format == "onnx" else contextlib.nullcontext():
-        assert said(bundle, tmp_path) == first
-    assert said(bundle, tmp_path) == first
+        assert tokens_of(bundle, tmp_path) == first
+    assert tokens_of(bundle, tmp_path) == first
     assert path.stat().st_size > 1 << 20
 
 
@@ -136,10 +136,10 @@ def test_a_graph_opens_where_nothing_can_be_written(
 ) -> None:
     """As on a full disk."""
     bundle = export_nano("int4", export_format="onnx")
-    first = said(bundle, tmp_path / "other")
+    first = tokens_of(bundle, tmp_path / "other")
     monkeypatch.setattr(Path, "mkdir", refused_below(tmp_path / "packed"))
     with pytest.warns(UserWarning, match=r"no packed weights of target\.onnx"):
-        assert said(bundle, tmp_path / "packed") == first
+        assert tokens_of(bundle, tmp_path / "packed") == first
     assert not names(tmp_path / "packed")
 
 
@@ -166,4 +166,4 @@ def test_without_room_or_a_place_there_is_no_file(tmp_path: Path) -> None:
 def test_a_session_opens_without_a_place_for_them(export_format: str, export_nano: Export, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     bundle = export_nano("int4", export_format=export_format)
-    assert said(bundle, tmp_path / "file") == said(bundle, tmp_path / "packed")
+    assert tokens_of(bundle, tmp_path / "file") == tokens_of(bundle, tmp_path / "packed")

@@ -34,8 +34,8 @@ def test_clusters_are_a_permutation_of_one_size_and_always_the_same() -> None:
 def test_near_tokens_share_a_cluster() -> None:
     rows = embedding(16, 40, 0.7)
     drawn = torch.randperm(640, generator=torch.Generator().manual_seed(0)).reshape(16, 40)
-    found = spread(rows, balanced_clusters(rows.clone(), 16))
-    assert found > 0.6 > 0.3 > spread(rows, drawn)
+    balanced = spread(rows, balanced_clusters(rows.clone(), 16))
+    assert balanced > 0.6 > 0.3 > spread(rows, drawn)
 
 
 def test_a_crowd_larger_than_a_cluster_is_divided() -> None:

@@ -17,9 +17,9 @@ def bits(most_bytes: int) -> dict[str, int]:
     def size(part: Part, format: WeightFormat) -> int:
         return _SIZES[part.name] * format.bits // 4
 
-    found = chosen(parts, COSTS, most_bytes, size)
-    assert sum(size(p, found[p.name]) for p in parts) <= most_bytes
-    return {name: format.bits for name, format in found.items()}
+    formats = chosen(parts, COSTS, most_bytes, size)
+    assert sum(size(p, formats[p.name]) for p in parts) <= most_bytes
+    return {name: format.bits for name, format in formats.items()}
 
 
 def test_bits_go_where_a_byte_takes_most_off() -> None:

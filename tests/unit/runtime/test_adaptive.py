@@ -53,11 +53,11 @@ class Simulation:
             self.committed += accepted + 1
             self.chosen.append(k)
             if fixed is None:
-                told_ms = self._told(draft_ms)
-                self.depth.observe(k, accepted, draft_ms=told_ms, total_ms=told_ms + self._told(pass_ms))
+                noisy_ms = self._noisy(draft_ms)
+                self.depth.observe(k, accepted, draft_ms=noisy_ms, total_ms=noisy_ms + self._noisy(pass_ms))
         return self.time_ms - start_ms
 
-    def _told(self, true_ms: float) -> float:
+    def _noisy(self, true_ms: float) -> float:
         return true_ms * self._random.lognormvariate(0.0, 0.1) * (30.0 if self._random.random() < 0.02 else 1.0)
 
 

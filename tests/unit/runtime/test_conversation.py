@@ -8,29 +8,29 @@ from typing import Any
 
 import pytest
 
-from mtp_runtime import Conversation, MtpError, Session, UserError
+from mtp_runtime import Backend, Conversation, MtpError, Session, UserError
 from tests.support import talking
 from tests.support.talking import OpenSession, closing_all, expected
 
 # Short enough for four turns in 60 positions; the last one reads across many windows of the toy pair.
 MESSAGES = ("cab", "Q!", "abba", "z")
-SAID = 4
+COUNT = 4
 # Tokens of a reply come from these options: nothing ends it but its length.
-OPTIONS: dict[str, Any] = {"max_new_tokens": SAID, "stop_token_ids": ()}
+OPTIONS: dict[str, Any] = {"max_new_tokens": COUNT, "stop_token_ids": ()}
 
 
-class Prefilled:
-    """Counts the tokens that a session processes for its prompts."""
+class CountingBackend:
+    """Implements Backend by another one, and counts the tokens that are prefilled."""
 
-    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        prefill = session.backend.prefill
+    def __init__(self, backend: Backend) -> None:
+        self.kv_cache, self.embed_ms = backend.kv_cache, 0.0
+        self.verify, self.draft, self.close = backend.verify, backend.draft, backend.close
+        self.prefilled = 0
+        self._prefill = backend.prefill
 
-        def counted(token_ids: Sequence[int]) -> None:
-            self.count += len(token_ids)
-            prefill(token_ids)
-
-        monkeypatch.setattr(session.backend, "prefill", counted)
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        self.prefilled += len(token_ids)
+        self._prefill(token_ids)
 
 
 def ids_of(reply: Any) -> tuple[int, ...]:
@@ -43,21 +43,20 @@ def is_consistent(session: Session) -> bool:
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
-def test_each_turn_says_what_a_fresh_session_would(
-    open_session: OpenSession, drafts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = open_session()
-    prefilled = Prefilled(session, monkeypatch)
+def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, drafts: int) -> None:
+    opened = open_session()
+    backend = CountingBackend(opened.backend)
+    session = Session(opened.bundle, backend)
     conversation = Conversation(session)
     for turn, message in enumerate(MESSAGES):
         before = session.processed_ids
-        prefilled.count = 0
+        backend.prefilled = 0
         reply = conversation.say(message, num_draft_tokens=drafts, **OPTIONS)
         trace = reply.finish()
-        assert trace.tokens == expected(open_session, reply.prompt_ids, SAID)
+        assert trace.tokens == expected(open_session, reply.prompt_ids, COUNT)
         stats = reply.stats
         # All but the prompt's last token and what is in the cache.
-        assert prefilled.count == stats.prompt_tokens - stats.reused_tokens - 1
+        assert backend.prefilled == stats.prompt_tokens - stats.reused_tokens - 1
         assert reply.prompt_ids[: stats.reused_tokens] == before[: stats.reused_tokens]
         assert (stats.reused_tokens > 0) == (turn > 0)
         shorter = min(len(before), len(reply.prompt_ids) - 1)
@@ -95,7 +94,7 @@ def test_rewinding_to_any_turn_goes_on_from_there(open_session: OpenSession, tur
     conversation.rewind(turn)
     assert conversation.turns == turns[:turn]
     reply = conversation.say("other", **OPTIONS)
-    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
     # The beginning at least: <bos> and the first turn's mark.
     assert reply.stats.reused_tokens >= (3 if turn == 0 else 8)
     assert conversation.turns[:turn] == turns[:turn]
@@ -119,7 +118,7 @@ def test_a_reply_abandoned_midway_is_what_was_said_of_it(open_session: OpenSessi
     if how == "rewound":
         conversation.rewind(2)
     after = conversation.say("e", **OPTIONS)
-    assert after.finish().tokens == expected(open_session, after.prompt_ids, SAID)
+    assert after.finish().tokens == expected(open_session, after.prompt_ids, COUNT)
     assert ids_of(reply) == tuple(first)
     assert reply.finish_reason == "abandoned"
     assert list(reply) == []
@@ -155,7 +154,7 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(open_session: OpenSess
         conversation.say("x", keep_length=3)
     assert conversation.turns == turns
     reply = conversation.say("cd", **OPTIONS)
-    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+    assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
     assert reply.stats.reused_tokens > 0
 
 
@@ -165,7 +164,7 @@ def test_two_conversations_share_a_session(open_session: OpenSession) -> None:
     for turn in range(2):
         for conversation, message in zip(conversations, ("abc", "xyz"), strict=True):
             reply = conversation.say(message + str(turn), **OPTIONS)
-            assert reply.finish().tokens == expected(open_session, reply.prompt_ids, SAID)
+            assert reply.finish().tokens == expected(open_session, reply.prompt_ids, COUNT)
 
 
 def test_a_reply_overtaken_by_another_generation_ends_there(open_session: OpenSession) -> None:
@@ -177,7 +176,7 @@ def test_a_reply_overtaken_by_another_generation_ends_there(open_session: OpenSe
     with pytest.raises(MtpError, match="another generation started"):
         list(reply)
     after = conversation.say("e", **OPTIONS)
-    assert after.finish().tokens == expected(open_session, after.prompt_ids, SAID)
+    assert after.finish().tokens == expected(open_session, after.prompt_ids, COUNT)
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
@@ -195,19 +194,19 @@ def test_a_later_turn_fills_the_context_to_its_last_slot(open_session: OpenSessi
 
 def test_a_stop_sequence_and_a_stop_id_are_no_part_of_what_was_said(open_session: OpenSession) -> None:
     session = open_session()
-    said = expected(open_session, session.tokenize(session.chat_prompt("ab")), 12)
-    raw = session.tokenizer.decode(said, skip_special_tokens=False)
-    text = session.detokenize(said)
+    ids = expected(open_session, session.tokenize(session.chat_prompt("ab")), 12)
+    raw = session.tokenizer.decode(ids, skip_special_tokens=False)
+    text = session.detokenize(ids)
     stop = text[3:5]
     reply = Conversation(session).say("ab", max_new_tokens=12, stop=stop, stop_token_ids=())
-    given = "".join(piece for _, piece in reply.with_text())
-    assert given == reply.text == text[: text.index(stop)]
+    streamed = "".join(piece for _, piece in reply.with_text())
+    assert streamed == reply.text == text[: text.index(stop)]
     conversation = Conversation(session)
     conversation.say("ab", max_new_tokens=12, stop=stop, stop_token_ids=()).finish()
     assert stop not in conversation.turns[0].reply["content"]
     conversation.rewind(0)
-    conversation.say("ab", max_new_tokens=12, stop_token_ids=[said[7]]).finish()
-    kept = said[: said.index(said[7])]
+    conversation.say("ab", max_new_tokens=12, stop_token_ids=[ids[7]]).finish()
+    kept = ids[: ids.index(ids[7])]
     assert conversation.turns[0].reply["content"] == session.tokenizer.decode(kept, skip_special_tokens=False)
     assert raw.startswith(conversation.turns[0].reply["content"])
 

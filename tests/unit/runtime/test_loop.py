@@ -50,12 +50,12 @@ class Run:
         self.loop = GenerationLoop(StaticBackend(self.backend, self.manifest), self.manifest)
         self.stats = GenerationStats()
 
-    def tokens(self, wanted: Request) -> list[Token]:
+    def tokens(self, a_request: Request) -> list[Token]:
         self.stats = GenerationStats()
-        return list(self.loop.generate(wanted, self.stats))
+        return list(self.loop.generate(a_request, self.stats))
 
-    def ids(self, wanted: Request) -> list[int]:
-        return [token.id for token in self.tokens(wanted)]
+    def ids(self, a_request: Request) -> list[int]:
+        return [token.id for token in self.tokens(a_request)]
 
     def runs(self, role: str, name: str) -> int:
         return self.backend.signatures[role, name].runs
@@ -70,10 +70,10 @@ class Run:
 )
 def test_a_k_that_adapts_changes_no_token(prompt: list[int], most: int, count: int, pattern: list[bool]) -> None:
     run = Run(lambda position: pattern[position % len(pattern)])
-    wanted = dataclasses.replace(request(prompt, count=count, drafts=most), adaptive=True)
+    adaptive = dataclasses.replace(request(prompt, count=count, drafts=most), adaptive=True)
     for _ in range(3):  # what it learnt stays from one generation to the next
         room = run.manifest.context_length - len(prompt)
-        assert run.ids(wanted) == continuation(prompt, min(count, room))
+        assert run.ids(adaptive) == continuation(prompt, min(count, room))
         assert len(run.stats.drafted_at) <= most
         assert sum(run.stats.rounds_by_num_drafts) == run.stats.rounds + run.stats.decode_steps
 
@@ -84,10 +84,10 @@ def test_a_k_that_adapts_learns_whether_drafts_are_right() -> None:
         # Costs that a real machine might have, whatever this one does meanwhile.
         observe = run.loop._adaptive.observe
 
-        def told(k: int, accepted: int, observe: Callable[..., None] = observe, **_: float) -> None:
+        def with_costs(k: int, accepted: int, observe: Callable[..., None] = observe, **_: float) -> None:
             observe(k, accepted, draft_ms=0.1 * k, total_ms=0.1 * k + (1.5 if k else 1.0))
 
-        run.loop._adaptive.observe = told  # type: ignore[assignment]
+        run.loop._adaptive.observe = with_costs  # type: ignore[assignment]
         for _ in range(8):
             run.tokens(dataclasses.replace(request(count=45), adaptive=True))
         rounds = run.stats.rounds_by_num_drafts

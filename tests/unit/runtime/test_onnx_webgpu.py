@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mtp_runtime import UserError
-from mtp_runtime.backends.onnx import webgpu as onnx_webgpu
-from mtp_runtime.backends.onnx.graphs import HostRows, pooled_options
+from mtp_runtime.backends.onnx import webgpu
+from mtp_runtime.backends.onnx.buffers import HostRows
+from mtp_runtime.backends.onnx.opening import pooled_options
 from mtp_runtime.backends.onnx.pooled_cache import SLIDING_SLOTS, PooledKVCache
 from mtp_runtime.bundle.contract import TensorSpec
 from mtp_runtime.errors import BundleError
 from mtp_runtime.generate.backend import FloatArray
 
 
-def test_without_the_provider_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_webgpu, "_loaded", [])
-    monkeypatch.setitem(sys.modules, "onnxruntime_ep_webgpu", None)
+def test_without_the_provider_one_line_says_what_to_install() -> None:
     with pytest.raises(UserError, match=r"not installed.*: pip install 'mtp-export\[webgpu\]'$"):
-        onnx_webgpu.open_session(Path("target.onnx"), ort.SessionOptions())
+        webgpu.find_device("a_package_that_nobody_has")
 
 
 def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
@@ -39,7 +37,7 @@ def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
     )
     path = tmp_path / "norms.onnx"
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 23)]), path)
-    whole = onnx_webgpu._whole_scales(path)
+    whole = webgpu.with_whole_scales(path)
 
     used = [node.input[1] for node in onnx.load_from_string(whole).graph.node if node.op_type == "RMSNormalization"]
     assert used == ["y_one/scale", "each"]
@@ -47,17 +45,17 @@ def test_a_norm_gets_a_scale_for_every_element(tmp_path: Path) -> None:
     outputs = ["y_one", "y_each", "y_one/scale"]
     with_scale = onnx.load_from_string(whole)
     with_scale.graph.output.append(helper.make_tensor_value_info("y_one/scale", TensorProto.FLOAT, [4]))
-    found = _run(with_scale.SerializeToString(), outputs, feeds)
+    outputs_of_whole = _run(with_scale.SerializeToString(), outputs, feeds)
     expected = _run(path.read_bytes(), outputs[:2], feeds)
-    np.testing.assert_array_equal(found[2], np.full(4, 0.5, np.float32))
-    for ours, theirs in zip(found, expected, strict=False):
+    np.testing.assert_array_equal(outputs_of_whole[2], np.full(4, 0.5, np.float32))
+    for ours, theirs in zip(outputs_of_whole, expected, strict=False):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def _run(model: bytes, outputs: list[str], feeds: dict[str, FloatArray]) -> list[FloatArray]:
     session = ort.InferenceSession(model, pooled_options(2), providers=["CPUExecutionProvider"])
-    found: list[FloatArray] = session.run(outputs, feeds)
-    return found
+    results: list[FloatArray] = session.run(outputs, feeds)
+    return results
 
 
 class ElsewhereRows(HostRows):
@@ -111,4 +109,4 @@ def test_a_damaged_graph_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "target.onnx"
     path.write_bytes(b"\xff\xff no graph")
     with pytest.raises(BundleError, match=r"^target.onnx is a damaged ONNX model .*: export it again$"):
-        onnx_webgpu._whole_scales(path)
+        webgpu.with_whole_scales(path)

@@ -63,19 +63,19 @@ def test_continuing_is_as_if_it_had_never_stopped(
 def test_saving_does_not_disturb_a_generation(open_session: OpenSession, tmp_path: Path) -> None:
     session = open_session()
     generation = session.generate(PROMPT, max_new_tokens=COUNT, stop_token_ids=())
-    said: list[int] = []
+    ids: list[int] = []
     for token in generation:
-        said.append(token.id)
+        ids.append(token.id)
         session.save(tmp_path / "saved")
-        other = open_session() if len(said) == 7 else None
+        other = open_session() if len(ids) == 7 else None
         if other is not None:
             other.restore(tmp_path / "saved")
-            assert other.token_ids == (*PROMPT, *said)
+            assert other.token_ids == (*PROMPT, *ids)
             rest = other.generate(
                 other.token_ids, keep_length=len(other.token_ids) - 1, max_new_tokens=5, stop_token_ids=()
             )
-            assert (*said, *rest.finish().tokens) == expected(open_session, PROMPT, 12)
-    assert tuple(said) == expected(open_session, PROMPT, COUNT)
+            assert (*ids, *rest.finish().tokens) == expected(open_session, PROMPT, 12)
+    assert tuple(ids) == expected(open_session, PROMPT, COUNT)
 
 
 def test_only_filled_rows_are_written(open_session: OpenSession, tmp_path: Path) -> None:

@@ -45,17 +45,17 @@ def test_text_ends_where_a_stop_sequence_begins(tokenizer: Tokenizer, ids: list[
     pieces = []
     for token in ids:
         pieces.append(text.push(token))
-        if text.found:
+        if text.reached:
             break
     pieces.append(text.finish())
     whole = tokenizer.decode(ids)
-    wanted, found = cut(whole, stops)
+    expected_text, stopped = cut(whole, stops)
     # Two sequences that end in one token of two characters are told apart by where they begin.
-    assert len(wanted) >= len("".join(pieces)) >= len(wanted) - 1
+    assert len(expected_text) >= len("".join(pieces)) >= len(expected_text) - 1
     assert "".join(pieces) == text.text == whole[: len(text.text)]
-    assert bool(text.found) == found
+    assert bool(text.reached) == stopped
     assert not any(stop in text.text for stop in stops)
-    if not found:
+    if not stopped:
         assert text.text == whole
 
 
@@ -64,7 +64,7 @@ def test_what_may_become_a_stop_sequence_is_held_back(tokenizer: Tokenizer) -> N
     a, c, d = (tokenizer.encode(letter)[-1] for letter in "acd")
     assert [text.push(token) for token in (a, c, c, c, a, c, c)] == ["a", "", "", "c", "cca", "", ""]
     assert text.text == "accca" + "cc"
-    assert (text.push(d), text.found, text.finish(), text.text) == ("", "ccd", "", "accca")
+    assert (text.push(d), text.reached, text.finish(), text.text) == ("", "ccd", "", "accca")
     held = StoppingText(tokenizer.stream(), ["ccd"])
     assert [held.push(c), held.push(c), held.finish()] == ["", "", "cc"]
 
@@ -72,34 +72,34 @@ def test_what_may_become_a_stop_sequence_is_held_back(tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize("drafts", [0, 1, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_a_stop_sequence_ends_the_output_wherever_it_falls(open_session: OpenSession, drafts: int, length: int) -> None:
-    said = expected(open_session, PROMPT, COUNT)
+    plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
-    pieces = session.text_pieces(said)
+    pieces = session.text_pieces(plain_ids)
     text = "".join(pieces)
     for start in range(0, len(text) - length + 1, 3):
         stop = text[start : start + length]
         begins = text.index(stop)
         # The token that completes the sequence is the last one.
-        count = next(n for n in range(1, len(said) + 1) if len("".join(pieces[:n])) >= begins + length)
+        count = next(n for n in range(1, len(plain_ids) + 1) if len("".join(pieces[:n])) >= begins + length)
         generation = session.generate(
             PROMPT, max_new_tokens=COUNT, num_draft_tokens=drafts, stop=(stop, "never said"), stop_token_ids=()
         )
-        given = list(generation.with_text())
-        assert tuple(token.id for token, _ in given) == said[:count]
-        assert "".join(piece for _, piece in given) == generation.text == text[:begins]
+        streamed = list(generation.with_text())
+        assert tuple(token.id for token, _ in streamed) == plain_ids[:count]
+        assert "".join(piece for _, piece in streamed) == generation.text == text[:begins]
         assert (generation.finish_reason, generation.stop_string) == ("stop", stop)
         assert generation.stats.committed_tokens == count
         assert session.backend.kv_cache.filled_length == len(PROMPT) + count - 1
-        assert session.processed_ids == (*PROMPT, *said[: count - 1])
+        assert session.processed_ids == (*PROMPT, *plain_ids[: count - 1])
         assert list(generation) == []
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize("place", range(2, 12))
 def test_continuing_after_a_stop_sequence_is_right(open_session: OpenSession, drafts: int, place: int) -> None:
-    said = expected(open_session, PROMPT, COUNT)
+    plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
-    text = "".join(session.text_pieces(said))
+    text = "".join(session.text_pieces(plain_ids))
     generation = session.generate(
         PROMPT, max_new_tokens=COUNT, num_draft_tokens=drafts, stop=text[place : place + 2], stop_token_ids=()
     )
@@ -108,9 +108,9 @@ def test_continuing_after_a_stop_sequence_is_right(open_session: OpenSession, dr
     rest = session.generate(
         ids, keep_length=len(ids) - 1, max_new_tokens=COUNT, num_draft_tokens=drafts, stop_token_ids=()
     ).finish()
-    assert (*ids, *rest.tokens)[: len(PROMPT) + COUNT] == (*PROMPT, *said)
+    assert (*ids, *rest.tokens)[: len(PROMPT) + COUNT] == (*PROMPT, *plain_ids)
     # And what continues elsewhere: the stop sequence itself is not kept.
-    other = (*PROMPT, *said[:2], 12)
+    other = (*PROMPT, *plain_ids[:2], 12)
     kept = min(len(PROMPT) + 2, len(session.processed_ids))
     assert session.generate(
         other, keep_length=kept, max_new_tokens=8, num_draft_tokens=drafts, stop_token_ids=()
@@ -119,21 +119,21 @@ def test_continuing_after_a_stop_sequence_is_right(open_session: OpenSession, dr
 
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_the_budget_stays_exact(open_session: OpenSession, drafts: int) -> None:
-    said = expected(open_session, PROMPT, COUNT)
+    plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
     for count in range(1, COUNT):
         generation = session.generate(
             PROMPT, max_new_tokens=count, num_draft_tokens=drafts, stop="never said", stop_token_ids=()
         )
         trace = generation.finish()
-        assert (trace.tokens, trace.finish_reason) == (said[:count], "max_tokens")
-        assert generation.text == session.detokenize(said[:count])
+        assert (trace.tokens, trace.finish_reason) == (plain_ids[:count], "max_tokens")
+        assert generation.text == session.detokenize(plain_ids[:count])
 
 
 def test_a_stop_sequence_that_the_last_token_completes_wins(open_session: OpenSession) -> None:
-    said = expected(open_session, PROMPT, COUNT)
+    plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
-    pieces = session.text_pieces(said)
+    pieces = session.text_pieces(plain_ids)
     count = next(n for n in range(4, COUNT) if pieces[n - 1] and pieces[n - 1] not in "".join(pieces[: n - 1]))
     generation = session.generate(PROMPT, max_new_tokens=count, stop=pieces[count - 1], stop_token_ids=())
     assert generation.finish().finish_reason == "stop"
@@ -141,18 +141,18 @@ def test_a_stop_sequence_that_the_last_token_completes_wins(open_session: OpenSe
 
 
 def test_text_leaves_a_stop_id_out_and_reads_what_came_before_it_was_asked_for(open_session: OpenSession) -> None:
-    said = expected(open_session, PROMPT, COUNT)
+    plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
-    stop_id = next(token for token in said[5:] if token > 6)
-    end = said.index(stop_id)
+    stop_id = next(token for token in plain_ids[5:] if token > 6)
+    end = plain_ids.index(stop_id)
     generation = session.generate(PROMPT, max_new_tokens=COUNT, stop_token_ids=[stop_id])
     next(generation)
-    assert generation.text == session.detokenize(said[:1])
+    assert generation.text == session.detokenize(plain_ids[:1])
     generation.finish()
-    assert generation.text == session.detokenize(said[:end])
+    assert generation.text == session.detokenize(plain_ids[:end])
     late = session.generate(PROMPT, max_new_tokens=COUNT, stop_token_ids=[stop_id])
     late.finish()
-    assert late.text == session.detokenize(said[:end])
+    assert late.text == session.detokenize(plain_ids[:end])
     assert late.stop_string is None
 
 

@@ -1,7 +1,7 @@
 """The LiteRT backend: CompiledModels of one environment over one set of cache buffers.
 
-What makes it in place (measured with ai-edge-litert 2.3.0): a buffer from `create_input_buffer_by_name` may be bound
-as input and as output of the same run, and in other signatures and models of the same environment; the graph's
+What makes the caches work in place (measured with ai-edge-litert 2.3.0): a buffer of `create_input_buffer_by_name` can
+be bound as input and as output of the same run, and in other signatures and models of the same environment; the graph's
 DYNAMIC_UPDATE_SLICE then writes its rows straight into it. A separate output buffer costs a copy of the cache. In a
 bundle for a GPU it is a part of a composite, whose inputs and outputs are copied.
 """
@@ -172,15 +172,15 @@ class LiteRTGraphs:
 
     def bound(self, role: str, name: str) -> LiteRTSignature:
         """Return the signature `name` of the graph `role`, bound at the first call and the same object ever after."""
-        found = self._bound.get((role, name))
-        if found is None:
+        signature = self._bound.get((role, name))
+        if signature is None:
             if not self._models:
                 raise BackendError(f"cannot bind {name}: the bundle is closed")
             spec = self._bundle.manifest.signature(role, name)
             _check_graph(self._models[role], role, spec)
-            found = LiteRTSignature(self._models[role], spec, self._caches)
-            self._bound[role, name] = found
-        return found
+            signature = LiteRTSignature(self._models[role], spec, self._caches)
+            self._bound[role, name] = signature
+        return signature
 
     def close(self) -> None:
         """Release the graphs and buffers; closing twice is harmless."""
@@ -202,7 +202,11 @@ def _options(threads: int, packed_weights: Path | None) -> Options:
 
 
 def _check_graph(model: CompiledModel, role: str, spec: GraphSignature) -> None:
-    """Check that `model` has the signature `spec`, tensor by tensor."""
+    """Check that `model` has the signature `spec`, tensor by tensor.
+
+    Raises:
+        BundleError: the graph contradicts the manifest.
+    """
     if spec.name not in model.get_signature_list():
         raise BundleError(
             f"the {role} graph has no signature {spec.name!r}, the manifest says it does: export it again"
@@ -211,11 +215,11 @@ def _check_graph(model: CompiledModel, role: str, spec: GraphSignature) -> None:
         (spec.inputs, model.get_input_tensor_details(spec.name)),
         (spec.outputs, model.get_output_tensor_details(spec.name)),
     ):
-        expected = {tensor.name: (tensor.dtype, list(tensor.fixed_shape)) for tensor in stated}
-        found = {name: (tensor["dtype"], list(tensor["shape"])) for name, tensor in details.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
+        in_manifest = {tensor.name: (tensor.dtype, list(tensor.fixed_shape)) for tensor in stated}
+        in_graph = {name: (tensor["dtype"], list(tensor["shape"])) for name, tensor in details.items()}
+        for name in sorted(in_manifest.keys() | in_graph.keys()):
+            if in_manifest.get(name) != in_graph.get(name):
                 raise BundleError(
-                    f"{role} {spec.name}: {name} is {found.get(name, 'absent')} in the graph and "
-                    f"{expected.get(name, 'absent')} in the manifest: export the bundle again"
+                    f"{role} {spec.name}: {name} is {in_graph.get(name, 'absent')} in the graph and "
+                    f"{in_manifest.get(name, 'absent')} in the manifest: export the bundle again"
                 )

@@ -1,8 +1,8 @@
 """Keeping LiteRT's log off the user's screen.
 
 ai-edge-litert 2.3.0 prints INFO and WARNING lines straight to file descriptor 2 and has no public way to stop it (its
-issue 7420), so the descriptor itself is turned away while the library opens and closes. What it said is kept: an error
-message may quote it. Set MTP_NATIVE_LOG=1 to see everything.
+issue 7420), so the descriptor itself is turned away while the library opens and closes. Its lines are kept: an error
+message may quote them. Set MTP_NATIVE_LOG=1 to see everything.
 """
 
 from __future__ import annotations

@@ -96,10 +96,10 @@ class TokenRows:
     def set(self, row: int, token: int) -> None:
         """Look up `token` into `row`."""
         start = time.perf_counter()
-        found = self._kept.get(token)
-        if found is None:
-            found = self._look_up(token)
-        self.embeddings[0, row], self.per_layer_embeddings[0, row] = found
+        rows = self._kept.get(token)
+        if rows is None:
+            rows = self._look_up(token)
+        self.embeddings[0, row], self.per_layer_embeddings[0, row] = rows
         self.embed_ms += 1000.0 * (time.perf_counter() - start)
 
     def _look_up(self, token: int) -> tuple[FloatArray, ...]:
@@ -121,7 +121,7 @@ class TokenRows:
 
 
 class PassSelector:
-    """The signatures of one kind and one number of tokens, told apart by how much of the cache they read."""
+    """The signatures of one kind and one number of tokens, distinguished by how much of the cache they read."""
 
     def __init__(self, graphs: StaticGraphs, role: str, specs: Sequence[GraphSignature]) -> None:
         """Take at least one signature of the same kind and `num_tokens`."""
@@ -276,10 +276,10 @@ def of_kind(manifest: Manifest, role: str, kind: SignatureKind) -> list[GraphSig
     Raises:
         BundleError: there is none.
     """
-    found = [spec for spec in manifest.signatures.get(role, ()) if spec.kind == kind]
-    if not found:
+    signatures = [spec for spec in manifest.signatures.get(role, ()) if spec.kind == kind]
+    if not signatures:
         raise BundleError(f"the bundle's {role} has no {kind} signature: export it again with this version")
-    return found
+    return signatures
 
 
 def plan_prefill(start: int, stop: int, sizes: Sequence[int], cache_length: int) -> list[tuple[int, int]]:

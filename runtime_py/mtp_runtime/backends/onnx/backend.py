@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_runtime.backends.onnx.graphs import PREFILL_TOKENS, DraftStep, OnnxGraphs, TargetPiece
+from mtp_runtime.backends.onnx.buffers import PREFILL_TOKENS
+from mtp_runtime.backends.onnx.graphs import DraftStep, OnnxGraphs, TargetPiece
+from mtp_runtime.backends.onnx.opening import GraphOpener, open_graph
 from mtp_runtime.backends.onnx.pooled_cache import PooledKVCache
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.generate.backend import Draft, FloatArray, Provider, TargetPass
@@ -25,40 +27,46 @@ class OnnxBackend:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None, provider: Provider = "cpu"
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int = 2,
+        cache_dir: Path | None = None,
+        provider: Provider = "cpu",
+        open_graph: GraphOpener = open_graph,
     ) -> OnnxBackend:
         """Open the bundle for one sequence, on the CPU or, with "webgpu", on a GPU.
 
-        Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`.
+        Packed weights are kept in `cache_dir`, by default `packed_weights.default_folder()`. `open_graph` loads the
+        graphs that run on the CPU.
 
         Raises:
             UserError: the provider is not there.
             BundleError: a graph is missing or contradicts the manifest.
             BackendError: ONNX Runtime refuses a graph.
         """
-        (backend,) = cls.open_batch(bundle, sequences=1, threads=threads, cache_dir=cache_dir, provider=provider)
+        graphs = OnnxGraphs.open(bundle, threads=threads, cache_dir=cache_dir, provider=provider, open_graph=open_graph)
+        (backend,) = cls._of(graphs, bundle)
         return backend
 
     @classmethod
     def open_batch(
-        cls,
-        bundle: Bundle,
-        *,
-        sequences: int,
-        threads: int = 2,
-        cache_dir: Path | None = None,
-        provider: Provider = "cpu",
+        cls, bundle: Bundle, *, sequences: int, threads: int = 2, cache_dir: Path | None = None
     ) -> tuple[OnnxBackend, ...]:
         """Open the bundle for several sequences, each to be used from a thread of its own; closing one closes all.
 
         Raises:
-            UserError, BundleError, BackendError: as `open` does.
+            BundleError, BackendError: as `open` does.
         """
-        graphs = OnnxGraphs.open(bundle, threads=threads, sequences=sequences, cache_dir=cache_dir, provider=provider)
+        return cls._of(OnnxGraphs.open(bundle, threads=threads, sequences=sequences, cache_dir=cache_dir), bundle)
+
+    @classmethod
+    def _of(cls, graphs: OnnxGraphs, bundle: Bundle) -> tuple[OnnxBackend, ...]:
+        """Return a backend for each sequence of `graphs`."""
         passes = SharedPasses({DraftStep: graphs.run_drafter, TargetPiece: graphs.run_target})
         # A quantised target decodes two tokens at a time (docs/decisions/0005).
         fewest = 1 if bundle.manifest.recipe == "f32" else 2
-        return tuple(cls(graphs, i, passes, fewest_tokens=fewest) for i in range(sequences))
+        return tuple(cls(graphs, i, passes, fewest_tokens=fewest) for i in range(len(graphs.caches)))
 
     @property
     def kv_cache(self) -> PooledKVCache:
@@ -83,8 +91,8 @@ class OnnxBackend:
         count = len(token_ids)
         padded = (*token_ids, *(0,) * (self._fewest_tokens - count))
         self._cache.check_room(len(padded))  # before others are in the same pass, which would fail with it
-        said: TargetPass = self._passes.run(self._sequence, TargetPiece(padded, len(padded)))
-        return TargetPass(said.logits[:count], said.activations[:count])
+        result: TargetPass = self._passes.run(self._sequence, TargetPiece(padded, len(padded)))
+        return TargetPass(result.logits[:count], result.activations[:count])
 
     def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
         """Run the drafter once over the filled positions."""

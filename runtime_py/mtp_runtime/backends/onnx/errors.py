@@ -8,5 +8,5 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 REFUSED: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
-    *(found for found in vars(ort_errors).values() if isinstance(found, type) and issubclass(found, Exception)),
+    *(kind for kind in vars(ort_errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
 )

@@ -121,7 +121,7 @@ class PooledKVCache(CachePositions):
         return np.concatenate([*self._put_aside[name], last], axis=2)
 
     def restore(self, rows: Mapping[str, FloatArray]) -> None:
-        """Replace everything by rows that `rows()` gave. Shapes: [1, G, filled, D] each."""
+        """Replace everything by rows that `rows()` returned. Shapes: [1, G, filled, D] each."""
         filled = check_rows(rows, {name: spec.fixed_shape for name, spec in self._specs.items()})
         first = self._first_row_at(filled)
         for name, values in rows.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,7 @@ from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.generate.backend import FloatArray
 
 _INSTALL = "pip install 'mtp-export[webgpu]'"
-_NO_ADAPTER = "WebGPU adapter"  # in what the provider says where Vulkan offers it no device
-_loaded: list[Any] = []  # the device that sessions are given: a library is registered once in a process
+_NO_ADAPTER = "WebGPU adapter"  # in the provider's error where Vulkan offers it no device
 
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -26,7 +27,7 @@ def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSessio
     options.add_provider_for_devices([_device()], {})
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(_whole_scales(path), options)
+        return ort.InferenceSession(with_whole_scales(path), options)
     except REFUSED as error:
         if _NO_ADAPTER not in str(error):
             raise
@@ -58,32 +59,46 @@ class DeviceRows:
         ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(rows)], [self.value])
 
 
+@functools.cache
 def _device() -> Any:
-    if not _loaded:
-        try:
-            import onnxruntime_ep_webgpu as plugin
-        except ImportError as error:
-            raise UserError(f"the webgpu provider is not installed ({error}): {_INSTALL}") from error
-        try:
-            ort.register_execution_provider_library("webgpu", plugin.get_library_path())
-        except REFUSED as error:
-            raise UserError(
-                f"the webgpu provider does not load: install libvulkan1, and {_INSTALL} ({error})"
-            ) from error
-        found = [device for device in ort.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
-        if not found:
-            ort.unregister_execution_provider_library("webgpu")
-            raise UserError(
-                "ONNX Runtime sees no GPU on this machine: install its driver; in a container that hides it, or for a "
-                "Vulkan driver in software, set ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1"
-            )
-        _loaded.append(found[0])
-    return _loaded[0]
+    """Return the device that sessions run on: a library is registered once in a process."""
+    return find_device()
 
 
-def _whole_scales(path: Path) -> bytes:
-    """Return a graph in which each norm has a scale for every element: the provider refuses one for all, which the CPU
-    takes and which is what the export gives norms without weights."""
+def find_device(package: str = "onnxruntime_ep_webgpu") -> Any:
+    """Register the provider's library, which `package` has, and return the GPU that it offers.
+
+    Raises:
+        UserError: the package is not installed, its library does not load, or there is no GPU.
+    """
+    try:
+        plugin = importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"the webgpu provider is not installed ({error}): {_INSTALL}") from error
+    try:
+        ort.register_execution_provider_library("webgpu", plugin.get_library_path())
+    except REFUSED as error:
+        raise UserError(f"the webgpu provider does not load: install libvulkan1, and {_INSTALL} ({error})") from error
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
+    if not devices:
+        ort.unregister_execution_provider_library("webgpu")
+        raise UserError(
+            "ONNX Runtime sees no GPU on this machine: install its driver; in a container that hides it, or for a "
+            "Vulkan driver in software, set ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1"
+        )
+    return devices[0]
+
+
+def with_whole_scales(path: Path) -> bytes:
+    """Return a graph in which each norm has a scale for every element.
+
+    The provider refuses one scale for all elements. The CPU takes it, and the export writes it for norms without
+    weights.
+
+    Raises:
+        UserError: onnx is not installed.
+        BundleError: the file is no ONNX model.
+    """
     try:
         import onnx
         from google.protobuf.message import DecodeError
