@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_export.source.names import canonical_module
 from mtp_export.source.pair import Pair
+from mtp_runtime.atomic import replacing, write_atomically
 from mtp_runtime.errors import UserError
 
 DEPTH = 4  # chained steps of a round
@@ -158,7 +159,7 @@ def _kept_answers(
     answers = answered(
         target, prompts, stops, max_new_tokens=options.max_new_tokens, batch=options.batch, seed=options.seed
     )
-    _replace(path, lambda beside: beside.write_text(json.dumps(answers)))
+    write_atomically(path, json.dumps(answers))
     return answers
 
 
@@ -238,7 +239,8 @@ def _train(
         on_step(Step(number + 1, float(loss.detach()), float(agreement)))
         if (number + 1) % options.save_every == 0 or number + 1 == options.steps:
             state = {"done": number + 1, "optimiser": optimiser.state_dict(), "parameters": [p.data for p in trained]}
-            _replace(path, lambda beside, state=state: torch.save(state, beside))  # type: ignore[misc]
+            with replacing(path) as beside:
+                torch.save(state, beside)
 
 
 def round_loss(target: Any, drafter: Any, batch: Sequence[Answer], position_offset: int) -> tuple[Tensor, Tensor]:
@@ -339,9 +341,3 @@ def save_like(checkpoint: Checkpoint, model: Any, folder: Path) -> None:
             dtypes = {name: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118  # no mapping
             tensors = {name: found[name].data.to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
             save_file(tensors, folder / path.name, metadata=stored.metadata())
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f"{path.name}.partial")
-    write(beside)
-    os.replace(beside, path)

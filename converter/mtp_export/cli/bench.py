@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
 
@@ -66,12 +67,9 @@ def command(
 def _write_drawing(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # BenchReport, imported when it runs
     from mtp_export.check.chart import draw
 
-    beside = output.with_name(f".{output.name}.partial")
     try:
-        beside.write_text(draw(report), encoding="utf-8")
-        beside.replace(output)
+        write_atomically(output, draw(report))
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {output}: {error.strerror}: choose another --output") from error
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
 
@@ -61,8 +62,8 @@ def command(
     folder = output or (bundle if bundle.is_dir() else bundle.parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "parity.json").write_text(report.to_json(), encoding="utf-8")
-        (folder / "parity.md").write_text(report.to_markdown(), encoding="utf-8")
+        write_atomically(folder / "parity.json", report.to_json())
+        write_atomically(folder / "parity.md", report.to_markdown())
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}: choose another --output") from error
     if as_json:

@@ -18,6 +18,7 @@ import msgspec
 from mtp_export.check.stock_runtime import run_stock
 from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
 from mtp_runtime import Session
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
 
@@ -95,9 +96,7 @@ def _main(request_path: str, answer_path: str) -> int:
     except MtpError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    part = Path(answer_path + ".part")
-    part.write_bytes(msgspec.json.encode(found))
-    part.rename(answer_path)
+    write_atomically(Path(answer_path), msgspec.json.encode(found))
     return 0
 
 
