@@ -108,6 +108,6 @@ def test_a_report_reads_as_json_and_as_markdown() -> None:
     assert document["results"][1]["comparisons"][0]["first_difference"] == 2
     markdown = found.to_markdown()
     assert "# Parity of nano, recipe int8: passed" in markdown
-    assert "| mtp_runtime | – | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
-    assert "| mtp_runtime | 1 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown
+    assert "| mtp_runtime | – | 0.01 | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
+    assert "| mtp_runtime | 1 | 0.01 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown
     assert "- mtp_runtime, K = 1, p: token 2, margin 0.001: near-tie" in markdown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.check.stock_runtime import StockRun, last_complaint, parse_acceptance_rate, run_stock
+from mtp_export.check.stock_runtime import StockRequest, StockRun, last_complaint, parse_acceptance_rate, run_stock
 from mtp_runtime import BackendError, Session
 from mtp_runtime.generate.trace import GenerationTrace
 from tests.unit.litertlm_files import build_container
@@ -23,7 +23,16 @@ def ours(folder: Path, **options: int) -> tuple[GenerationTrace, str]:
 
 
 def stock(path: Path, *, use_mtp: bool) -> StockRun:
-    return run_stock(path, [PROMPT, PROMPT], max_new_tokens=COUNT, context_length=60, use_mtp=use_mtp, timeout_s=120)
+    return run_stock(
+        StockRequest(
+            model_path=str(path),
+            prompts=[PROMPT, PROMPT],
+            max_new_tokens=COUNT,
+            context_length=60,
+            use_mtp=use_mtp,
+            timeout_s=120,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +78,4 @@ def test_the_log_tells_acceptance_and_errors() -> None:
     assert parse_acceptance_rate("") is None
     assert last_complaint(log) == "Failed to create session: INVALID_ARGUMENT: no stop."
     assert last_complaint("one\ntwo\n") == "two"
-    assert last_complaint("") == "it said nothing"
+    assert last_complaint("") == "its log is empty"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_calibration.same_model.structured import Expectation, is_valid
+from mtp_calibration.same_model.structured import is_valid
+from mtp_export.check.prompts import Expectation
 
 CALL = '<|tool_call>call:weather{city:<|"|>Oslo {x}<|"|>,days:2,where:[1,true,{a:null}],none:{}}<tool_call|>'
 

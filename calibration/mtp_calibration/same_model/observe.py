@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.check.prompts import Prompt
+from mtp_export.check.prompts import Prompt, text_of
 from mtp_runtime import Session
 
 
@@ -41,13 +41,6 @@ class Text(NamedTuple):
     kind: str
     ids: tuple[int, ...]
     start: int
-
-
-def text_of(session: Session, prompt: Prompt) -> str:
-    """The text of a prompt, its messages put into the bundle's chat template."""
-    if not prompt.messages:
-        return prompt.text
-    return session.chat_prompt(prompt.messages, tools=list(prompt.tools) or None)
 
 
 def continued(session: Session, prompt: Prompt, *, max_tokens: int, max_new_tokens: int) -> Text:

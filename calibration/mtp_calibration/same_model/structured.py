@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Literal
 
-Expectation = Literal["", "json", "tool_call"]
+from mtp_export.check.prompts import Expectation
 
 _QUOTE = '<|"|>'
 _CALL = re.compile(r"<\|tool_call>(.*?)<tool_call\|>", re.DOTALL)

@@ -62,7 +62,7 @@ def hold(session: Session, chat: Chat, *, max_new_tokens: int, num_draft_tokens:
     options = {**chat.variables, **({"tools": list(chat.tools)} if chat.tools else {})}
     conversation = Conversation(session, system=chat.system, **options)
     turns: list[ChatTurn] = []
-    for text in chat.says:
+    for text in chat.user_texts:
         messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
         for _ in range(1 + MAX_CALLS):
             reply = conversation.say(

@@ -12,12 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from mtp_calibration.same_model.structured import Expectation
+from mtp_runtime import Session
 from mtp_runtime.errors import UserError
+
+Expectation = Literal["", "json", "tool_call"]  # of a prompt's answer: nothing, or a form that it should have
 
 KINDS = ("prose", "code", "rewriting", "structured")
 _HELD_OUT_DIGITS = "01234"  # of 16 first digits of a hash
@@ -126,3 +128,15 @@ def for_tuning(prompts: Sequence[Prompt]) -> list[Prompt]:
 def held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The part of a set that is kept for measuring."""
     return [prompt for prompt in prompts if prompt.is_held_out]
+
+
+def text_of(session: Session, prompt: Prompt) -> str:
+    """Return the text of a prompt, its messages put into the bundle's chat template.
+
+    Raises:
+        BundleError: the bundle has no chat template, or it does not work.
+        UserError: the template refuses the messages.
+    """
+    if not prompt.messages:
+        return prompt.text
+    return session.chat_prompt(prompt.messages, tools=list(prompt.tools) or None)

@@ -84,8 +84,7 @@ def _report(
 ) -> Any:
     from mtp_calibration.report.acceptance import measure_acceptance, on_device, read_bench
     from mtp_calibration.report.report import Example, Report
-    from mtp_calibration.same_model.observe import text_of
-    from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts
+    from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts, text_of
     from mtp_runtime import Session
 
     chosen = in_turn(read_prompts(prompts) if prompts else calibration_prompts(), limit)

@@ -17,6 +17,7 @@ import numpy as np
 
 from mtp_runtime.generate.backend import Draft, FloatArray
 from mtp_runtime.generate.session import Session
+from mtp_runtime.generate.stats import overall_acceptance_rate, overall_committed_per_round
 
 _WARM_UP = 2  # the first runs of a graph pack its weights
 _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, are spread most evenly
@@ -124,8 +125,8 @@ def time_rounds(
             num_draft_tokens=drafts,
             alpha=alpha,
             ms_per_token=wall_ms[drafts, alpha] / (repeats * (new_tokens - 1)),
-            committed_per_round=stats.round_tokens / stats.rounds if stats.rounds else 1.0,
-            acceptance_rate=stats.accepted / stats.drafted if stats.drafted else None,
+            committed_per_round=overall_committed_per_round([stats]) or 1.0,
+            acceptance_rate=overall_acceptance_rate([stats]),
             same_output=same[drafts, alpha],
             distinct_tokens=len(set(plain.tokens)),
         )
