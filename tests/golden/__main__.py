@@ -76,7 +76,7 @@ _CASES = (
 
 
 def judge(case: ParityCase) -> Comparison:
-    """What Python says of a case."""
+    """Return Python's verdict on a case."""
     if case.text is not None:
         return compare_text(case.name, case.pieces, case.text, margins=case.margins, tolerance=case.tolerance)
     return compare_tokens(
@@ -90,7 +90,7 @@ def judge(case: ParityCase) -> Comparison:
 
 
 def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
-    """What nano says with a recipe, without and with MTP."""
+    """Return what nano generates with a recipe, without and with MTP."""
     traces = []
     with Session.open(bundle, threads=1) as session:
         for prompt in read_prompts(PROMPTS):

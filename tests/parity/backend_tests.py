@@ -280,7 +280,7 @@ class ConversationTests:
 
 
 def assert_same_continuation(session: Session, other: Session, traces: Sequence[GenerationTrace]) -> None:
-    """The same tokens, margins to the bit, and rows to the bit."""
+    """Assert the same tokens, and margins and rows to the bit."""
     assert traces[0].tokens == traces[1].tokens
     assert traces[0].margins == traces[1].margins
     assert_same_rows(other, all_rows(session), 0.0)

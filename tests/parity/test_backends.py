@@ -105,7 +105,7 @@ def litert_bundle(request: pytest.FixtureRequest, export_nano: Export) -> Path:
 
 @pytest.fixture(scope="module")
 def decoded(litert_bundle: Path) -> Decoded:
-    """A text longer than any window and every shorter `decode`, one token at a time, on one thread."""
+    """Decode a text that is longer than the window and than every shorter `decode` reads, on one thread."""
     with Session.open(litert_bundle, threads=1) as session:
         tokens = np.random.default_rng(1).integers(100, session.manifest.vocab_size, 700).tolist()
         start(session, ())

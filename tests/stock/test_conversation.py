@@ -71,7 +71,7 @@ def test_drafts_change_no_reply_and_no_token_that_is_held(runs: dict[bool, list[
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_what_is_held_is_what_transformers_writes(
+def test_the_tokens_in_the_cache_are_those_that_transformers_writes(
     runs: dict[bool, list[list[StockTurn]]], tokenizer: Any, drafts: bool
 ) -> None:
     """Six turns, and turns with calls and answers: the text of the template up to what ended the reply."""
@@ -171,7 +171,7 @@ def test_no_draft_is_a_stop_token(export_nano: Export) -> None:
             assert trace.origins[-1] in ("correction", "bonus")
 
 
-def test_the_example_says_the_same_with_drafts(container: Path) -> None:
+def test_the_example_generates_the_same_with_drafts(container: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), str(container)], capture_output=True, text=True, check=False, timeout=120
     )
@@ -194,7 +194,7 @@ def _engine(container: Path, drafts: bool, **options: Any) -> Any:
 
 
 def _written(turn: StockTurn) -> str:
-    """A reply in the notation of the template, with what ended it."""
+    """Return a reply in the notation of the template, with what ended it."""
     if not turn.calls:
         return f"{turn.text}<turn|>"
     calls = (f"<|tool_call>call:{call['name']}{{{_arguments(call['arguments'])}}}<tool_call|>" for call in turn.calls)
@@ -209,7 +209,7 @@ def _arguments(values: dict[str, Any]) -> str:
 
 
 def _messages(chat: Chat, turns: list[StockTurn]) -> list[dict[str, Any]]:
-    """The conversation as transformers knows it."""
+    """Return the conversation as transformers knows it."""
     messages: list[dict[str, Any]] = []
     texts = iter(chat.user_texts)
     answers: list[dict[str, Any]] = []

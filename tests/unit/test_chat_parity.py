@@ -49,7 +49,7 @@ def compare(reference: list[ChatTurn], replies: list[StockTurn], error: str = ""
     return compare_stock_chat(SESSION, CHAT, reference, replies, error, tolerance=0.01)
 
 
-def test_whole_replies_must_be_equal_with_what_is_held() -> None:
+def test_whole_replies_and_the_tokens_in_the_cache_must_be_equal() -> None:
     reference = [ours("one"), ours("two")]
     comparison = compare(reference, [stock("one"), stock("two")])
     assert (comparison.verdict, comparison.agreed, comparison.compared, comparison.detail) == ("equal", 2, 2, "")

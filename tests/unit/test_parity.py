@@ -18,8 +18,13 @@ def compare(reference: list[int], tokens: list[int], margins: list[float] = MARG
 
 
 def test_equal_outputs_are_equal() -> None:
-    found = compare([1, 2, 3, 4], [1, 2, 3, 4])
-    assert (found.verdict, found.agreed, found.compared, found.first_difference) == ("equal", 4, 4, None)
+    comparison = compare([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (comparison.verdict, comparison.agreed, comparison.compared, comparison.first_difference) == (
+        "equal",
+        4,
+        4,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,8 +40,8 @@ def test_equal_outputs_are_equal() -> None:
 def test_only_the_margin_at_the_first_difference_counts(
     tokens: list[int], position: int, margin: float, verdict: str
 ) -> None:
-    found = compare([1, 2, 3, 4], tokens)
-    assert (found.first_difference, found.margin, found.verdict) == (position, margin, verdict)
+    comparison = compare([1, 2, 3, 4], tokens)
+    assert (comparison.first_difference, comparison.margin, comparison.verdict) == (position, margin, verdict)
 
 
 def test_a_margin_of_exactly_the_tolerance_is_a_near_tie() -> None:
@@ -45,8 +50,8 @@ def test_a_margin_of_exactly_the_tolerance_is_a_near_tie() -> None:
 
 
 def test_going_on_after_the_reference_ended_is_a_difference() -> None:
-    found = compare([1, 2], [1, 2, 3], [0.0, 0.0])
-    assert (found.first_difference, found.margin, found.verdict) == (2, None, "different")
+    comparison = compare([1, 2], [1, 2, 3], [0.0, 0.0])
+    assert (comparison.first_difference, comparison.margin, comparison.verdict) == (2, None, "different")
 
 
 def test_tokens_beyond_the_limit_are_not_compared() -> None:
@@ -54,10 +59,10 @@ def test_tokens_beyond_the_limit_are_not_compared() -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
-def test_what_agreed_is_the_common_prefix(reference: list[int], tokens: list[int]) -> None:
-    found = compare_tokens("p", reference, tokens, margins=[1.0] * 6, tolerance=0.0, max_new_tokens=6)
-    assert reference[: found.agreed] == tokens[: found.agreed]
-    assert (found.verdict == "equal") == (reference == tokens)
+def test_the_tokens_that_agree_are_the_common_prefix(reference: list[int], tokens: list[int]) -> None:
+    comparison = compare_tokens("p", reference, tokens, margins=[1.0] * 6, tolerance=0.0, max_new_tokens=6)
+    assert reference[: comparison.agreed] == tokens[: comparison.agreed]
+    assert (comparison.verdict == "equal") == (reference == tokens)
 
 
 def test_text_is_compared_token_by_token() -> None:
@@ -102,11 +107,11 @@ def test_a_report_passes_with_near_ties_and_fails_with_a_difference() -> None:
 
 
 def test_a_report_reads_as_json_and_as_markdown() -> None:
-    found = report([1, 2, 3, 4], [1, 2, 9])
-    document = json.loads(found.to_json())
+    whole = report([1, 2, 3, 4], [1, 2, 9])
+    document = json.loads(whole.to_json())
     assert document["passed"] is True
     assert document["results"][1]["comparisons"][0]["first_difference"] == 2
-    markdown = found.to_markdown()
+    markdown = whole.to_markdown()
     assert "# Parity of nano, recipe int8: passed" in markdown
     assert "| mtp_runtime | – | 0.01 | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
     assert "| mtp_runtime | 1 | 0.01 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown

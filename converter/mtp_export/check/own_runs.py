@@ -42,7 +42,7 @@ class Reference:
 
     @property
     def prompt_ids(self) -> list[str]:
-        """The names of the prompts."""
+        """Return the names of the prompts."""
         return [prompt.id for prompt in self.prompts]
 
 

@@ -55,18 +55,18 @@ class StockTurn(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The text of the reply, without calls and thoughts."""
+        """Return the text of the reply, without calls and thoughts."""
         parts = self.reply.get("content", [])
         return "".join(part.get("text", "") for part in parts)
 
     @property
     def thought(self) -> str:
-        """The thought of the reply, empty where there is none."""
+        """Return the thought of the reply, empty if there is none."""
         return str(self.reply.get("channels", {}).get("thought", ""))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """The functions that the reply calls, as {"name": …, "arguments": …}."""
+        """Return the functions that the reply calls, as {"name": …, "arguments": …}."""
         return [call["function"] for call in self.reply.get("tool_calls", [])]
 
 

@@ -37,34 +37,34 @@ class GenerationStats(msgspec.Struct, kw_only=True):
 
     @property
     def drafted(self) -> int:
-        """Drafts proposed."""
+        """Return the number of drafts proposed."""
         return sum(self.drafted_at)
 
     @property
     def accepted(self) -> int:
-        """Drafts kept."""
+        """Return the number of drafts kept."""
         return sum(self.accepted_at)
 
     @property
     def rounds_by_num_drafts(self) -> list[int]:
-        """How often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
+        """Return how often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
         at_least = [*self.drafted_at, 0]
         exactly = [more - fewer for more, fewer in itertools.pairwise(at_least)]
         return [self.decode_steps, *exactly]
 
     @property
     def acceptance_rate(self) -> float:
-        """Kept drafts per proposed draft; 0 without drafts."""
+        """Return the kept drafts per proposed draft; 0 without drafts."""
         return overall_acceptance_rate([self]) or 0.0
 
     @property
     def committed_per_round(self) -> float:
-        """Tokens that a round yielded on average, counting those cut off by a stop or a limit; 0 without rounds."""
+        """Return the tokens of a round on average, counting those cut off by a stop or a limit; 0 without rounds."""
         return overall_committed_per_round([self]) or 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second after the first one, which the prompt's pass yields."""
+        """Return the tokens per second after the first one, which the prompt's pass yields."""
         return overall_tokens_per_second([self]) or 0.0
 
     def count_round(self, drafted: int, accepted: int) -> None:

@@ -17,7 +17,7 @@ Verdict = Literal["equal", "near_tie", "different"]
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt's output held against the reference's.
+    """One prompt's output, compared with the reference's.
 
     `agreed` leading tokens of the `compared` ones are equal; `first_difference` is the position of the next, and
     `margin` the reference's top-1 minus top-2 logit there (None where it had already ended). Of a chat, replies are
@@ -74,7 +74,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a stated near-tie, and nothing was found wrong besides."""
+        """Return whether every difference is a near-tie, and the container has no other fault."""
         return not self.findings and all(result.count("different") == 0 for result in self.results)
 
     def to_json(self) -> str:

@@ -40,7 +40,8 @@ class _Request(msgspec.Struct):
 
 
 class _Expected(msgspec.Struct):
-    """The template for the runtime and what it has to make of the conversations, or why the checkpoint's is refused."""
+    """The template for the runtime and the texts that it must make of the conversations, or why the checkpoint's is
+    refused."""
 
     stock: str = ""
     texts: list[Rendered] = []
@@ -50,7 +51,7 @@ class _Expected(msgspec.Struct):
 def check_template(
     template: str, *, special_tokens: Mapping[str, str], stops: Sequence[str], tokenizer_json: str
 ) -> int:
-    """Compare what stock LiteRT-LM makes of conversations with what transformers makes of them; `stops` are the texts
+    """Compare the texts that stock LiteRT-LM makes of conversations with those of transformers; `stops` are the texts
     of the tokens that end a reply.
 
     Returns:
@@ -85,8 +86,8 @@ def check_renders(template: str, *, special_tokens: Mapping[str, str], stops: Se
 
 
 def every_conversation() -> list[Conversation]:
-    """The fixed conversations, and each of their beginnings that ends with a reply: the runtime renders these to find
-    what the next message adds."""
+    """Return the fixed conversations, and each of their beginnings that ends with a reply: the runtime renders these to
+    find the text that the next message adds."""
     return [part for whole in conversations() for part in (*_histories(whole), whole)]
 
 
@@ -119,7 +120,7 @@ def _compare(every: Sequence[Conversation], expected: Sequence[Rendered], render
 
 
 def _shown(one: Rendered, other: Rendered) -> str:
-    """A text around the first place where it differs from another, or why there is none."""
+    """Return a text around the first place where it differs from another, or why there is none."""
     if one.text is None:
         return f"none ({one.error[:_CONTEXT]})"
     place = 0 if other.text is None else common_length(one.text, other.text)
@@ -162,14 +163,14 @@ def _render(request: _Request, folder: Path) -> _Expected:
 
 
 class _Transformers:
-    """What transformers makes of conversations, in the form that LiteRT-LM is to make of them."""
+    """Renders conversations as transformers does, in the form that LiteRT-LM must give them."""
 
     def __init__(self, request: _Request, habits: Habits) -> None:
         self._request, self._habits = request, habits
         self._bos = request.special_tokens.get("bos_token", "") if habits.starts_with_bos else ""
 
     def rendered(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation without the start token, or why there is none.
+        """Return the text of a conversation without the start token, or why there is none.
 
         Raises:
             CheckpointError: LiteRT-LM could not go on behind its beginning.
@@ -195,7 +196,7 @@ class _Transformers:
             return Rendered(None, str(error), refused=isinstance(error, UserError))
 
     def _history(self, conversation: Conversation) -> str:
-        """As prelude.jinja and coda.jinja make it."""
+        """Return the history as prelude.jinja and coda.jinja make it."""
         messages, habits = list(conversation.messages), self._habits
         calls = messages[-1].get("tool_calls")
         if calls and not habits.calls_close:
@@ -251,14 +252,14 @@ def _with_joined_texts(message: Message) -> Message:
 
 
 def _with_wrapped_list(message: Message) -> Message:
-    """The answer of a tool that is a list: as a content it would be a list of parts."""
+    """Wrap the answer of a tool that is a list: as a content it would be a list of parts."""
     if message["role"] == "tool" and isinstance(message["content"], list):
         return message | {"content": {"value": message["content"]}}
     return message
 
 
 def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
-    """Answers of tools as `tool_responses` of the message that called them."""
+    """Return messages with answers of tools as `tool_responses` of the message that called them."""
     moved: list[Message] = []
     for message in messages:
         if message["role"] != "tool":

@@ -110,7 +110,7 @@ def _default(write: Writer, node: nodes.Filter) -> str:
 
 
 def _positional(write: Writer, node: nodes.Filter, names: Sequence[str]) -> str:
-    """A filter's arguments in their order, those that have names too."""
+    """Return a filter's arguments in their order, those that have names too."""
     values = [write.expression(argument) for argument in node.args]
     named = {str(pair.key): write.expression(pair.value) for pair in node.kwargs}
     rest = names[len(values) :]

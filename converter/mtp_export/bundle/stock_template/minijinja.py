@@ -29,12 +29,12 @@ _SWITCHES = ("is_appending_to_prefill",)
 
 
 def helpers() -> str:
-    """The macros that a translated template calls, in MiniJinja."""
+    """Return the macros that a translated template calls, in MiniJinja."""
     return unindented("helpers.jinja")
 
 
 def unindented(name: str) -> str:
-    """A file of this package as template text: its indentation and newlines are for readers alone."""
+    """Return a file of this package as template text: its indentation and newlines are for readers alone."""
     text = importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
     return "".join(line.strip() for line in text.splitlines())
 

@@ -1,4 +1,4 @@
-"""What stock LiteRT-LM's Conversation makes of conversations: the text that it would feed the model.
+"""Conversations as stock LiteRT-LM's Conversation renders them: the text that it would feed the model.
 
 In a process of its own, as a template is from anywhere and the library logs what failed to file descriptor 2 only.
 `python -m mtp_export.bundle.stock_template.rendering` is that process.
@@ -67,7 +67,7 @@ def render_in_stock(model_path: Path, conversations: Sequence[Conversation], *, 
 
 
 def _variables(conversation: Conversation) -> dict[str, Any]:
-    """The runtime renders a history without asking for a reply."""
+    """Return the template's variables: a history is rendered without the beginning of a reply."""
     return {**conversation.variables, **({"add_generation_prompt": False} if conversation.going_on else {})}
 
 
