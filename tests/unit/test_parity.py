@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.measure.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
+from mtp_runtime.measure.parity import (
+    Comparison,
+    ParityReport,
+    RunnerResult,
+    common_length,
+    common_pieces,
+    compare_text,
+    compare_tokens,
+)
 
 MARGINS = [1.0, 0.5, 0.001, 2.0]
 
@@ -116,3 +125,25 @@ def test_a_report_reads_as_json_and_as_markdown() -> None:
     assert "| mtp_runtime | – | 0.01 | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
     assert "| mtp_runtime | 1 | 0.01 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown
     assert "- mtp_runtime, K = 1, p: token 2, margin 0.001: near-tie" in markdown
+
+
+@given(st.lists(st.integers(0, 2), max_size=5), st.lists(st.integers(0, 2), max_size=5))
+def test_the_common_length_is_where_two_sequences_first_differ(one: list[int], other: list[int]) -> None:
+    length = common_length(one, other)
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+@given(st.lists(st.text("ab", max_size=2), max_size=5), st.text("ab", max_size=8))
+def test_common_pieces_are_the_beginning_of_a_text(pieces: list[str], text: str) -> None:
+    count = common_pieces(pieces, text)
+    assert text.startswith("".join(pieces[:count]))
+    assert count == len(pieces) or not text.startswith("".join(pieces[: count + 1]))
+
+
+def test_a_runner_without_a_tolerance_has_the_report_s() -> None:
+    whole = report([1, 2, 3, 4])
+    exact = msgspec.structs.replace(whole.results[0], tolerance=0.0)
+    markdown = msgspec.structs.replace(whole, results=(exact, whole.results[0])).to_markdown()
+    assert "| mtp_runtime | – | 0 | 1 |" in markdown
+    assert "| mtp_runtime | – | 0.01 | 1 |" in markdown
