@@ -31,6 +31,7 @@ from benchmarks.machine import write_result
 from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Session
 from mtp_runtime.generate.backend import Draft, FloatArray
+from mtp_runtime.generate.stats import overall_tokens_per_second
 
 GOAL = 0.95
 Depth = int | Literal["auto"]
@@ -144,8 +145,7 @@ def speed(runs: Sequence[Run]) -> float:
 
 def elapsed_speed(runs: Sequence[Run]) -> float:
     """The same per second on the clock."""
-    later = sum(run.stats.committed_tokens - 1 for run in runs)
-    return 1000.0 * later / sum(run.stats.generate_wall_ms for run in runs)
+    return overall_tokens_per_second([run.stats for run in runs]) or 0.0
 
 
 def acceptance(runs: Sequence[Run]) -> float:

@@ -19,6 +19,7 @@ from benchmarks.bundles import exported
 from benchmarks.machine import write_result
 from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Session
+from mtp_runtime.generate.stats import overall_committed_per_round, overall_tokens_per_second
 
 GOAL = 1.3
 PHASES = ("embed_ms", "decode_ms", "draft_ms", "verify_ms", "accept_ms")
@@ -56,27 +57,17 @@ def measure(session: Session, kind: str, max_new_tokens: int, repeats: int) -> l
                 trace = generation.finish()
                 if repeat:  # the first time round warms up
                     runs[k].append(trace.stats)
-    plain = speed(runs[0])
+    plain = overall_tokens_per_second(runs[0]) or 0.0
     return [
         {
             "num_draft_tokens": k,
-            "tokens_per_second": round(speed(stats), 1),
-            "speed_up": round(speed(stats) / plain, 3),
-            "committed_per_round": round(per_round(stats), 3),
+            "tokens_per_second": round(overall_tokens_per_second(stats) or 0.0, 1),
+            "speed_up": round((overall_tokens_per_second(stats) or 0.0) / plain, 3),
+            "committed_per_round": round(overall_committed_per_round(stats) or 1.0, 3),
             "ms_per_token": {phase: round(per_token(stats, phase), 4) for phase in PHASES},
         }
         for k, stats in runs.items()
     ]
-
-
-def speed(runs: list[GenerationStats]) -> float:
-    """Committed tokens per second after each prompt's first token, which its prefill yields."""
-    return 1000.0 * sum(s.committed_tokens - 1 for s in runs) / sum(s.generate_wall_ms for s in runs)
-
-
-def per_round(runs: list[GenerationStats]) -> float:
-    rounds = sum(s.rounds for s in runs)
-    return sum(s.round_tokens for s in runs) / rounds if rounds else 1.0
 
 
 def per_token(runs: list[GenerationStats], phase: str) -> float:

@@ -36,10 +36,12 @@ import numpy as np
 from benchmarks.bundles import exported
 from benchmarks.machine import ROOT, write_result
 from mtp_export.check.prompts import heldout_prompts, of_kind
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_runtime import Session
 from mtp_runtime.backends.onnx.backend import OnnxBackend
 from mtp_runtime.backends.onnx.graphs import OnnxGraphs
+from mtp_runtime.generate.stats import overall_tokens_per_second
+from mtp_runtime.measure.parity import common_length, common_pieces
 from mtp_runtime.measure.timing import filled_prompt
 
 SCRIPTS = ROOT / "benchmarks"
@@ -126,19 +128,20 @@ def generation(options: argparse.Namespace, prompts: Sequence[str]) -> list[dict
                     ("mtp_runtime, ONNX Runtime", "onnxruntime", onnx),
                 ):
                     traces = [session.generate(i, max_new_tokens=count, num_draft_tokens=k).finish() for i in ids]
-                    tokens = sum(len(trace.tokens) - 1 for trace in traces)
-                    speed = 1000.0 * tokens / sum(trace.stats.generate_wall_ms for trace in traces)
+                    speed = overall_tokens_per_second([trace.stats for trace in traces]) or 0.0
                     said = [trace.tokens for trace in traces]
                     table.add((name, version(package), "int8", k), speed, _in_common(said, wanted))
                 run = run_stock(
-                    litert.bundle.path("litertlm"),
-                    prompts,
-                    max_new_tokens=count,
-                    context_length=litert.manifest.context_length,
-                    use_mtp=k > 0,
-                    threads=options.threads,
+                    StockRequest(
+                        model_path=str(litert.bundle.path("litertlm")),
+                        prompts=prompts,
+                        max_new_tokens=count,
+                        context_length=litert.manifest.context_length,
+                        use_mtp=k > 0,
+                        threads=options.threads,
+                    )
                 )
-                common = [_pieces_in_common(o.text, p) for o, p in zip(run.outputs, pieces, strict=True)]
+                common = [common_pieces(p, o.text) for o, p in zip(run.outputs, pieces, strict=True)]
                 table.add(("LiteRT-LM", version("litert-lm-api"), "int8", k), run.tokens_per_second, common)
             for name, weights, command in _peers(options):
                 found = _run([*command, options.threads, count], given=ids)
@@ -161,19 +164,7 @@ def _peers(options: argparse.Namespace) -> list[tuple[str, str, list[object]]]:
 
 def _in_common(outputs: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
     """Leading tokens of each output that are the wanted ones."""
-    return [
-        next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-        for ours, theirs in zip(outputs, wanted, strict=True)
-    ]
-
-
-def _pieces_in_common(text: str, pieces: Sequence[str]) -> int:
-    joined = 0
-    for number, piece in enumerate(pieces):
-        if not text.startswith(piece, joined):
-            return number
-        joined += len(piece)
-    return len(pieces)
+    return [common_length(ours, theirs) for ours, theirs in zip(outputs, wanted, strict=True)]
 
 
 def passes_beside_openvino(python: Path, threads: int) -> dict[str, Any]:

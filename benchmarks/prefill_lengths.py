@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 
 PROMPT = "What is a river?"
 RUNS = 3
@@ -26,7 +26,11 @@ def main() -> None:
     peak: dict[Path, list[int]] = {path: [] for path in paths}
     for _ in range(RUNS):
         for path in paths:
-            run = run_stock(path, [PROMPT] * 3, max_new_tokens=4, context_length=1024, use_mtp=True)
+            run = run_stock(
+                StockRequest(
+                    model_path=str(path), prompts=[PROMPT] * 3, max_new_tokens=4, context_length=1024, use_mtp=True
+                )
+            )
             first_ms[path].append(run.outputs[-1].first_token_ms)
             load_ms[path].append(run.load_ms)
             peak[path].append(run.peak_memory_bytes or 0)

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import export_cost
 from benchmarks.machine import ROOT, write_result
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_runtime import Bundle
 
 GOAL_BYTES = 3 << 29
@@ -122,7 +122,16 @@ def stock(folder: Path, threads: int) -> dict[str, Any]:
     with Bundle.open(folder, verify=False) as bundle:
         path, length = bundle.path("litertlm"), bundle.manifest.context_length
     plain, mtp = (
-        run_stock(path, [PROMPT], max_new_tokens=32, context_length=length, use_mtp=use_mtp, threads=threads)
+        run_stock(
+            StockRequest(
+                model_path=str(path),
+                prompts=[PROMPT],
+                max_new_tokens=32,
+                context_length=length,
+                use_mtp=use_mtp,
+                threads=threads,
+            )
+        )
         for use_mtp in (False, True)
     )
     texts = [done.outputs[0].text for done in (plain, mtp)]

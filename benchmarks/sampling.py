@@ -25,6 +25,7 @@ from benchmarks.machine import write_result
 from mtp_export.check.prompts import heldout_prompts, of_kind
 from mtp_runtime import GenerationStats, Sampling, Session
 from mtp_runtime.generate.sampling import Method
+from mtp_runtime.generate.stats import overall_acceptance_rate, overall_committed_per_round, overall_tokens_per_second
 
 GOAL = 0.001
 TEMPERATURES = (0.3, 0.7, 1.0)
@@ -95,8 +96,8 @@ def measure(session: Session, prompts: list[str], max_new_tokens: int) -> list[d
             "rule": "greedy" if way == Way(0.0, "match") else way.rule,
             "tokens_per_second": round(speed(stats), 1),
             "speed_up": round(speed(stats) / speed(runs[Way(way.temperature, "plain")]), 3),
-            "acceptance_rate": round(sum(s.accepted for s in stats) / max(1, sum(s.drafted for s in stats)), 3),
-            "committed_per_round": round(sum(s.round_tokens for s in stats) / max(1, sum(s.rounds for s in stats)), 3),
+            "acceptance_rate": round(overall_acceptance_rate(stats) or 0.0, 3),
+            "committed_per_round": round(overall_committed_per_round(stats) or 0.0, 3),
             "accept_ms_per_token": round(sum(s.accept_ms for s in stats) / sum(s.committed_tokens for s in stats), 4),
         }
         for way, stats in runs.items()
@@ -105,7 +106,7 @@ def measure(session: Session, prompts: list[str], max_new_tokens: int) -> list[d
 
 def speed(runs: list[GenerationStats]) -> float:
     """Committed tokens per second after each prompt's first token, which its prefill yields."""
-    return 1000.0 * sum(s.committed_tokens - 1 for s in runs) / sum(s.generate_wall_ms for s in runs)
+    return overall_tokens_per_second(runs) or 0.0
 
 
 def compare(session: Session, prompts: list[str], temperature: float, answers: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from litert_lm_builder.litertlm_header_schema_py_generated import AnySectionDataType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_export.config import FormatConfig
 from mtp_export.export import export
 from mtp_runtime import Session
@@ -129,12 +129,14 @@ def test_stock_litert_lm_says_the_same(suppressing: Suppressing, use_mtp: bool) 
     manifest = json.loads((suppressing.bundle / "manifest.json").read_text(encoding="utf-8"))
     path = suppressing.bundle / manifest["files"]["litertlm"]["path"]
     stock = run_stock(
-        path,
-        [PROMPT],
-        max_new_tokens=NEW_TOKENS,
-        context_length=manifest["context_length"],
-        use_mtp=use_mtp,
-        threads=1,
+        StockRequest(
+            model_path=str(path),
+            prompts=[PROMPT],
+            max_new_tokens=NEW_TOKENS,
+            context_length=manifest["context_length"],
+            use_mtp=use_mtp,
+            threads=1,
+        )
     )
     with Session.open(suppressing.bundle, threads=1) as session:
         text = session.detokenize(suppressing.expected)

@@ -110,7 +110,7 @@ def test_a_name_that_is_not_unicode_is_one_line(tmp_path: Path) -> None:
 
 
 def refusal(tmp_path: Path, template: Path) -> str:
-    """The one line with which an export is refused."""
+    """Return the one line with which an export is refused."""
     code, errors = export(tmp_path, template, check=False)
     (line,) = errors.strip().splitlines()
     assert code == 2

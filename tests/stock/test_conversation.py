@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mtp_export.check.chats import Chat, parity_chats
-from mtp_export.check.stock_runtime import StockTurn, run_stock
+from mtp_export.check.stock_runtime import StockRequest, StockTurn, run_stock
 from mtp_export.source.embedded import EMBEDDED
 from mtp_runtime import Session
 from tests.conftest import Export
@@ -25,7 +25,7 @@ from tools.train_nano.dialogues import held_out
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/litert_lm_chat.py"
 CONTEXT = 1020
 QUESTIONS = [prompt.question for prompt in held_out() if not prompt.calls]
-CHATS = [Chat(name=f"chat {n}", says=tuple(QUESTIONS[6 * n : 6 * n + 6])) for n in range(12)]
+CHATS = [Chat(name=f"chat {n}", user_texts=tuple(QUESTIONS[6 * n : 6 * n + 6])) for n in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,16 @@ def runs(container: Path) -> dict[bool, list[list[StockTurn]]]:
     def run(drafts: bool) -> list[list[StockTurn]]:
         chats = [*CHATS, *parity_chats()]
         result = run_stock(
-            container,
-            [],
-            max_new_tokens=1,
-            context_length=CONTEXT,
-            use_mtp=drafts,
-            threads=1,
-            chats=chats,
-            max_chat_tokens=96,
+            StockRequest(
+                model_path=str(container),
+                prompts=[],
+                max_new_tokens=1,
+                context_length=CONTEXT,
+                use_mtp=drafts,
+                threads=1,
+                chats=chats,
+                max_chat_tokens=96,
+            )
         )
         assert result.chat_errors == [""] * len(chats)
         return result.chats
@@ -69,7 +71,7 @@ def test_drafts_change_no_reply_and_no_token_that_is_held(runs: dict[bool, list[
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_what_is_held_is_what_transformers_writes(
+def test_the_tokens_in_the_cache_are_those_that_transformers_writes(
     runs: dict[bool, list[list[StockTurn]]], tokenizer: Any, drafts: bool
 ) -> None:
     """Six turns, and turns with calls and answers: the text of the template up to what ended the reply."""
@@ -94,7 +96,7 @@ def test_a_thought_is_taken_back(runs: dict[bool, list[list[StockTurn]]], tokeni
     assert "channels" in turns[0].reply  # it thought
     assert any("channels" not in turn.reply for turn in turns[1:])  # and was not to think again
     messages: list[dict[str, Any]] = []
-    for question, turn in zip(parity_chats()[place].says, turns, strict=True):
+    for question, turn in zip(parity_chats()[place].user_texts, turns, strict=True):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.text}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True).removesuffix("\n")
         # Thoughts of earlier turns are gone; that of this turn goes with the next message at the latest.
@@ -169,7 +171,7 @@ def test_no_draft_is_a_stop_token(export_nano: Export) -> None:
             assert trace.origins[-1] in ("correction", "bonus")
 
 
-def test_the_example_says_the_same_with_drafts(container: Path) -> None:
+def test_the_example_generates_the_same_with_drafts(container: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), str(container)], capture_output=True, text=True, check=False, timeout=120
     )
@@ -192,7 +194,7 @@ def _engine(container: Path, drafts: bool, **options: Any) -> Any:
 
 
 def _written(turn: StockTurn) -> str:
-    """A reply in the notation of the template, with what ended it."""
+    """Return a reply in the notation of the template, with what ended it."""
     if not turn.calls:
         return f"{turn.text}<turn|>"
     calls = (f"<|tool_call>call:{call['name']}{{{_arguments(call['arguments'])}}}<tool_call|>" for call in turn.calls)
@@ -207,9 +209,9 @@ def _arguments(values: dict[str, Any]) -> str:
 
 
 def _messages(chat: Chat, turns: list[StockTurn]) -> list[dict[str, Any]]:
-    """The conversation as transformers knows it."""
+    """Return the conversation as transformers knows it."""
     messages: list[dict[str, Any]] = []
-    texts = iter(chat.says)
+    texts = iter(chat.user_texts)
     answers: list[dict[str, Any]] = []
     for turn in turns:
         messages += answers or [{"role": "user", "content": next(texts)}]

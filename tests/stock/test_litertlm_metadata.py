@@ -89,7 +89,7 @@ def test_without_a_stop_token_one_that_never_comes(bundle: Path) -> None:
     assert fields(bundle, stop_token_ids=())["stop_tokens"] == [{"token_ids": {"ids": [4096]}}]
 
 
-def test_without_a_template_only_what_does_not_need_one(bundle: Path) -> None:
+def test_without_a_template_only_fields_that_need_none(bundle: Path) -> None:
     files = {role: entry for role, entry in read_manifest(bundle).files.items() if role != "chat_template"}
     metadata = fields(bundle, files=files)
     assert "jinja_prompt_template" not in metadata

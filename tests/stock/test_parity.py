@@ -1,4 +1,4 @@
-"""`mtp-export parity` notices a container that says something else than its bundle, each with a line of its own."""
+"""`mtp-export parity` names each difference of a container from its bundle, in a line of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMITS = ("--limit", "2", "--max-new-tokens", "16", "--threads", "1")
 
 
 def changed(source: Path, folder: Path, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle whose container has other metadata, and a manifest that knows that file."""
+    """Return a bundle whose container has other metadata, and a manifest that knows that file."""
     shutil.copytree(source, folder)
     manifest = read_manifest(folder)
     container = folder / manifest.files["litertlm"].path
@@ -78,7 +78,7 @@ def another_sampler(metadata: Any) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_parity_says_what_is_wrong(
+def test_parity_names_each_difference(
     export_nano: Export,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

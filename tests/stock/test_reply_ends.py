@@ -24,7 +24,7 @@ def session(request: pytest.FixtureRequest, export_nano: Export) -> Iterator[Ses
 
 
 def cached(session: Session, before: list[int], ids: list[int], *, zeros: bool) -> dict[str, NDArray[np.float32]]:
-    """The caches after two prefills, the second with zeros as its first row."""
+    """Return the caches after two prefills, the second with zeros as its first row."""
     backend = session.backend
     backend.kv_cache.rewind(0)
     backend.prefill(before)
@@ -53,9 +53,9 @@ def cached(session: Session, before: list[int], ids: list[int], *, zeros: bool) 
 )
 def test_a_first_row_of_zeros(session: Session, before: str, token: str, behind: str) -> None:
     ids = session.tokenize(token + behind, bos=False)
-    said = session.tokenize(before)
-    expected = cached(session, said, ids, zeros=False)
-    mended = cached(session, said, ids, zeros=True)
+    prompt_ids = session.tokenize(before)
+    expected = cached(session, prompt_ids, ids, zeros=False)
+    mended = cached(session, prompt_ids, ids, zeros=True)
     assert expected.keys() == mended.keys()
     for name, rows in expected.items():
         assert np.array_equal(rows, mended[name]), name
@@ -64,7 +64,7 @@ def test_a_first_row_of_zeros(session: Session, before: str, token: str, behind:
 def test_other_rows_are_left_alone(session: Session) -> None:
     """Zeros for a token that ends nothing would be another prompt, so they are the end of a call then."""
     ids = session.tokenize(f"a{BEHIND_CALL}", bos=False)
-    said = session.tokenize(CALL)
-    expected = cached(session, said, ids, zeros=False)
-    mended = cached(session, said, ids, zeros=True)
+    prompt_ids = session.tokenize(CALL)
+    expected = cached(session, prompt_ids, ids, zeros=False)
+    mended = cached(session, prompt_ids, ids, zeros=True)
     assert any(not np.array_equal(rows, mended[name]) for name, rows in expected.items())

@@ -143,7 +143,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("template", UNSUPPORTED)
-def test_what_has_no_counterpart_is_refused_by_name(template: str) -> None:
+def test_a_construct_without_a_counterpart_is_refused_by_name(template: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         check(template)
     assert UNSUPPORTED[template] in str(caught.value)
@@ -232,10 +232,10 @@ def test_each_construct_means_the_same(tmp_path: Path) -> None:
     habits = habits_of(whole, special_tokens=SPECIAL_TOKENS, stops=STOPS)
     stock = stock_template(whole, habits, special_tokens=SPECIAL_TOKENS, stops=STOPS)
     write_stub(tmp_path / "x.litertlm", stock, TOKENIZER)
-    (found,) = render_in_stock(tmp_path / "x.litertlm", [one], timeout_s=60)
-    assert found.text is not None, found.error
+    (rendered,) = render_in_stock(tmp_path / "x.litertlm", [one], timeout_s=60)
+    assert rendered.text is not None, rendered.error
     expected = render_chat(whole, one.messages, special_tokens=SPECIAL_TOKENS, **VARIABLES)
-    theirs, ours = found.text.split("\x1e")[1:], expected.split("\x1e")[1:]
+    theirs, ours = rendered.text.split("\x1e")[1:], expected.split("\x1e")[1:]
     different = {line: pair for line, *pair in zip(CONSTRUCTS, ours, theirs, strict=True) if pair[0] != pair[1]}
     assert different == {}
     assert len(CONSTRUCTS) > 150

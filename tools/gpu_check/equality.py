@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mtp_export.check.stock_runtime import StockRun, run_stock
+from mtp_export.check.stock_runtime import StockRequest, StockRun, run_stock
 from mtp_runtime import Session
+from mtp_runtime.measure.parity import common_pieces
 from tools.gpu_check.drafters import DRAFTERS, with_drafter
 
 # The CPU's margin between the two best logits (soft-capped at ±30) up to which a difference is a near-tie. In fp32 it
@@ -40,13 +41,15 @@ def check_equality(
         def run(activations: str, drafter: str) -> StockRun:
             on_run(f"{bundle.name}: GPU, {activations}, {drafter or 'plain'}")
             return run_stock(
-                files.get(drafter, container),
-                prompts,
-                max_new_tokens=max_new_tokens,
-                context_length=length,
-                use_mtp=bool(drafter),
-                backend="gpu",
-                activations=activations,
+                StockRequest(
+                    model_path=str(files.get(drafter, container)),
+                    prompts=prompts,
+                    max_new_tokens=max_new_tokens,
+                    context_length=length,
+                    use_mtp=bool(drafter),
+                    backend="gpu",
+                    activations=activations,
+                )
             )
 
         # Side by side: a small model leaves most of a GPU idle, and nothing is timed here.
@@ -103,12 +106,6 @@ def first_difference(session: Session, prompt: str, expected: str, found: str) -
     for: with drafts a runtime says its last round whole, and ends earlier where it meets a stop token."""
     tokens = session.tokenize(prompt + expected)[len(session.tokenize(prompt)) :]
     pieces = session.text_pieces(tokens)
-    start = agreed = 0
-    for piece in pieces:
-        if start >= len(found):
-            return tokens, agreed, agreed
-        if not found.startswith(piece, start):
-            break
-        start += len(piece)
-        agreed += 1
-    return tokens, agreed, len(pieces)
+    agreed = common_pieces(pieces, found)
+    ended = len("".join(pieces[:agreed])) >= len(found)
+    return tokens, agreed, agreed if ended else len(pieces)

@@ -28,6 +28,7 @@ from mtp_runtime.backends.onnx.runs import BoundGraph, TargetRun
 from mtp_runtime.backends.onnx.webgpu import DeviceRows, open_session
 from mtp_runtime.bundle.contract import BATCH_ROLES
 from mtp_runtime.errors import MtpError
+from mtp_runtime.generate.stats import overall_acceptance_rate, overall_tokens_per_second
 from mtp_runtime.measure.parity import Comparison, compare_tokens
 from tools.gpu_check.equality import TOLERANCES
 from tools.gpu_check.memory import gpu_memory_mib
@@ -122,7 +123,7 @@ def equality(
         "num_draft_tokens": gpu.manifest.num_draft_tokens,
         "mtp_against_plain": _counts(against_plain),
         "plain_against_cpu": _counts(against_cpu),
-        "acceptance_rate": round(sum(s.accepted for s in stats) / max(1, sum(s.drafted for s in stats)), 3),
+        "acceptance_rate": round(overall_acceptance_rate(stats) or 0.0, 3),
         # Without the first prompt, whose passes compile their shaders.
         "tokens_per_second": {name: _speed(found[1:]) for name, found in traces.items()},
         "gpu_memory_mib": used,
@@ -141,8 +142,8 @@ def _counts(verdicts: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def _speed(traces: Sequence[GenerationTrace]) -> float | None:
-    seconds = sum(trace.stats.generate_wall_ms for trace in traces) / 1000.0
-    return round(sum(len(trace.tokens) for trace in traces) / seconds, 1) if seconds else None
+    speed = overall_tokens_per_second([trace.stats for trace in traces])
+    return None if speed is None else round(speed, 1)
 
 
 def in_place(bundle: Bundle, lengths: Sequence[int], repeats: int, on_run: Callable[[str], None]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_export.formats.tflite.gpu_table import COMPOSITE, Graph, Operator, open_graph
 from mtp_runtime import Session
 from mtp_runtime.errors import BackendError
@@ -92,13 +92,15 @@ def try_composites(bundle: Path) -> dict[str, dict[str, Any]]:
         path, length = session.bundle.path("litertlm"), session.manifest.context_length
     try:
         run = run_stock(
-            path,
-            [_PROMPT],
-            max_new_tokens=_TOKENS,
-            context_length=length,
-            use_mtp=True,
-            backend=BACKEND,
-            activations="fp32",
+            StockRequest(
+                model_path=str(path),
+                prompts=[_PROMPT],
+                max_new_tokens=_TOKENS,
+                context_length=length,
+                use_mtp=True,
+                backend=BACKEND,
+                activations="fp32",
+            )
         )
         same = text and run.outputs[0].text.startswith(text)
         why = None if same else "accepted, and the text is another than the CPU's"

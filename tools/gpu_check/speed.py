@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_runtime import read_manifest
 from tools.gpu_check.full_size import VERIFIED, FullSize, write_full_size
 from tools.gpu_check.memory import Watched
@@ -71,13 +71,15 @@ def _runs(written: FullSize, activations: str, on_run: Callable[[str], None]) ->
             on_run(f"{manifest.model}: LiteRT-LM, {activations}, drafter {drafter}, {repeat + 1} of {_REPEATS}")
             with Watched() as watched:
                 run = run_stock(
-                    path,
-                    _PROMPTS,
-                    max_new_tokens=_TOKENS,
-                    context_length=manifest.context_length,
-                    use_mtp=drafter != "none",
-                    backend="gpu",
-                    activations=activations,
+                    StockRequest(
+                        model_path=str(path),
+                        prompts=_PROMPTS,
+                        max_new_tokens=_TOKENS,
+                        context_length=manifest.context_length,
+                        use_mtp=drafter != "none",
+                        backend="gpu",
+                        activations=activations,
+                    )
                 )
             # The first output pays for compiling shaders.
             taken = statistics.median(output.decode_ms / output.num_tokens for output in run.outputs[1:])

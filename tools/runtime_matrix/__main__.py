@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtp_runtime.measure.parity import common_length
+
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("probe.py")
 # The newest stable version that is in the registry, and the newest nightly: 0.19 is not there as a stable one.
@@ -154,9 +156,9 @@ def _distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
 
 def _first_difference(result: Any, plain: Any) -> str:
     if isinstance(result, Sequence) and not isinstance(result, str) and isinstance(plain, Sequence):
-        for one, other in zip(result, plain, strict=False):
-            if one != other:
-                return _first_difference(one, other)
+        place = common_length(result, plain)
+        if place < min(len(result), len(plain)):
+            return _first_difference(result[place], plain[place])
     return f"{json.dumps(result, ensure_ascii=False)} in place of {json.dumps(plain, ensure_ascii=False)}"[:160]
 
 

@@ -27,6 +27,7 @@ from mtp_calibration.drafter.loss import STEP_WEIGHTS, centroid_targets, draft_l
 from mtp_calibration.drafter.models import load, merge_adapters, save_like
 from mtp_calibration.drafter.rounds import rounds
 from mtp_export.source.pair import Pair
+from mtp_runtime.atomic import replacing, write_atomically
 from mtp_runtime.errors import UserError
 
 _WARM_UP = 20
@@ -129,7 +130,7 @@ def _kept_answers(target: Any, prompts: Sequence[Sequence[int]], answering: Answ
     if path.is_file():
         return [Answer(tuple(ids), start) for ids, start in json.loads(path.read_text())]
     answers = answered(target, prompts, answering)
-    _replace(path, lambda beside: beside.write_text(json.dumps(answers)))
+    write_atomically(path, json.dumps(answers))
     return answers
 
 
@@ -168,7 +169,8 @@ def _train(
         on_step(Step(number + 1, float(loss.detach()), float(agreement)))
         if (number + 1) % options.save_every == 0 or number + 1 == options.steps:
             state = {"done": number + 1, "optimiser": optimiser.state_dict(), "parameters": [p.data for p in trained]}
-            _replace(path, lambda beside, state=state: torch.save(state, beside))  # type: ignore[misc]
+            with replacing(path) as beside:
+                torch.save(state, beside)
 
 
 def round_loss(target: Any, drafter: Any, batch: Sequence[Answer], position_offset: int) -> tuple[Tensor, Tensor]:
@@ -195,9 +197,3 @@ def _step_loss(drafter: Any, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Te
         clusters = centroid_targets(embedder.token_ordering, embedder.num_centroids, scores.argmax(-1))
         loss = loss + F.cross_entropy(embedder.centroids(hidden.detach()), clusters, reduction="none")
     return loss, right
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f"{path.name}.partial")
-    write(beside)
-    os.replace(beside, path)

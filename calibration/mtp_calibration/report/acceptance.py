@@ -10,6 +10,7 @@ import msgspec
 from mtp_export.check.prompts import Prompt, text_of
 from mtp_runtime import GenerationStats, GenerationTrace, Session
 from mtp_runtime.errors import UserError
+from mtp_runtime.generate.stats import overall_committed_per_round, overall_tokens_per_second
 from mtp_runtime.measure import timing
 
 
@@ -114,20 +115,18 @@ def _row(kind: str, k: int, runs: Sequence[GenerationStats], plain: Sequence[Gen
     drafted = [sum(s.drafted_at[i] for s in runs if len(s.drafted_at) > i) for i in range(k)]
     kept = [sum(s.accepted_at[i] for s in runs if len(s.accepted_at) > i) for i in range(k)]
     rounds = sum(s.rounds for s in runs)
-    per_round = sum(s.round_tokens for s in runs) / max(1, rounds)
     return KindRow(
         kind=kind,
         num_draft_tokens=k,
         rounds=rounds,
         accepted_at=tuple(a / d if d else 0.0 for a, d in zip(kept, drafted, strict=True)),
-        committed_per_round=per_round,
+        committed_per_round=overall_committed_per_round(runs) or 0.0,
         speed_up=_speed(runs) / _speed(plain) if _speed(plain) else 0.0,
     )
 
 
 def _speed(runs: Sequence[GenerationStats]) -> float:
-    wall_ms = sum(s.generate_wall_ms for s in runs)
-    return 1000.0 * sum(max(0, s.committed_tokens - 1) for s in runs) / wall_ms if wall_ms else 0.0
+    return overall_tokens_per_second(runs) or 0.0
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True):

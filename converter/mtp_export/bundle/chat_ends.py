@@ -1,4 +1,4 @@
-"""What an export has to know of a checkpoint's chats: that its template works, and what ends replies and calls."""
+"""The chats of a checkpoint, as far as an export depends on them: a template that works, and the ends of replies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ChatTexts:
 
 
 def read_chat_texts(target: Checkpoint, stop_token_ids: Sequence[int], contents: Mapping[str, str]) -> ChatTexts | None:
-    """Return what a checkpoint's texts say of chats, None where there is no chat template."""
+    """Return the texts of a checkpoint that chats depend on, None if there is no chat template."""
     from mtp_export.bundle.metadata import added_pieces
 
     if "chat_template" not in contents:
@@ -57,7 +57,7 @@ def check_chat_template(chat: ChatTexts, tokenizer_json: str, *, for_stock: bool
 
 
 def reply_ends(chat: ChatTexts, tokenizer: Tokenizer) -> ReplyEnds | None:
-    """Return what ends replies and calls in chats, None where the template and the stop tokens do not say."""
+    """Return the tokens that end replies and calls in chats, None if the template writes no stop token there."""
     from mtp_export.bundle.stock_template import habits_of
     from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
 

@@ -1,4 +1,4 @@
-"""What LiteRT-LM is told of a model besides its graphs: the LlmMetadata message, each field from the checkpoint.
+"""What LiteRT-LM reads of a model besides its graphs: the LlmMetadata message, each field from the checkpoint.
 
 The fields are those that Google's own bundles of Gemma 4 have (docs/litert-lm.md lists where each comes from).
 """
@@ -65,9 +65,9 @@ def llm_metadata(folder: Path, manifest: Manifest) -> Any:
     return metadata
 
 
-def metadata_differences(found: Any, expected: Any) -> list[str]:
-    """What a container's metadata says otherwise than its bundle, a line for each field."""
-    theirs, ours = fields_of(found), fields_of(expected)
+def metadata_differences(actual: Any, expected: Any) -> list[str]:
+    """Return a line for each field of a container's metadata that is not as its bundle makes it."""
+    theirs, ours = fields_of(actual), fields_of(expected)
     lines = []
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) == ours.get(name):
@@ -83,18 +83,18 @@ def metadata_differences(found: Any, expected: Any) -> list[str]:
 
 
 def fields_of(metadata: Any) -> dict[str, Any]:
-    """The fields that a metadata message has, by name, as JSON."""
+    """Return the fields that a metadata message has, by name, as JSON."""
     fields: dict[str, Any] = json_format.MessageToDict(metadata, preserving_proto_field_name=True)
     return fields
 
 
 def stop_texts(pieces: Mapping[int, str], stop_token_ids: Sequence[int]) -> list[str]:
-    """The texts of the tokens that end a reply, as chat templates write them."""
+    """Return the texts of the tokens that end a reply, as chat templates write them."""
     return [pieces[token_id] for token_id in stop_token_ids if token_id in pieces]
 
 
 def added_pieces(tokenizer_json: str) -> dict[int, str]:
-    """The texts of a tokenizer's added tokens, the special ones among them, by id."""
+    """Return the texts of a tokenizer's added tokens, the special ones among them, by id."""
     return {token["id"]: token["content"] for token in json.loads(tokenizer_json).get("added_tokens") or []}
 
 
@@ -113,7 +113,7 @@ def _set_sampler(parameters: Any, sampler: SamplerDefaults, vocab_size: int) -> 
 
 
 def _set_gemma4(metadata: Any, tokens: Mapping[str, str]) -> None:
-    """Fences of calls, quotes, media tokens and the channel of thoughts, where the vocabulary has them."""
+    """Write fences of calls, quotes, media tokens and the channel of thoughts, if the vocabulary has them."""
     gemma4 = metadata.llm_model_type.gemma4
     gemma4.SetInParent()
     fields = {
@@ -142,7 +142,7 @@ def _set_gemma4(metadata: Any, tokens: Mapping[str, str]) -> None:
 
 
 def _set_affixes(templates: Any, habits: Habits) -> None:
-    """What stands around a message of each role, for sessions that apply it without the template."""
+    """Write the texts around a message of each role, for sessions that apply them without the template."""
     for role, affixes in (("user", habits.user_affixes), ("model", habits.model_affixes)):
         if affixes is not None:
             getattr(templates, role).prefix, getattr(templates, role).suffix = affixes

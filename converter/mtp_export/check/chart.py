@@ -16,7 +16,7 @@ _STEPS = 50
 
 
 def draw(report: BenchReport) -> str:
-    """The drawing as the text of an SVG file."""
+    """Return the drawing as the text of an SVG file."""
     plot = _Plot(report)
     title = f"{report.model}, {report.recipe}, {report.backend}, {report.threads} threads, {report.filled} filled"
     parts = [
@@ -38,7 +38,7 @@ class _Plot:
         self.report = report
         self.medians = report.medians_ms
         self.decode = self.medians["decode"]
-        top = max(self.decode, *(found.ms_per_token for found in report.rounds))
+        top = max(self.decode, *(rounds.ms_per_token for rounds in report.rounds))
         self.top = 1.08 * max(top, *(round_ms(self.medians, k) for k in report.break_even))
 
     def x(self, alpha: float) -> float:
@@ -63,14 +63,14 @@ class _Plot:
         yield _text(self.x(1) + 8, y + 4, f"plain {self.decode:.3g}")
 
     def lines(self) -> Iterator[str]:
-        """A line for each K, and a circle with the acceptance where it crosses plain decoding."""
+        """Yield a line for each K, and a circle at the acceptance where it crosses plain decoding."""
         for k, even in self.report.break_even.items():
             colour, taken = _COLOURS[k % len(_COLOURS)], round_ms(self.medians, k)
             alphas = [i / _STEPS for i in range(_STEPS + 1)]
             points = " ".join(f"{self.x(a):.1f},{self.y(taken / expected_committed(a, k)):.1f}" for a in alphas)
             yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
-            said = "never pays" if even is None else f"pays from {even:.2f}"
-            yield _text(self.x(1) + 8, _TOP + 14 + 18 * k, f"K = {k}: {said}", colour=colour)
+            pays = "never pays" if even is None else f"pays from {even:.2f}"
+            yield _text(self.x(1) + 8, _TOP + 14 + 18 * k, f"K = {k}: {pays}", colour=colour)
             if even is not None:
                 yield (
                     f'<circle cx="{self.x(even):.1f}" cy="{self.y(self.decode):.1f}" r="5" fill="none" '
@@ -79,9 +79,9 @@ class _Plot:
 
     def measured(self) -> Iterator[str]:
         colour = _COLOURS[self.report.num_draft_tokens % len(_COLOURS)]
-        for found in self.report.rounds:
-            if found.alpha is not None:
-                x, y = self.x(found.alpha) - 3, self.y(found.ms_per_token) - 3
+        for rounds in self.report.rounds:
+            if rounds.alpha is not None:
+                x, y = self.x(rounds.alpha) - 3, self.y(rounds.ms_per_token) - 3
                 yield f'<rect x="{x:.1f}" y="{y:.1f}" width="6" height="6" fill="{colour}"/>'
         yield _text(self.x(1) + 8, _TOP + 14, "squares: measured")
 

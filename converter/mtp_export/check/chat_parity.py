@@ -1,4 +1,4 @@
-"""Chats through our Conversation, LiteRT-LM's and transformers: the same prompts, replies, calls and tokens held."""
+"""Chats in our Conversation, LiteRT-LM's and transformers: prompts, replies, calls and cached tokens, compared."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class ChatTurn:
 
     @property
     def text(self) -> str:
-        """The reply without its thought, as an app shows it; calls are no text."""
+        """Return the reply without its thought and calls, as an app shows it."""
         return _THOUGHT.sub("", str(self._message["content"]))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """The functions that the reply calls."""
+        """Return the functions that the reply calls."""
         return [call["function"] for call in self._message.get("tool_calls", [])]
 
     @property
     def thought(self) -> str:
-        """The thought of the reply, empty where there is none."""
+        """Return the thought of the reply, empty if there is none."""
         return "".join(_THOUGHT.findall(self.content))
 
     @property
     def is_cut(self) -> bool:
-        """Whether the reply ended at a limit: behind it a runtime that keeps its last drafts holds other tokens."""
+        """Return whether the reply ended at a limit: a runtime that keeps its last drafts then holds more tokens."""
         return self.trace.finish_reason != "stop"
 
     @property
@@ -62,7 +62,7 @@ def hold(session: Session, chat: Chat, *, max_new_tokens: int, num_draft_tokens:
     options = {**chat.variables, **({"tools": list(chat.tools)} if chat.tools else {})}
     conversation = Conversation(session, system=chat.system, **options)
     turns: list[ChatTurn] = []
-    for text in chat.says:
+    for text in chat.user_texts:
         messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
         for _ in range(1 + MAX_CALLS):
             reply = conversation.say(
@@ -85,7 +85,7 @@ def hold(session: Session, chat: Chat, *, max_new_tokens: int, num_draft_tokens:
 def compare_tokens_of_chat(
     chat: Chat, reference: Sequence[ChatTurn], outputs: Sequence[Sequence[int]], *, tolerance: float
 ) -> Comparison:
-    """Hold the replies of another run against the reference's, token by token, as far as they agree."""
+    """Compare the replies of another run with the reference's, token by token, up to the first that differs."""
     for number, (turn, output) in enumerate(zip(reference, outputs, strict=False)):
         comparison = compare_tokens(
             chat.name,
@@ -110,11 +110,11 @@ def compare_stock_chat(
     *,
     tolerance: float,
 ) -> Comparison:
-    """Hold a chat in LiteRT-LM's Conversation against ours: what it fed the model, what the app got, and how many
-    tokens it holds behind each reply.
+    """Compare a chat in LiteRT-LM's Conversation with ours: the text that it fed the model, the reply, and how many
+    tokens it holds after each reply.
 
     The comparison ends with a reply that was cut at a limit: there LiteRT-LM with drafts gives and holds up to K tokens
-    more, and whatever follows has another beginning.
+    more, and every later turn has another beginning.
     """
     for number, (ours, theirs) in enumerate(zip(reference, stock, strict=False)):
         if not _is_fed(session, ours.prompt, theirs.fed, first=number == 0):
@@ -139,20 +139,22 @@ def compare_stock_chat(
 
 
 def _begins(ours: ChatTurn, theirs: StockTurn) -> bool:
-    """Whether a reply that was cut is the beginning of another, up to an unfinished call or character."""
+    """Return whether a reply that was cut is the beginning of another, up to an unfinished call or character."""
     thought, text = (_UNFINISHED.sub("", part) for part in (ours.thought, ours.text))
     return theirs.thought.startswith(thought) and theirs.text.startswith(text)
 
 
 def _is_fed(session: Session, prompt: str, fed: str, *, first: bool) -> bool:
-    """Whether a text is what the prompt adds to what is in the cache; the first is all but the start token."""
+    """Return whether a text is the part of a prompt that the cache lacks: of the first, all but the start token."""
     bos = session.tokenizer.bos_token
     return fed == prompt.removeprefix(bos) if first else bool(fed) and prompt.endswith(fed)
 
 
 def _held(session: Session, turn: ChatTurn) -> tuple[int, ...]:
-    """Tokens that the runtime may hold behind a reply. A thought before a text is taken back, for templates drop it as
-    soon as the user goes on: at once, or with the next message."""
+    """Return the numbers of tokens that the runtime may hold after a reply.
+
+    A thought before a text is taken back, at once or with the next message: templates drop it as the user goes on.
+    """
     prompt, whole = len(turn.trace.prompt_ids), len(turn.trace.tokens)
     if not turn.thought or turn.calls:
         return (prompt + whole,)

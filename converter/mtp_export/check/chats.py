@@ -12,7 +12,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation as an app has it. Whatever the model calls is answered with what `answers` has for the tool."""
 
     name: str
-    says: tuple[str, ...]
+    user_texts: tuple[str, ...]
     system: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
     answers: dict[str, Any] = {}
@@ -58,15 +58,19 @@ _SIX = (
 def parity_chats() -> list[Chat]:
     """Six turns, two tools and a further turn, and thinking."""
     return [
-        Chat(name="six turns", says=_SIX),
+        Chat(name="six turns", user_texts=_SIX),
         Chat(
             name="two tools",
-            says=("What is 231 plus 84?", "Tell me the word of the day for Monday.", "What does the noun river mean?"),
+            user_texts=(
+                "What is 231 plus 84?",
+                "Tell me the word of the day for Monday.",
+                "What does the noun river mean?",
+            ),
             tools=(_ADD, _WORD),
             answers={
                 "add": {"result": 315},
                 "word_of_the_day": {"meaning": "a tower with a bright light that guides ships", "word": "lighthouse"},
             },
         ),
-        Chat(name="thinking", says=_SIX[:3], variables={"enable_thinking": True}),
+        Chat(name="thinking", user_texts=_SIX[:3], variables={"enable_thinking": True}),
     ]

@@ -16,8 +16,8 @@ from mtp_runtime.backends.litert.quiet import native_log_held_back
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.errors import BundleError
 
-_IN_TFLITE = re.compile(rb"\d+\.head/")  # as lower/tflite.py names what a call of the head makes
-_IN_ONNX = "drafter/head/"  # as lower/onnx.py does
+_IN_TFLITE = re.compile(rb"\d+\.head/")  # as formats/tflite names the tensors of a call of the head
+_IN_ONNX = "drafter/head/"  # as formats/onnx names the nodes of one
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def _fail(path: Path) -> BundleError:
 
 
 def _open_tflite(path: Path, folder: Path, threads: int) -> list[Any]:
-    """The compiled model, its input and its output buffers."""
+    """Return the compiled model, its input and its output buffers."""
     from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 
     cut = folder / "head.tflite"
@@ -60,8 +60,10 @@ def _open_tflite(path: Path, folder: Path, threads: int) -> list[Any]:
 
 
 def _cut_tflite(path: Path) -> tuple[bytes, int]:
-    """The file with the head's operators alone, and the values of its input. Weights keep their places: the header is
-    filled up to what it was."""
+    """Return the file with the head's operators alone, and how many values its input has.
+
+    Weights keep their places: the header is padded to the length that it had.
+    """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -74,13 +76,13 @@ def _cut_tflite(path: Path) -> tuple[bytes, int]:
     kept = [o for o in subgraph.operators if all(_IN_TFLITE.match(tensors[int(i)].name) for i in o.outputs)]
     made = {int(i) for operator in kept for i in operator.outputs}
     read = {int(i) for operator in kept for i in operator.inputs if i >= 0} - made
-    given = sorted(i for i in read if tensors[i].buffer == 0 or _is_empty(model.buffers[tensors[i].buffer]))
-    if len(given) != 1 or not made & outputs:
+    fed = sorted(i for i in read if tensors[i].buffer == 0 or _is_empty(model.buffers[tensors[i].buffer]))
+    if len(fed) != 1 or not made & outputs:
         raise _fail(path)
     subgraph.operators = kept
-    entry.inputs = [_tensor_map(schema, b"x", given[0])]
+    entry.inputs = [_tensor_map(schema, b"x", fed[0])]
     entry.outputs = [item for item in entry.outputs if item.tensorIndex in made]
-    subgraph.inputs = np.array(given, np.int32)
+    subgraph.inputs = np.array(fed, np.int32)
     subgraph.outputs = np.array([item.tensorIndex for item in entry.outputs], np.int32)
     entry.subgraphIndex, model.subgraphs, model.signatureDefs = 0, [subgraph], [entry]
     builder = flatbuffers.Builder(1 << 20)
@@ -88,7 +90,7 @@ def _cut_tflite(path: Path) -> tuple[bytes, int]:
     header, start = bytes(builder.Output()), min(b.offset for b in model.buffers if b.offset > 1)
     if len(header) > start:
         raise _fail(path)
-    return header + b"\0" * (start - len(header)) + data[start:], int(np.prod(tensors[given[0]].shape))
+    return header + b"\0" * (start - len(header)) + data[start:], int(np.prod(tensors[fed[0]].shape))
 
 
 def _is_empty(buffer: Any) -> bool:
@@ -111,20 +113,20 @@ def _open_onnx(path: Path, folder: Path) -> Callable[[], object]:
     kept = [node for node in graph.node if node.name.startswith(_IN_ONNX)]
     made = {name for node in kept for name in node.output}
     known = {tensor.name for tensor in graph.initializer}
-    given = sorted({name for node in kept for name in node.input} - made - known - {""})
+    fed = sorted({name for node in kept for name in node.input} - made - known - {""})
     outputs = [value for value in graph.output if value.name in made]
-    if len(given) != 1 or not outputs:
+    if len(fed) != 1 or not outputs:
         raise _fail(path)
     (norm,) = (tensor for tensor in graph.initializer if tensor.name == "model.norm.weight")
     width = norm.dims[0]
     used = {name for node in kept for name in node.input}
     initializers = [tensor for tensor in graph.initializer if tensor.name in used]
-    x = onnx.helper.make_tensor_value_info(given[0], onnx.TensorProto.FLOAT, [1, 1, width])
+    x = onnx.helper.make_tensor_value_info(fed[0], onnx.TensorProto.FLOAT, [1, 1, width])
     model.graph.CopyFrom(onnx.helper.make_graph(kept, "head", [x], outputs, initializer=initializers))
     cut = folder / "head.onnx"
     cut.write_bytes(model.SerializeToString())
     data = path.with_name(f"{path.name}.data")
     shutil.copyfile(data, folder / data.name)  # a fiftieth of a bundle; a link out of its folder would be refused
     session = open_graph(cut, threads=1)  # on the threads of the opened bundle
-    feed = {given[0]: np.random.default_rng(0).standard_normal((1, 1, width), np.float32)}
+    feed = {fed[0]: np.random.default_rng(0).standard_normal((1, 1, width), np.float32)}
     return lambda: session.run(None, feed)

@@ -1,245 +1,121 @@
-"""The proof of a bundle: the same prompts and chats through every way of running it, compared token by token."""
+"""The parity of a bundle: the same prompts and chats in every runtime that runs it, compared token by token."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from mtp_export.bundle.metadata import llm_metadata, metadata_differences
-from mtp_export.check.chat_parity import ChatTurn, compare_stock_chat, compare_tokens_of_chat, hold
-from mtp_export.check.chats import Chat, parity_chats
+from mtp_export.check.chat_parity import compare_stock_chat, compare_tokens_of_chat, hold
+from mtp_export.check.own_runs import CHAT_TOKENS, Reference, reference_chats, run_prompts
 from mtp_export.check.prompts import Prompt, text_of
-from mtp_export.check.stock_runtime import StockRun, known_faults, run_stock
-from mtp_runtime import GenerationTrace, Session
+from mtp_export.check.stock_runtime import StockRequest, StockRun, known_faults, run_stock
+from mtp_runtime import GenerationTrace, Manifest, Session
+from mtp_runtime.bundle.contract import PARAM_TENSOR
 from mtp_runtime.bundle.litertlm import read_metadata
-from mtp_runtime.errors import ContextFullError, UserError
+from mtp_runtime.errors import UserError
+from mtp_runtime.generate.stats import (
+    overall_acceptance_rate,
+    overall_committed_per_round,
+    overall_tokens_per_second,
+)
 from mtp_runtime.measure.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
 
-# In logits (soft-capped at ±30). Float graphs differ by reordered sums: some 1e-5. A quantised graph rounds its
-# activations to int8, and a difference of 1e-6 before the rounding can be a step of one in 127 after it: differences
-# of 1e-2 were measured between one-token and five-token passes of nano.
-TOLERANCES = {"f32": 1e-3, "int8": 0.05, "int4": 0.05}
+# Thresholds of near-ties, in logits (soft-capped at ±30), for runs by different kernels: another library, processor or
+# order of sums. Where kernels are the same the bits are, and the threshold is 0: `own_tolerance`.
+# Float kernels differ by the order of a sum's terms: logits by some 1e-5. A wrong row or mask makes more than 1e-2.
+_FLOAT_TOLERANCE = 1e-3
+# A quantised graph rounds its activations to int8: a difference of 1e-6 before the rounding can be a step of 1 in 127
+# after it. Between one-token and five-token passes of nano on different kernels, 1e-2 was measured.
+_QUANTISED_TOLERANCE = 0.05
 
-_CHAT_TOKENS = 96  # of a reply
-_MOST_CHAT_TOKENS = 2000
+_MOST_CHAT_TOKENS = 2000  # of all chats
 _SLOWEST_TOKEN_S = 1.0  # slower than this, stock LiteRT-LM is taken to hang
 
+OnRun = Callable[[str], None]
 
-def prove(
-    path: Path,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    threads: int,
-    checkpoint: Path | None,
-    stock: bool,
-    on_run: Callable[[str], None] = lambda name: None,
-) -> ParityReport:
-    """Compare, against the reference runtime without MTP: itself with every K, transformers with `checkpoint` (float
-    bundles only), and stock LiteRT-LM without and with MTP. Where there is a chat template, chats too, in our
-    Conversation, transformers and LiteRT-LM's.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityRequest:
+    """The bundle and how it is to be run: `max_new_tokens` for each of `prompts`, with so many threads.
+
+    With the `checkpoint` that a float bundle was exported from, transformers runs too; with `stock`, LiteRT-LM does.
+    """
+
+    bundle: Path
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    threads: int
+    checkpoint: Path | None
+    stock: bool
+
+
+def prove(request: ParityRequest, on_run: OnRun = lambda name: None) -> ParityReport:
+    """Compare every runner with our runtime without MTP: itself with every K, transformers, and LiteRT-LM with MTP off
+    and on. If there is a chat template, chats too, in our Conversation, transformers and LiteRT-LM's.
 
     Raises:
         MtpError: the bundle or a runtime fails.
     """
-    with Session.open(path, threads=threads) as session:
+    with Session.open(request.bundle, threads=request.threads) as session:
         manifest = session.manifest
-        prompts = [msgspec.structs.replace(p, text=text_of(session, p), messages=()) for p in prompts]
-        runs = _run(session, prompts, max_new_tokens, on_run)
-        plain = runs[0]
-        texts = [session.text_pieces(trace.tokens) for trace in plain]
-        tolerance = tolerance_of(manifest.recipe)
-
-        def compare(outputs: Sequence[Sequence[int]]) -> tuple[Comparison, ...]:
-            return tuple(
-                compare_tokens(
-                    prompt.id,
-                    trace.tokens,
-                    output,
-                    margins=trace.margins,
-                    tolerance=tolerance,
-                    max_new_tokens=max_new_tokens,
-                )
-                for prompt, trace, output in zip(prompts, plain, outputs, strict=True)
-            )
-
-        results = [_ours(traces, k, compare([trace.tokens for trace in traces])) for k, traces in enumerate(runs)]
+        prompts = [msgspec.structs.replace(p, text=text_of(session, p), messages=()) for p in request.prompts]
+        runs = run_prompts(session, prompts, request.max_new_tokens, on_run)
+        reference = Reference(
+            prompts=prompts,
+            traces=runs[0],
+            pieces=[session.text_pieces(trace.tokens) for trace in runs[0]],
+            max_new_tokens=request.max_new_tokens,
+            chats=reference_chats(session, on_run),
+        )
+        left_out = list(reference.chats.left_out)
+        no_transformers, no_stock = _without_transformers(request, manifest), _without_stock(request, session)
+        left_out += [reason for reason in (no_stock, no_transformers) if reason]
         findings: list[str] = []
-        chats, held, left_out = _reference_chats(session, on_run)
-        if chats:
-            results.append(_our_chats(session, chats, held, tolerance))
-        if not stock:
-            left_out.append("stock LiteRT-LM: --no-stock was given")
-        elif not session.bundle.has("litertlm") and path.is_dir():
-            stock = False
-            left_out.append(f"stock LiteRT-LM: it runs .litertlm files, and this is {manifest.export_format}")
-        if manifest.recipe != "f32":
-            left_out.append(f"transformers: it runs float weights, and this bundle is {manifest.recipe}")
-        elif checkpoint is None:
-            left_out.append("transformers: name the checkpoint that the bundle was made from with --checkpoint")
-        else:
+        results = _own_results(session, runs, reference)
+        if request.checkpoint is not None and no_transformers is None:
             on_run("transformers")
-            turns = [turn.trace for chat in held for turn in chat]
-            outputs = _greedy(checkpoint, [*plain, *turns])
-            results.append(_transformers("transformers", compare(outputs[: len(plain)])))
-            if chats:
-                of_chats, comparisons = iter(outputs[len(plain) :]), []
-                for chat, reference in zip(chats, held, strict=True):
-                    replies = [next(of_chats) for _ in reference]
-                    comparisons.append(compare_tokens_of_chat(chat, reference, replies, tolerance=tolerance))
-                results.append(_transformers("transformers chats", tuple(comparisons)))
-        if stock:
-            container = session.bundle.path("litertlm") if path.is_dir() else path
-            expected = llm_metadata(session.bundle.path("tokenizer").parent, manifest)
-            findings = metadata_differences(read_metadata(container), expected)
-            bos = "" if expected.HasField("start_token") else session.tokenizer.bos_token
-            for use_mtp in (False, True):
-                on_run("LiteRT-LM, MTP" if use_mtp else "LiteRT-LM")
-                run = run_stock(
-                    container,
-                    [bos + prompt.text for prompt in prompts],
-                    max_new_tokens=max_new_tokens,
-                    context_length=manifest.context_length,
-                    use_mtp=use_mtp,
-                    threads=threads,
-                    timeout_s=300.0 + (len(prompts) * max_new_tokens + _MOST_CHAT_TOKENS) * _SLOWEST_TOKEN_S,
-                    chats=chats,
-                    max_chat_tokens=_CHAT_TOKENS,
-                )
-                drafts = manifest.num_draft_tokens if use_mtp else 0
-                results.append(stock_result(run, drafts, [prompt.id for prompt in prompts], plain, texts, tolerance))
-                if chats:
-                    results.append(_stock_chats(session, run, drafts, chats, held, tolerance))
+            results += _transformers_results(request.checkpoint, reference, tolerance_of(manifest.recipe))
+        faults = None
+        if no_stock is None:
+            faults = known_faults()
+            stock_results, findings = _stock_results(request, session, reference, on_run)
+            results += stock_results
     return ParityReport(
         model=manifest.model,
         recipe=manifest.recipe,
         reference="the reference runtime without MTP",
-        tolerance=tolerance,
-        max_new_tokens=max_new_tokens,
+        tolerance=tolerance_of(manifest.recipe),
+        max_new_tokens=request.max_new_tokens,
         results=tuple(results),
         left_out=tuple(left_out),
         findings=tuple(findings),
-        notes=tuple(note for note in (known_faults() if stock else None,) if note),
-    )
-
-
-def _reference_chats(
-    session: Session, on_run: Callable[[str], None]
-) -> tuple[list[Chat], list[list[ChatTurn]], list[str]]:
-    """Hold parity's chats without drafts, where there is a chat template.
-
-    Returns:
-        The chats that fit the context, their turns, and a line for each chat that does not.
-    """
-    chats: list[Chat] = []
-    held: list[list[ChatTurn]] = []
-    left_out: list[str] = []
-    for chat in parity_chats() if session.bundle.has("chat_template") else ():
-        on_run(f"reference runtime, chat {chat.name}")
-        try:
-            held.append(hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=0))
-            chats.append(chat)
-        except ContextFullError:
-            length = session.manifest.context_length
-            left_out.append(f"chat {chat.name}: it does not fit the context of {length} tokens")
-    return chats, held, left_out
-
-
-def _our_chats(
-    session: Session, chats: Sequence[Chat], held: Sequence[Sequence[ChatTurn]], tolerance: float
-) -> RunnerResult:
-    k, comparisons, traces = session.manifest.num_draft_tokens, [], []
-    for chat, reference in zip(chats, held, strict=True):
-        turns = hold(session, chat, max_new_tokens=_CHAT_TOKENS, num_draft_tokens=k)
-        outputs = [turn.trace.tokens for turn in turns]
-        comparisons.append(compare_tokens_of_chat(chat, reference, outputs, tolerance=tolerance))
-        traces += [turn.trace for turn in turns]
-    return msgspec.structs.replace(_ours(traces, k, tuple(comparisons)), runner="mtp_runtime chats")
-
-
-def _stock_chats(
-    session: Session,
-    run: StockRun,
-    k: int,
-    chats: Sequence[Chat],
-    held: Sequence[Sequence[ChatTurn]],
-    tolerance: float,
-) -> RunnerResult:
-    rows = zip(chats, held, run.chats, run.chat_errors, strict=True)
-    return RunnerResult(
-        runner="LiteRT-LM chats",
-        num_draft_tokens=k,
-        tokens_per_second=None,
-        acceptance_rate=None,
-        committed_per_round=None,
-        comparisons=tuple(compare_stock_chat(session, *row, tolerance=tolerance) for row in rows),
-    )
-
-
-def _run(
-    session: Session, prompts: Sequence[Prompt], max_new_tokens: int, on_run: Callable[[str], None]
-) -> list[list[GenerationTrace]]:
-    """Generate for every prompt, plainly and with every K in turn, so that a machine that slows down slows all alike.
-
-    Returns:
-        Traces by K and prompt. Margins are recorded in the plain runs, which costs them a little time.
-    """
-    depths = range(session.manifest.num_draft_tokens + 1)
-    for k in depths:  # the first run of a graph packs its weights
-        session.generate(prompts[0].text, max_new_tokens=8, num_draft_tokens=k).finish()
-    runs: list[list[GenerationTrace]] = [[] for _ in depths]
-    for number, prompt in enumerate(prompts, 1):
-        on_run(f"reference runtime, prompt {number} of {len(prompts)}")
-        for k in depths:
-            generation = session.generate(
-                prompt.text, max_new_tokens=max_new_tokens, num_draft_tokens=k, with_margins=k == 0
-            )
-            runs[k].append(generation.finish())
-            if not runs[k][-1].tokens:
-                raise UserError(f"prompt {prompt.id} yields no token: it fills the whole context")
-    return runs
-
-
-def _ours(traces: Sequence[GenerationTrace], k: int, comparisons: tuple[Comparison, ...]) -> RunnerResult:
-    stats = [trace.stats for trace in traces]
-    drafted, rounds = sum(s.drafted for s in stats), sum(s.rounds for s in stats)
-    wall_ms = sum(s.generate_wall_ms for s in stats)
-    later = sum(max(0, s.committed_tokens - 1) for s in stats)
-    return RunnerResult(
-        runner="mtp_runtime",
-        num_draft_tokens=k,
-        tokens_per_second=1000.0 * later / wall_ms if wall_ms else 0.0,
-        acceptance_rate=sum(s.accepted for s in stats) / drafted if drafted else None,
-        committed_per_round=sum(s.round_tokens for s in stats) / rounds if rounds else None,
-        comparisons=comparisons,
-    )
-
-
-def _greedy(checkpoint: Path, plain: Sequence[GenerationTrace]) -> list[list[int]]:
-    from mtp_export.check.reference import greedy
-
-    try:
-        return greedy(checkpoint, [trace.prompt_ids for trace in plain], [trace.tokens for trace in plain])
-    except (OSError, ValueError) as error:
-        raise UserError(f"transformers cannot load {checkpoint}: {error}") from error
-
-
-def _transformers(runner: str, comparisons: tuple[Comparison, ...]) -> RunnerResult:
-    return RunnerResult(
-        runner=runner,
-        num_draft_tokens=0,
-        tokens_per_second=None,
-        acceptance_rate=None,
-        committed_per_round=None,
-        comparisons=comparisons,
+        notes=(faults,) if faults else (),
     )
 
 
 def tolerance_of(recipe: str) -> float:
-    """How far apart a recipe's two best logits may be for either to be right, in logits."""
-    return TOLERANCES.get(recipe, max(TOLERANCES.values()))
+    """Return how far apart the two best logits of a recipe may be for either to be right, if the kernels differ."""
+    return _FLOAT_TOLERANCE if recipe == "f32" else _QUANTISED_TOLERANCE
+
+
+def has_same_bits(manifest: Manifest) -> bool:
+    """Return whether a token's logits have the same bits in every pass of our runtime on a CPU, and so with and without
+    drafts (docs/decisions/0011).
+
+    Not so in ONNX Runtime, whose products over one row take another path than those over several; nor in a bundle for
+    a GPU, which reads the whole cache, in other blocks for one token than for several.
+    """
+    inputs = manifest.signature("target", "decode").inputs if manifest.export_format == "tflite" else ()
+    return bool(inputs) and all(tensor.name != PARAM_TENSOR for tensor in inputs)
+
+
+def own_tolerance(manifest: Manifest) -> float:
+    """Return the threshold, in logits, for our runtime with drafts against itself without them on the same machine."""
+    return 0.0 if has_same_bits(manifest) else tolerance_of(manifest.recipe)
 
 
 def stock_result(
@@ -250,7 +126,7 @@ def stock_result(
     pieces: Sequence[Sequence[str]],
     tolerance: float,
 ) -> RunnerResult:
-    """Judge stock LiteRT-LM's `run` by the reference's `plain` traces and the text that each of their tokens adds.
+    """Compare stock LiteRT-LM's `run` with the `plain` traces of the reference, by the text that each token adds.
 
     Raises:
         UserError: it reads a prompt as other tokens than we do.
@@ -272,4 +148,144 @@ def stock_result(
         acceptance_rate=run.acceptance_rate,
         committed_per_round=None if run.acceptance_rate is None else 1 + k * run.acceptance_rate,
         comparisons=tuple(comparisons),
+        tolerance=tolerance,
+    )
+
+
+def _without_transformers(request: ParityRequest, manifest: Manifest) -> str | None:
+    """Return why transformers is left out, None if it is not."""
+    if manifest.recipe != "f32":
+        return f"transformers: it runs float weights, and this bundle is {manifest.recipe}"
+    if request.checkpoint is None:
+        return "transformers: name the checkpoint that the bundle was made from with --checkpoint"
+    return None
+
+
+def _without_stock(request: ParityRequest, session: Session) -> str | None:
+    """Return why stock LiteRT-LM is left out, None if it is not."""
+    if not request.stock:
+        return "stock LiteRT-LM: --no-stock was given"
+    if request.bundle.is_dir() and not session.bundle.has("litertlm"):
+        return f"stock LiteRT-LM: it runs .litertlm files, and this is {session.manifest.export_format}"
+    return None
+
+
+def _own_results(
+    session: Session, runs: Sequence[Sequence[GenerationTrace]], reference: Reference
+) -> list[RunnerResult]:
+    tolerance, k = own_tolerance(session.manifest), session.manifest.num_draft_tokens
+    results = []
+    for depth, traces in enumerate(runs):
+        comparisons = _compare(reference, [trace.tokens for trace in traces], tolerance)
+        results.append(_own_result("mtp_runtime", depth, traces, comparisons, tolerance))
+    if reference.chats:
+        comparisons, replies = [], []
+        for chat, expected in zip(reference.chats.chats, reference.chats.turns, strict=True):
+            turns = hold(session, chat, max_new_tokens=CHAT_TOKENS, num_draft_tokens=k)
+            outputs = [turn.trace.tokens for turn in turns]
+            comparisons.append(compare_tokens_of_chat(chat, expected, outputs, tolerance=tolerance))
+            replies += [turn.trace for turn in turns]
+        results.append(_own_result("mtp_runtime chats", k, replies, comparisons, tolerance))
+    return results
+
+
+def _compare(reference: Reference, outputs: Sequence[Sequence[int]], tolerance: float) -> list[Comparison]:
+    return [
+        compare_tokens(
+            prompt,
+            trace.tokens,
+            output,
+            margins=trace.margins,
+            tolerance=tolerance,
+            max_new_tokens=reference.max_new_tokens,
+        )
+        for prompt, trace, output in zip(reference.prompt_ids, reference.traces, outputs, strict=True)
+    ]
+
+
+def _own_result(
+    runner: str, k: int, traces: Sequence[GenerationTrace], comparisons: Sequence[Comparison], tolerance: float
+) -> RunnerResult:
+    stats = [trace.stats for trace in traces]
+    return RunnerResult(
+        runner=runner,
+        num_draft_tokens=k,
+        tokens_per_second=overall_tokens_per_second(stats) or 0.0,
+        acceptance_rate=overall_acceptance_rate(stats),
+        committed_per_round=overall_committed_per_round(stats),
+        comparisons=tuple(comparisons),
+        tolerance=tolerance,
+    )
+
+
+def _transformers_results(checkpoint: Path, reference: Reference, tolerance: float) -> list[RunnerResult]:
+    """Other kernels than ours: within a tolerance."""
+    chats = reference.chats
+    replies = [turn.trace for turns in chats.turns for turn in turns]
+    outputs = _greedy(checkpoint, [*reference.traces, *replies])
+    count = len(reference.traces)
+    results = [_untimed("transformers", 0, _compare(reference, outputs[:count], tolerance), tolerance)]
+    if chats:
+        of_chats, comparisons = iter(outputs[count:]), []
+        for chat, turns in zip(chats.chats, chats.turns, strict=True):
+            tokens = [next(of_chats) for _ in turns]
+            comparisons.append(compare_tokens_of_chat(chat, turns, tokens, tolerance=tolerance))
+        results.append(_untimed("transformers chats", 0, comparisons, tolerance))
+    return results
+
+
+def _greedy(checkpoint: Path, traces: Sequence[GenerationTrace]) -> list[list[int]]:
+    from mtp_export.check.reference import greedy
+
+    try:
+        return greedy(checkpoint, [trace.prompt_ids for trace in traces], [trace.tokens for trace in traces])
+    except (OSError, ValueError) as error:
+        raise UserError(f"transformers cannot load {checkpoint}: {error}") from error
+
+
+def _stock_results(
+    request: ParityRequest, session: Session, reference: Reference, on_run: OnRun
+) -> tuple[list[RunnerResult], list[str]]:
+    """Run LiteRT-LM with MTP off and on; it brings a LiteRT of its own, of another version: within a tolerance.
+
+    Returns:
+        The results, and the differences of the container's metadata from the bundle's files.
+    """
+    manifest, chats, tolerance = session.manifest, reference.chats, tolerance_of(session.manifest.recipe)
+    container = session.bundle.path("litertlm") if request.bundle.is_dir() else request.bundle
+    expected = llm_metadata(session.bundle.path("tokenizer").parent, manifest)
+    bos = "" if expected.HasField("start_token") else session.tokenizer.bos_token
+    tokens = len(reference.prompts) * request.max_new_tokens + _MOST_CHAT_TOKENS
+    plain = StockRequest(
+        model_path=str(container),
+        prompts=[bos + prompt.text for prompt in reference.prompts],
+        max_new_tokens=request.max_new_tokens,
+        context_length=manifest.context_length,
+        use_mtp=False,
+        threads=request.threads,
+        timeout_s=300.0 + tokens * _SLOWEST_TOKEN_S,
+        chats=chats.chats,
+        max_chat_tokens=CHAT_TOKENS,
+    )
+    results = []
+    for runner, k in (("LiteRT-LM", 0), ("LiteRT-LM, MTP", manifest.num_draft_tokens)):
+        on_run(runner)
+        run = run_stock(msgspec.structs.replace(plain, use_mtp=k > 0))
+        results.append(stock_result(run, k, reference.prompt_ids, reference.traces, reference.pieces, tolerance))
+        if chats:
+            rows = zip(chats.chats, chats.turns, run.chats, run.chat_errors, strict=True)
+            comparisons = [compare_stock_chat(session, *row, tolerance=tolerance) for row in rows]
+            results.append(_untimed("LiteRT-LM chats", k, comparisons, tolerance))
+    return results, metadata_differences(read_metadata(container), expected)
+
+
+def _untimed(runner: str, k: int, comparisons: Sequence[Comparison], tolerance: float) -> RunnerResult:
+    return RunnerResult(
+        runner=runner,
+        num_draft_tokens=k,
+        tokens_per_second=None,
+        acceptance_rate=None,
+        committed_per_round=None,
+        comparisons=tuple(comparisons),
+        tolerance=tolerance,
     )

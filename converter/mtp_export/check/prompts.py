@@ -1,9 +1,9 @@
-"""Prompts with their provenance: what bundles are measured on.
+"""The prompts that bundles are measured on, with their provenance.
 
 Two sets come with the package. `heldout_prompts` are texts by others, which nano's training never saw.
 `calibration_prompts` were written for this project in four kinds: prose, code, rewriting, and structured output with
-JSON and tool calls. Whatever set is chosen, a part of it is kept apart by the hash of its text: settings are chosen on
-`for_tuning`, and what they are worth is measured on `held_out`.
+JSON and tool calls. A part of every set is kept apart by the hash of each text: settings are chosen on
+`for_tuning`, and their effect is measured on `held_out`.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def content(self) -> str:
-        """What the hash is of."""
+        """Return the text that the hash is of."""
         return self.text or msgspec.json.encode(self.messages).decode()
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it is in the part that no setting is chosen on."""
+        """Return whether it is in the part that no setting is chosen on."""
         return hashlib.sha256(self.content.encode()).hexdigest()[0] in _HELD_OUT_DIGITS
 
 
 def heldout_prompts() -> list[Prompt]:
-    """The prompts of the package: 16 of code and 16 of prose that nano's training never saw."""
+    """Return the prompts of the package: 16 of code and 16 of prose that nano's training never saw."""
     return _packaged("heldout.jsonl")
 
 
@@ -99,7 +99,7 @@ def _parse(text: str) -> list[Prompt]:
 
 
 def in_turn(prompts: Sequence[Prompt], limit: int | None = None) -> list[Prompt]:
-    """The first `limit` prompts of all kinds in turn, so that any number of them has all kinds alike; all for None.
+    """Return the first `limit` prompts of all kinds in turn, so that every kind is as frequent; all for None.
 
     Raises:
         UserError: the limit is below 1.
@@ -121,12 +121,12 @@ def of_kind(prompts: Sequence[Prompt], kind: str) -> list[Prompt]:
 
 
 def for_tuning(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The part of a set on which settings may be chosen."""
+    """Return the part of a set on which settings may be chosen."""
     return [prompt for prompt in prompts if not prompt.is_held_out]
 
 
 def held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The part of a set that is kept for measuring."""
+    """Return the part of a set that is kept for measuring."""
     return [prompt for prompt in prompts if prompt.is_held_out]
 
 

@@ -1,4 +1,4 @@
-"""transformers as the reference: what the checkpoint itself says, greedily, in float32."""
+"""transformers as the reference: the checkpoint itself, greedily, in float32."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import transformers
 
+from mtp_runtime.measure.parity import common_length
+
 
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What transformers says greedily after each prompt, as far as it agrees with `outputs`, and its own token where
-    it first does not.
+    """Return transformers' greedy continuation of each prompt, up to and including the first token that differs from
+    `outputs`.
 
     One pass over prompt and output gives the choice at every position. As long as the choices are the output's own
     tokens, each was made after the same tokens as in a generation step by step; so this is the greedy continuation,
@@ -26,12 +28,11 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[Seq
     suppressed = [
         i for i in model.generation_config.suppress_tokens or () if 0 <= i < model.get_output_embeddings().out_features
     ]
-    said = []
+    continuations = []
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *output[:-1]]]), use_cache=False).logits[0]
         logits[:, suppressed] = -torch.inf
         choices = logits[len(prompt) - 1 :].argmax(-1).tolist()
-        differing = (i for i, (choice, token) in enumerate(zip(choices, output, strict=True)) if choice != token)
-        said.append(choices[: next(differing, len(choices)) + 1])
-    return said
+        continuations.append(choices[: common_length(choices, output) + 1])
+    return continuations

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from mtp_export.check.bench import BenchReport
 
 
 @click.command("bench")
@@ -37,14 +42,14 @@ def command(
 ) -> None:
     """Time a bundle's passes and rounds with the reference runtime: prefill, decode, verify of every size, draft, head.
 
-    Rounds are timed at imposed acceptances, since the text decides the real one: a draft is the target's own word with
-    that probability. It says so where drafts changed the output: a near-tie, or an error, which `parity` tells apart.
+    Rounds are timed at imposed acceptances, since the text decides the real one: a draft is the target's own next token
+    with that probability. A last line warns if drafts changed the output: `parity` tells a near-tie from an error.
     """
     import msgspec
 
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"cannot write {output}: no folder {output.parent}: choose another --output")
-    with working("loading") as tell:
+    with working("loading") as show:
         from mtp_export.check.bench import bench
 
         report = bench(
@@ -53,7 +58,7 @@ def command(
             filled=filled,
             new_tokens=new_tokens,
             repeats=repeats,
-            on_run=tell,
+            on_run=show,
         )
     if output is not None:
         _write_drawing(report, output)
@@ -63,19 +68,16 @@ def command(
         _print(report)
 
 
-def _write_drawing(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # BenchReport, imported when it runs
+def _write_drawing(report: BenchReport, output: Path) -> None:
     from mtp_export.check.chart import draw
 
-    beside = output.with_name(f".{output.name}.partial")
     try:
-        beside.write_text(draw(report), encoding="utf-8")
-        beside.replace(output)
+        write_atomically(output, draw(report))
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {output}: {error.strerror}: choose another --output") from error
 
 
-def _print(report) -> None:  # type: ignore[no-untyped-def]  # BenchReport, imported when it runs
+def _print(report: BenchReport) -> None:
     console = Console()
     title = f"{report.model}, {report.recipe} (drafter {report.drafter_recipe}), {report.backend}, {report.machine}"
     table = _table(title, "pass", "threads", "filled", "ms", "10–90 %", "tok/s")
@@ -87,18 +89,18 @@ def _print(report) -> None:  # type: ignore[no-untyped-def]  # BenchReport, impo
     console.print(table)
     table = _table(None, "rounds", "acceptance", "committed/round", "ms/token", "tok/s", "against plain")
     plain = report.rounds[0].ms_per_token
-    for found in report.rounds:
-        label = "none" if found.alpha is None else f"K = {found.num_draft_tokens}"
-        alpha = "–" if found.alpha is None else f"{found.alpha:g}"
-        speed, gain = 1000 / found.ms_per_token, plain / found.ms_per_token
-        committed = f"{found.committed_per_round:.2f}"
-        table.add_row(label, alpha, committed, f"{found.ms_per_token:.3f}", f"{speed:.1f}", f"{gain:.2f}x")
+    for rounds in report.rounds:
+        label = "none" if rounds.alpha is None else f"K = {rounds.num_draft_tokens}"
+        alpha = "–" if rounds.alpha is None else f"{rounds.alpha:g}"
+        per_second, gain = 1000 / rounds.ms_per_token, plain / rounds.ms_per_token
+        committed = f"{rounds.committed_per_round:.2f}"
+        table.add_row(label, alpha, committed, f"{rounds.ms_per_token:.3f}", f"{per_second:.1f}", f"{gain:.2f}x")
     console.print(table)
     for k, even in report.break_even.items():
-        said = "pay at no acceptance" if even is None else f"pay from an acceptance of {even:.2f} per position"
-        console.print(f"rounds of K = {k} {said}")
-    if not all(found.same_output for found in report.rounds):
-        console.print("drafts changed what was said, so some were imposed wrongly: mtp-export parity tells why")
+        gain_from = "pay at no acceptance" if even is None else f"pay from an acceptance of {even:.2f} per position"
+        console.print(f"rounds of K = {k} {gain_from}")
+    if not all(rounds.same_output for rounds in report.rounds):
+        console.print("drafts changed the output, so some were imposed wrongly: run mtp-export parity to see where")
 
 
 def _table(title: str | None, first: str, *names: str) -> Table:

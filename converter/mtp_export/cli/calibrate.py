@@ -11,6 +11,7 @@ import click
 
 from mtp_export.cli.options import check_bundle_options
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
 _PROMPTS = 16
@@ -71,9 +72,7 @@ def command(
     path = folder / "calibration.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(found.to_json(), encoding="utf-8")
-        beside.rename(path)
+        write_atomically(path, found.to_json())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}: choose another --output") from error
     if as_json:

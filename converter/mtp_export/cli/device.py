@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from mtp_export.cli.options import check_bundle_options
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -158,13 +158,9 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write beside and rename: whoever reads a report never sees half of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-                file.write(text)
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(folder / name)
+            write_atomically(folder / name, text)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}: choose another --output") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from mtp_export.cli.options import check_bundle_options
 from mtp_export.cli.output import working
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
 
@@ -61,9 +61,7 @@ def command(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("report.json", report.to_json()), ("report.html", report.to_html())):
-            beside = folder / f"{name}.partial"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, folder / name)
+            write_atomically(folder / name, text)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}: choose another --output") from error
     if as_json:

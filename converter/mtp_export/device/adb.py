@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from mtp_runtime.atomic import replacing
 from mtp_runtime.errors import UserError
 
 _END = "mtp-exit:"  # what a shell command's own exit code is told by: adb's says 1 for a cut connection too
@@ -180,16 +181,14 @@ class Adb:
         Raises:
             AdbError: it is not there, or the device went away.
         """
-        part = to.with_name(to.name + ".part")
-        call = [self._program, "-s", self.serial, "pull", path, str(part)]
-        try:
-            done = subprocess.run(call, capture_output=True, text=True, timeout=self._silence_s, check=False)
-        except subprocess.TimeoutExpired:
-            raise AdbError(f"{self.serial} sent nothing for {self._silence_s:g} s: run it again") from None
-        if done.returncode != 0:
-            part.unlink(missing_ok=True)
-            raise AdbError(_explained(done.stderr or done.stdout, self.serial))
-        part.replace(to)
+        with replacing(to) as beside:
+            call = [self._program, "-s", self.serial, "pull", path, str(beside)]
+            try:
+                done = subprocess.run(call, capture_output=True, text=True, timeout=self._silence_s, check=False)
+            except subprocess.TimeoutExpired:
+                raise AdbError(f"{self.serial} sent nothing for {self._silence_s:g} s: run it again") from None
+            if done.returncode != 0:
+                raise AdbError(_explained(done.stderr or done.stdout, self.serial))
 
 
 _REMEDIES = {

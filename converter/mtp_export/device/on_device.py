@@ -15,9 +15,10 @@ from typing import Literal
 
 import msgspec
 
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
 from mtp_runtime import Session
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
 
@@ -42,14 +43,16 @@ def answer(request: Request) -> Answer:
         for depth in request.depths:
             print(f"LiteRT-LM, K = {depth}", flush=True)
             run = run_stock(
-                Path(request.container),
-                [prompt.text for prompt in request.prompts],
-                max_new_tokens=request.max_new_tokens,
-                context_length=manifest.context_length,
-                use_mtp=depth > 0,
-                threads=request.threads,
-                backend=request.backend,
-                timeout_s=300.0 + len(request.prompts) * request.max_new_tokens * _SLOWEST_TOKEN_S,
+                StockRequest(
+                    model_path=request.container,
+                    prompts=[prompt.text for prompt in request.prompts],
+                    max_new_tokens=request.max_new_tokens,
+                    context_length=manifest.context_length,
+                    use_mtp=depth > 0,
+                    threads=request.threads,
+                    backend=request.backend,
+                    timeout_s=300.0 + len(request.prompts) * request.max_new_tokens * _SLOWEST_TOKEN_S,
+                )
             )
             stock.append(StockAnswer(num_draft_tokens=depth, run=run))
     return Answer(place=describe(), traces=tuple(traces), stock=tuple(stock))
@@ -95,9 +98,7 @@ def _main(request_path: str, answer_path: str) -> int:
     except MtpError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    part = Path(answer_path + ".part")
-    part.write_bytes(msgspec.json.encode(found))
-    part.rename(answer_path)
+    write_atomically(Path(answer_path), msgspec.json.encode(found))
     return 0
 
 

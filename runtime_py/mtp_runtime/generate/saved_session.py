@@ -6,18 +6,16 @@ header (JSON) and the rows of each tensor in the header's order, float32, little
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 
+from mtp_runtime.atomic import replacing
 from mtp_runtime.bundle.contract import GRAPH_ROLES, Manifest
 from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.generate.backend import FloatArray
@@ -67,19 +65,13 @@ def write_session(path: Path, manifest: Manifest, saved: SavedSession) -> None:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = file.name
-            file.writelines([_MAGIC, digest.digest(), *parts])
-        os.replace(temporary, path)
-        temporary = None
+        with replacing(path) as beside:
+            beside.touch(0o600)  # a conversation is for its user's eyes
+            with beside.open("wb") as file:
+                file.writelines([_MAGIC, digest.digest(), *parts])
     except OSError as error:
         raise UserError(f"cannot write the session to {path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def read_session(path: Path, manifest: Manifest) -> SavedSession:

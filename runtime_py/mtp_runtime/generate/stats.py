@@ -1,8 +1,9 @@
-"""What a generation cost and how its drafts fared."""
+"""The cost of a generation, how its drafts fared, and the same figures over several generations."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import msgspec
 
@@ -36,36 +37,35 @@ class GenerationStats(msgspec.Struct, kw_only=True):
 
     @property
     def drafted(self) -> int:
-        """Drafts proposed."""
+        """Return the number of drafts proposed."""
         return sum(self.drafted_at)
 
     @property
     def accepted(self) -> int:
-        """Drafts kept."""
+        """Return the number of drafts kept."""
         return sum(self.accepted_at)
 
     @property
     def rounds_by_num_drafts(self) -> list[int]:
-        """How often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
+        """Return how often so many drafts were proposed: the decode steps first, then rounds of one draft, of two, …"""
         at_least = [*self.drafted_at, 0]
         exactly = [more - fewer for more, fewer in itertools.pairwise(at_least)]
         return [self.decode_steps, *exactly]
 
     @property
     def acceptance_rate(self) -> float:
-        """Kept drafts per proposed draft; 0 without drafts."""
-        return self.accepted / self.drafted if self.drafted else 0.0
+        """Return the kept drafts per proposed draft; 0 without drafts."""
+        return overall_acceptance_rate([self]) or 0.0
 
     @property
     def committed_per_round(self) -> float:
-        """Tokens that a round yielded on average, counting those cut off by a stop or a limit; 0 without rounds."""
-        return self.round_tokens / self.rounds if self.rounds else 0.0
+        """Return the tokens of a round on average, counting those cut off by a stop or a limit; 0 without rounds."""
+        return overall_committed_per_round([self]) or 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second after the first one, which the prompt's pass yields."""
-        later = self.committed_tokens - 1
-        return 1000.0 * later / self.generate_wall_ms if later > 0 and self.generate_wall_ms > 0 else 0.0
+        """Return the tokens per second after the first one, which the prompt's pass yields."""
+        return overall_tokens_per_second([self]) or 0.0
 
     def count_round(self, drafted: int, accepted: int) -> None:
         """Count a round of `drafted` proposals of which the first `accepted` were kept."""
@@ -88,3 +88,24 @@ class GenerationStats(msgspec.Struct, kw_only=True):
             "committed_per_round": self.committed_per_round,
             "tokens_per_second": self.tokens_per_second,
         }
+
+
+def overall_acceptance_rate(runs: Sequence[GenerationStats]) -> float | None:
+    """Return the kept drafts of several generations per proposed draft; None without drafts."""
+    drafted = sum(run.drafted for run in runs)
+    return sum(run.accepted for run in runs) / drafted if drafted else None
+
+
+def overall_committed_per_round(runs: Sequence[GenerationStats]) -> float | None:
+    """Return the tokens that a round of several generations yielded on average, counting those cut off by a stop or a
+    limit; None without rounds."""
+    rounds = sum(run.rounds for run in runs)
+    return sum(run.round_tokens for run in runs) / rounds if rounds else None
+
+
+def overall_tokens_per_second(runs: Sequence[GenerationStats]) -> float | None:
+    """Return the tokens per second of several generations, each without its first token, which the prompt's pass
+    yields; None if no time was spent on others."""
+    wall_ms = sum(run.generate_wall_ms for run in runs)
+    later = sum(max(0, run.committed_tokens - 1) for run in runs)
+    return 1000.0 * later / wall_ms if wall_ms > 0 else None

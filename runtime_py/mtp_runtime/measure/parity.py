@@ -1,9 +1,9 @@
-"""Parity: do two runtimes generate the same tokens, and if not, was it a near-tie?
+"""Parity: whether two runtimes generate the same tokens, and if not, whether the difference is a near-tie.
 
 The one rule: a difference is a stated near-tie if and only if, at the first differing position, the reference's top
-two logits were within the tolerance. Two graphs of one model (one token or K + 1 at a time, another library) round
-differently in the last bits; where the two best tokens are that close, either is right. What follows the first
-difference continues another text and is not compared.
+two logits are within the tolerance. Other kernels (of another library or processor) round differently in the last bits;
+where the two best tokens are that close, either is right. Where bits are equal the tolerance is 0. The text after the
+first difference continues another text and is not compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Verdict = Literal["equal", "near_tie", "different"]
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt's output held against the reference's.
+    """One prompt's output, compared with the reference's.
 
     `agreed` leading tokens of the `compared` ones are equal; `first_difference` is the position of the next, and
     `margin` the reference's top-1 minus top-2 logit there (None where it had already ended). Of a chat, replies are
@@ -36,8 +36,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one way of running the bundle fared over all prompts.
 
-    `acceptance_rate` and `committed_per_round` are None where there are no drafts or the runtime does not tell;
-    `tokens_per_second` is None where it did not generate step by step.
+    `acceptance_rate` and `committed_per_round` are None where there are no drafts or the runtime does not report them;
+    `tokens_per_second` is None where it did not generate step by step. `tolerance` is in logits: 0 where the bits must
+    be those of the reference, None for the report's.
     """
 
     runner: str
@@ -46,6 +47,7 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     acceptance_rate: float | None
     committed_per_round: float | None
     comparisons: tuple[Comparison, ...]
+    tolerance: float | None = None
 
     def count(self, verdict: Verdict) -> int:
         """Return how many prompts got `verdict`."""
@@ -53,8 +55,12 @@ class RunnerResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every runner against the reference; `tolerance` is in logits. `left_out` says which were not run, and why,
-    `findings` names the differences of the container from its bundle, `notes` the known faults of a runtime."""
+    """Every runner against the reference.
+
+    `tolerance`, in logits, is that of runners on other kernels than the reference's. `left_out` has the runners that
+    were not run, and why; `findings` the differences of the container from its bundle; `notes` the known faults of a
+    runtime.
+    """
 
     model: str
     recipe: str
@@ -68,7 +74,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a stated near-tie, and nothing was found wrong besides."""
+        """Return whether every difference is a near-tie, and the container has no other fault."""
         return not self.findings and all(result.count("different") == 0 for result in self.results)
 
     def to_json(self) -> str:
@@ -82,11 +88,13 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             f"# Parity of {self.model}, recipe {self.recipe}: {'passed' if self.passed else 'FAILED'}",
             "",
             f"Reference: {self.reference}; {self.max_new_tokens} tokens per prompt. A difference is a near-tie if the "
-            f"reference's top two logits are within {self.tolerance:g} at the first differing position.",
+            "reference's top two logits are within the runner's tolerance at the first differing position; a tolerance "
+            "of 0 means equal bits.",
             "",
-            "| runner | K | equal | near-ties | different | tokens agreed | acceptance | committed per round | tok/s |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *(_row(result) for result in self.results),
+            "| runner | K | tolerance | equal | near-ties | different | tokens agreed | acceptance "
+            "| committed per round | tok/s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(_row(result, self.tolerance) for result in self.results),
         ]
         differences = [
             f"- {result.runner}, K = {result.num_draft_tokens}, {comparison.prompt}: "
@@ -106,6 +114,22 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return "\n".join(lines) + "\n"
 
 
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many leading items of two sequences (tokens, characters, …) are equal: where they first differ."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def common_pieces(pieces: Sequence[str], text: str) -> int:
+    """Return how many leading `pieces`, joined, are the beginning of `text`: which of them first differs."""
+    start = 0
+    for index, piece in enumerate(pieces):
+        if not text.startswith(piece, start):
+            return index
+        start += len(piece)
+    return len(pieces)
+
+
 def compare_tokens(
     prompt: str,
     reference: Sequence[int],
@@ -123,11 +147,7 @@ def compare_tokens(
         ValueError: a reference token has no margin.
     """
     reference, tokens = reference[:max_new_tokens], tokens[:max_new_tokens]
-    agreed = 0
-    for expected, token in zip(reference, tokens, strict=False):
-        if expected != token:
-            break
-        agreed += 1
+    agreed = common_length(reference, tokens)
     return _judge(prompt, agreed, max(len(reference), len(tokens)), len(reference), margins, tolerance)
 
 
@@ -147,13 +167,7 @@ def compare_text(
     Raises:
         ValueError: a reference token has no margin.
     """
-    agreed = start = 0
-    for piece in pieces:
-        if not text.startswith(piece, start):
-            break
-        start += len(piece)
-        agreed += 1
-    return _judge(prompt, agreed, len(pieces), len(pieces), margins, tolerance)
+    return _judge(prompt, common_pieces(pieces, text), len(pieces), len(pieces), margins, tolerance)
 
 
 def _judge(
@@ -176,13 +190,15 @@ def _judge(
     )
 
 
-def _row(result: RunnerResult) -> str:
+def _row(result: RunnerResult, tolerance: float) -> str:
+    tolerance = tolerance if result.tolerance is None else result.tolerance
     agreed = sum(comparison.agreed for comparison in result.comparisons)
     compared = sum(comparison.compared for comparison in result.comparisons)
     acceptance = "–" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
     per_round = "–" if result.committed_per_round is None else f"{result.committed_per_round:.2f}"
     return (
-        f"| {result.runner} | {result.num_draft_tokens or '–'} | {result.count('equal')} | {result.count('near_tie')} "
+        f"| {result.runner} | {result.num_draft_tokens or '–'} | {tolerance:g} "
+        f"| {result.count('equal')} | {result.count('near_tie')} "
         f"| {result.count('different')} | {agreed} of {compared} | {acceptance} | {per_round} "
         f"| {'–' if result.tokens_per_second is None else format(result.tokens_per_second, '.0f')} |"
     )

@@ -1,8 +1,8 @@
-"""What the passes and rounds of an opened bundle take, and at which acceptance drafts pay.
+"""The times of an opened bundle's passes and rounds, and the acceptance from which drafts pay.
 
-Acceptance is a property of weights and text. To see what a round gains at a given one, drafts are imposed: the drafter
-runs and costs what it costs, and its word is replaced by the target's own next one as often as alpha says, by a wrong
-one otherwise.
+Acceptance is a property of weights and text. To see the gain of a round at a certain acceptance, drafts are imposed:
+the drafter runs, which takes its time, and its draft is replaced by the target's own next token with a probability of
+alpha, by a wrong one otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import numpy as np
 
 from mtp_runtime.generate.backend import Draft, FloatArray
 from mtp_runtime.generate.session import Session
+from mtp_runtime.generate.stats import overall_acceptance_rate, overall_committed_per_round
 
 _WARM_UP = 2  # the first runs of a graph pack its weights
 _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, are spread most evenly
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """What one kind of pass took: the median, and what a tenth of the runs was below and above."""
+    """The time of one kind of pass: the median, and the tenth and ninetieth percentile."""
 
     tokens: int
     median_ms: float
@@ -42,7 +43,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What generating took at one acceptance: None for the drafter's own drafts, and 0 drafts for plain decoding."""
+    """The time of generating at one acceptance, `alpha`: None for the drafter's own drafts and for plain decoding,
+    which has 0 drafts."""
 
     num_draft_tokens: int
     alpha: float | None
@@ -54,14 +56,14 @@ class Rounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def filled_prompt(session: Session, filled: int) -> list[int]:
-    """A prompt of so many different tokens, to fill the cache with."""
+    """Return a prompt of so many different tokens, to fill the cache with."""
     vocab = session.manifest.vocab_size
     return [session.manifest.bos_token_id, *(100 + i % (vocab - 100) for i in range(filled - 1))]
 
 
 def pass_sizes(session: Session) -> list[int]:
-    """The numbers of tokens that the target takes in one pass and that cost their own time: all up to K + 1, or those
-    of its static graphs, where fewer tokens are padded."""
+    """Return the numbers of tokens in a pass that take times of their own: all up to K + 1, or those of the target's
+    static graphs, where fewer tokens are padded."""
     most, kinds = session.manifest.num_draft_tokens + 1, session.manifest.signatures["target"]
     if any(signature.kind == "forward" for signature in kinds):
         return list(range(1, most + 1))
@@ -69,9 +71,9 @@ def pass_sizes(session: Session) -> list[int]:
 
 
 def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> dict[str, Timing]:
-    """Prefill of the prompt, and at its end decode, verify of every size and drafts, all of them in turn.
+    """Time the prefill of the prompt, and at its end decode, verify of every size and drafts, all of them in turn.
 
-    A draft is the mean of a round's, of which the first finds less in the processor's caches than those after it.
+    A draft's time is the mean of a round's, of which the first finds less in the processor's caches than the others.
     """
     backend = session.backend
     activations = np.zeros(session.manifest.hidden_size, np.float32)
@@ -99,10 +101,10 @@ def time_rounds(
     repeats: int = 2,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[Rounds]:
-    """Plain decoding and rounds of K drafts at every alpha, in turn; the first result is that of plain decoding.
+    """Time plain decoding and rounds of K drafts at every alpha, in turn; the first result is that of plain decoding.
 
-    Passes of one token and of several may part at a near-tie, so what is imposed, and what rounds are compared with, is
-    what the target says in rounds.
+    Passes of one token and of several may part at a near-tie, so the imposed tokens, and those that rounds are compared
+    with, are the target's own in rounds.
     """
     k = session.manifest.num_draft_tokens
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "stop_token_ids": ()}
@@ -124,8 +126,8 @@ def time_rounds(
             num_draft_tokens=drafts,
             alpha=alpha,
             ms_per_token=wall_ms[drafts, alpha] / (repeats * (new_tokens - 1)),
-            committed_per_round=stats.round_tokens / stats.rounds if stats.rounds else 1.0,
-            acceptance_rate=stats.accepted / stats.drafted if stats.drafted else None,
+            committed_per_round=overall_committed_per_round([stats]) or 1.0,
+            acceptance_rate=overall_acceptance_rate([stats]),
             same_output=same[drafts, alpha],
             distinct_tokens=len(set(plain.tokens)),
         )
@@ -135,16 +137,16 @@ def time_rounds(
 
 @contextlib.contextmanager
 def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: float) -> Iterator[None]:
-    """Let drafts be the target's own next words, `tokens`, with a chance of `alpha` each, and wrong otherwise.
+    """Let drafts be the target's own next tokens, `tokens`, with a probability of `alpha` each, and wrong otherwise.
 
     Rounds take their chances evenly from 0 to 1, not at random: a short run commits nearly what a long one does.
     """
     backend, own = session.backend, session.backend.draft
     filled, step, chance = -1, 0, 0.0
 
-    def draft(token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
+    def imposed(token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
         nonlocal filled, step, chance
-        said = own(token_id, activations, with_candidates=with_candidates)
+        draft = own(token_id, activations, with_candidates=with_candidates)
         if backend.kv_cache.filled_length == filled:
             step += 1
         else:
@@ -154,9 +156,9 @@ def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: f
         right = tokens[number] if number < len(tokens) else 0
         # The first n drafts of a round are all right with a chance of alpha^n.
         is_right = chance < alpha ** (step + 1)
-        return said._replace(best=right if is_right else (right + 1) % session.manifest.vocab_size)
+        return draft._replace(best=right if is_right else (right + 1) % session.manifest.vocab_size)
 
-    backend.draft = draft  # type: ignore[method-assign]
+    backend.draft = imposed  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -164,20 +166,20 @@ def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: f
 
 
 def expected_committed(alpha: float, num_drafts: int) -> float:
-    """Tokens that a round commits on average if every draft is kept with a chance of alpha, up to the first that is not
-    (Leviathan et al. 2023, equation 1)."""
+    """Return the tokens that a round commits on average if every draft is kept with a probability of alpha, up to the
+    first that is not (Leviathan et al. 2023, equation 1)."""
     return sum(alpha**i for i in range(num_drafts + 1))
 
 
 def round_ms(passes: Mapping[str, float], num_drafts: int) -> float:
-    """What a round of so many drafts takes by the times of its passes: the drafts, and the smallest verify for them."""
+    """Return the time of a round by the times of its passes: so many drafts, and the smallest verify for them."""
     sizes = [int(name.removeprefix("verify_")) for name in passes if name.startswith("verify_")]
     size = min(size for size in sizes if size > num_drafts)
     return num_drafts * passes["draft"] + passes[f"verify_{size}"]
 
 
 def break_even(decode_ms: float, taken_ms: float, num_drafts: int) -> float | None:
-    """The acceptance from which rounds of `taken_ms` are faster than plain decoding; None if none is high enough."""
+    """Return the acceptance from which rounds of `taken_ms` are faster than plain decoding; None if none is."""
     needed = taken_ms / decode_ms
     if needed > num_drafts + 1:
         return None

@@ -15,6 +15,7 @@ from mtp_runtime.generate.options import GenerationOptions, OptionChanges, with_
 from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import FinishReason, GenerationTrace, Token
+from mtp_runtime.measure.parity import common_length
 from mtp_runtime.text.native_calls import assistant_message
 
 Message = Mapping[str, Any]
@@ -138,7 +139,7 @@ class Reply(Iterator[Token]):
         """Return the generation; what the cache holds is looked at as late as possible, for others may use it."""
         if self._generation is None:
             session = self._conversation.session
-            kept = _common_length(self.prompt_ids[:-1], session.processed_ids)
+            kept = common_length(self.prompt_ids[:-1], session.processed_ids)
             self._generation = session.generate(self.prompt_ids, self._options, keep_length=kept)
             self._generation.read_text()
         return self._generation
@@ -257,9 +258,3 @@ class Conversation:
 
 def _turn(reply: Reply) -> Turn:
     return Turn(messages=tuple(dict(message) for message in reply.messages), reply=reply.as_message())
-
-
-def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many leading tokens are the same."""
-    different = (at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
-    return next(different, min(len(ids), len(others)))

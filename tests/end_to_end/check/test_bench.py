@@ -31,18 +31,18 @@ def test_every_part_of_a_round_is_timed(
     assert 0 < passes["head"] < passes["draft"] < passes["decode"]
     plain, *rounds = report["rounds"]
     assert (plain["num_draft_tokens"], plain["committed_per_round"]) == (0, 1.0)
-    accepted = {found["alpha"]: found["acceptance_rate"] for found in rounds}
+    accepted = {measured["alpha"]: measured["acceptance_rate"] for measured in rounds}
     assert (accepted[0.0], accepted[1.0]) == (0.0, 1.0)
     assert accepted[0.2] < accepted[0.8]
-    for found in rounds:
-        assert 0 < found["ms_per_token"] < 10 * plain["ms_per_token"]
+    for measured in rounds:
+        assert 0 < measured["ms_per_token"] < 10 * plain["ms_per_token"]
     picture = ElementTree.fromstring(drawing.read_text())
     pays = [even for even in report["break_even"].values() if even is not None]
     assert len(picture.findall(f"{SVG}circle")) == len(pays)
     assert len(picture.findall(f"{SVG}polyline")) == len(report["break_even"]) == 4
 
 
-def test_mistakes_are_told_before_a_bundle_is_opened(tmp_path: Path) -> None:
+def test_mistakes_end_the_command_before_a_bundle_is_opened(tmp_path: Path) -> None:
     done = run_cli("bench", "nowhere", "--output", str(tmp_path / "no" / "rounds.svg"), check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("mtp-export: error: cannot write ")
@@ -50,7 +50,7 @@ def test_mistakes_are_told_before_a_bundle_is_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("k", [1, 4])
-def test_break_even_is_where_a_round_costs_what_it_commits(alpha: float, k: int) -> None:
+def test_break_even_is_where_a_round_takes_as_long_as_the_tokens_it_commits(alpha: float, k: int) -> None:
     decode_ms = 2.0
     assert break_even(decode_ms, decode_ms * expected_committed(alpha, k), k) == pytest.approx(alpha, abs=1e-3)
 

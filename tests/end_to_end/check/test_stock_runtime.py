@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.check.stock_runtime import StockRun, last_complaint, parse_acceptance_rate, run_stock
+from mtp_export.check.stock_runtime import StockRequest, StockRun, last_complaint, parse_acceptance_rate, run_stock
 from mtp_runtime import BackendError, Session
 from mtp_runtime.generate.trace import GenerationTrace
 from tests.support.litertlm_files import build_container
@@ -23,14 +23,23 @@ def ours(folder: Path, **options: int) -> tuple[GenerationTrace, str]:
 
 
 def stock(path: Path, *, use_mtp: bool) -> StockRun:
-    return run_stock(path, [PROMPT, PROMPT], max_new_tokens=COUNT, context_length=60, use_mtp=use_mtp, timeout_s=120)
+    return run_stock(
+        StockRequest(
+            model_path=str(path),
+            prompts=[PROMPT, PROMPT],
+            max_new_tokens=COUNT,
+            context_length=60,
+            use_mtp=use_mtp,
+            timeout_s=120,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def oracle(
     toy_folder: Path, toy_with_drafter: Callable[[Sequence[int]], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A `.litertlm` whose drafter knows what comes after PROMPT."""
+    """Return a `.litertlm` whose drafter knows what comes after PROMPT."""
     with Session.open(toy_folder) as session:
         trace = session.generate(PROMPT, num_draft_tokens=0, stop_token_ids=()).finish()
     table = [*trace.prompt_ids, *trace.tokens]
@@ -39,7 +48,7 @@ def oracle(
     return path
 
 
-def test_stock_says_what_we_say_with_and_without_mtp(oracle: Path) -> None:
+def test_stock_generates_our_tokens_with_and_without_mtp(oracle: Path) -> None:
     trace, text = ours(oracle)
     assert trace.stats.acceptance_rate == 1.0
     plain, drafted = stock(oracle, use_mtp=False), stock(oracle, use_mtp=True)
@@ -59,7 +68,7 @@ def test_a_file_that_stock_refuses_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_log_tells_acceptance_and_errors() -> None:
+def test_the_log_has_acceptance_and_errors() -> None:
     log = (
         "I0000 00:00:1795472211.765311    7040 llm_litert_mtp_drafter.cc:298] MTP Drafter - Success rate: 0.625\n"
         "E0000 00:00:1795472099.417216    6657 engine.cc:891] Failed to create session: INVALID_ARGUMENT: no stop.\n"
@@ -69,4 +78,4 @@ def test_the_log_tells_acceptance_and_errors() -> None:
     assert parse_acceptance_rate("") is None
     assert last_complaint(log) == "Failed to create session: INVALID_ARGUMENT: no stop."
     assert last_complaint("one\ntwo\n") == "two"
-    assert last_complaint("") == "it said nothing"
+    assert last_complaint("") == "its log is empty"

@@ -10,7 +10,7 @@ import msgspec
 from benchmarks.bundles import exported
 from mtp_export.check.chats import parity_chats
 from mtp_export.check.prompts import read_prompts
-from mtp_export.check.stock_runtime import run_stock
+from mtp_export.check.stock_runtime import StockRequest, run_stock
 from mtp_runtime import Session
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.measure.parity import Comparison, compare_text, compare_tokens
@@ -76,7 +76,7 @@ _CASES = (
 
 
 def judge(case: ParityCase) -> Comparison:
-    """What Python says of a case."""
+    """Return Python's verdict on a case."""
     if case.text is not None:
         return compare_text(case.name, case.pieces, case.text, margins=case.margins, tolerance=case.tolerance)
     return compare_tokens(
@@ -90,7 +90,7 @@ def judge(case: ParityCase) -> Comparison:
 
 
 def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
-    """What nano says with a recipe, without and with MTP."""
+    """Return what nano generates with a recipe, without and with MTP."""
     traces = []
     with Session.open(bundle, threads=1) as session:
         for prompt in read_prompts(PROMPTS):
@@ -120,19 +120,21 @@ def chats_of(bundle: Path) -> list[GoldenChat]:
     chats = parity_chats()
     container = next(bundle.glob("*.litertlm"))
     run = run_stock(
-        container,
-        [],
-        max_new_tokens=1,
-        context_length=read_manifest(bundle).context_length,
-        use_mtp=True,
-        threads=1,
-        chats=chats,
-        max_chat_tokens=96,
+        StockRequest(
+            model_path=str(container),
+            prompts=[],
+            max_new_tokens=1,
+            context_length=read_manifest(bundle).context_length,
+            use_mtp=True,
+            threads=1,
+            chats=chats,
+            max_chat_tokens=96,
+        )
     )
     return [
         GoldenChat(
             name=chat.name,
-            says=chat.says,
+            says=chat.user_texts,
             answers=chat.answers,
             turns=tuple(GoldenTurn(message=turn.message, reply=turn.reply) for turn in turns),
         )

@@ -1,4 +1,4 @@
-"""nano says here what the golden files say, and the near-tie rule judges their cases as it did."""
+"""nano generates here what the golden files have, and the near-tie rule judges their cases as it did."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import Export
 from tests.end_to_end.golden.__main__ import chats_of, judge, traces_of
 from tests.end_to_end.golden.files import LOG, MAX_NEW_TOKENS, RECIPES, read_cases, read_chats, read_traces
 
-# Another processor's kernels round differently; the same tolerance as between any two places (mtp_export/proof.py).
+# The golden traces are of another processor, whose kernels round differently (mtp_export/check/parity.py).
 TOLERANCE = 0.05
 
 
@@ -37,7 +37,7 @@ def test_chats_in_the_stock_runtime(export_nano: Export) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_nano_says_what_it_said(export_nano: Export, recipe: str) -> None:
+def test_nano_generates_the_golden_tokens(export_nano: Export, recipe: str) -> None:
     golden = [trace for trace in read_traces() if trace.recipe == recipe]
     traces = traces_of(recipe, export_nano(recipe))
     assert [(t.prompt, t.num_draft_tokens) for t in golden] == [(t.prompt, t.num_draft_tokens) for t in traces]

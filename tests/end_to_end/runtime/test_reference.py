@@ -49,13 +49,13 @@ def drafter() -> Any:
     return Gemma4AssistantForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).train(False)
 
 
-def assert_close(found: FloatArray, expected: torch.Tensor, name: str) -> None:
-    np.testing.assert_allclose(found, expected.numpy(), atol=TOLERANCE, rtol=0, err_msg=name)
+def assert_close(actual: FloatArray, expected: torch.Tensor, name: str) -> None:
+    np.testing.assert_allclose(actual, expected.numpy(), atol=TOLERANCE, rtol=0, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def whole_pass(target: Any) -> WholePass:
-    """One pass of transformers over all tokens, done once: what it says, and its cache."""
+    """One pass of transformers over all tokens, done once: its logits, and its cache."""
 
     @functools.cache
     @torch.no_grad()
@@ -77,10 +77,10 @@ def test_target(session: Session, whole_pass: WholePass, length: int) -> None:
     backend.prefill(ids[:length])
     at = length
     for size in PASSES:
-        said = backend.verify(ids[at : at + size])
+        passed = backend.verify(ids[at : at + size])
         backend.kv_cache.advance(size)
-        assert_close(said.logits, reference.logits[0, at : at + size], f"logits at {at}")
-        assert_close(said.activations, reference.hidden_states[-1][0, at : at + size], f"activations at {at}")
+        assert_close(passed.logits, reference.logits[0, at : at + size], f"logits at {at}")
+        assert_close(passed.activations, reference.hidden_states[-1][0, at : at + size], f"activations at {at}")
         at += size
     assert len(backend.kv_cache.names) == 10
     for name in backend.kv_cache.names:

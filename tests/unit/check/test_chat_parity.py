@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from mtp_export.check import parity as proof
 from mtp_export.check import stock_runtime
 from mtp_export.check.chat_parity import ChatTurn, compare_stock_chat
 from mtp_export.check.chats import Chat, parity_chats
+from mtp_export.check.own_runs import reference_chats
 from mtp_export.check.stock_runtime import StockTurn, known_faults
 from mtp_runtime import ContextFullError, GenerationTrace
 from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.generate.trace import FinishReason
 from mtp_runtime.measure.parity import Comparison
 
-CHAT = Chat(name="two turns", says=("a", "b"))
+CHAT = Chat(name="two turns", user_texts=("a", "b"))
 SESSION: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token="<bos>"), tokenize=lambda text, bos: list(text))
 
 
@@ -49,7 +49,7 @@ def compare(reference: list[ChatTurn], replies: list[StockTurn], error: str = ""
     return compare_stock_chat(SESSION, CHAT, reference, replies, error, tolerance=0.01)
 
 
-def test_whole_replies_must_be_equal_with_what_is_held() -> None:
+def test_whole_replies_and_the_tokens_in_the_cache_must_be_equal() -> None:
     reference = [ours("one"), ours("two")]
     comparison = compare(reference, [stock("one"), stock("two")])
     assert (comparison.verdict, comparison.agreed, comparison.compared, comparison.detail) == ("equal", 2, 2, "")
@@ -99,19 +99,18 @@ def test_a_reply_that_was_cut_elsewhere_is_different() -> None:
     assert compare([cut, ours("two")], [stock("another"), stock("two")]).verdict == "different"
 
 
-def test_a_chat_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_that_does_not_fit_is_left_out() -> None:
     def hold(session: Any, chat: Chat, **options: Any) -> list[ChatTurn]:
         if chat.tools:
             raise ContextFullError("full")
         return [ours(chat.name)]
 
-    monkeypatch.setattr(proof, "hold", hold)
     session: Any = SimpleNamespace(
         bundle=SimpleNamespace(has=lambda role: True), manifest=SimpleNamespace(context_length=60)
     )
-    chats, held, left_out = proof._reference_chats(session, lambda line: None)
-    assert [chat.name for chat in chats] == [turns[0].content for turns in held] == ["six turns", "thinking"]
-    assert left_out == ["chat two tools: it does not fit the context of 60 tokens"]
+    held = reference_chats(session, lambda line: None, hold)
+    assert [chat.name for chat in held.chats] == [turns[0].content for turns in held.turns] == ["six turns", "thinking"]
+    assert held.left_out == ["chat two tools: it does not fit the context of 60 tokens"]
     assert len(parity_chats()) == 3
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_runtime.measure.parity import Comparison, ParityReport, RunnerResult, compare_text, compare_tokens
+from mtp_runtime.measure.parity import (
+    Comparison,
+    ParityReport,
+    RunnerResult,
+    common_length,
+    common_pieces,
+    compare_text,
+    compare_tokens,
+)
 
 MARGINS = [1.0, 0.5, 0.001, 2.0]
 
@@ -18,8 +27,13 @@ def compare(reference: list[int], tokens: list[int], margins: list[float] = MARG
 
 
 def test_equal_outputs_are_equal() -> None:
-    found = compare([1, 2, 3, 4], [1, 2, 3, 4])
-    assert (found.verdict, found.agreed, found.compared, found.first_difference) == ("equal", 4, 4, None)
+    comparison = compare([1, 2, 3, 4], [1, 2, 3, 4])
+    assert (comparison.verdict, comparison.agreed, comparison.compared, comparison.first_difference) == (
+        "equal",
+        4,
+        4,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,8 +49,8 @@ def test_equal_outputs_are_equal() -> None:
 def test_only_the_margin_at_the_first_difference_counts(
     tokens: list[int], position: int, margin: float, verdict: str
 ) -> None:
-    found = compare([1, 2, 3, 4], tokens)
-    assert (found.first_difference, found.margin, found.verdict) == (position, margin, verdict)
+    comparison = compare([1, 2, 3, 4], tokens)
+    assert (comparison.first_difference, comparison.margin, comparison.verdict) == (position, margin, verdict)
 
 
 def test_a_margin_of_exactly_the_tolerance_is_a_near_tie() -> None:
@@ -45,8 +59,8 @@ def test_a_margin_of_exactly_the_tolerance_is_a_near_tie() -> None:
 
 
 def test_going_on_after_the_reference_ended_is_a_difference() -> None:
-    found = compare([1, 2], [1, 2, 3], [0.0, 0.0])
-    assert (found.first_difference, found.margin, found.verdict) == (2, None, "different")
+    comparison = compare([1, 2], [1, 2, 3], [0.0, 0.0])
+    assert (comparison.first_difference, comparison.margin, comparison.verdict) == (2, None, "different")
 
 
 def test_tokens_beyond_the_limit_are_not_compared() -> None:
@@ -54,10 +68,10 @@ def test_tokens_beyond_the_limit_are_not_compared() -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
-def test_what_agreed_is_the_common_prefix(reference: list[int], tokens: list[int]) -> None:
-    found = compare_tokens("p", reference, tokens, margins=[1.0] * 6, tolerance=0.0, max_new_tokens=6)
-    assert reference[: found.agreed] == tokens[: found.agreed]
-    assert (found.verdict == "equal") == (reference == tokens)
+def test_the_tokens_that_agree_are_the_common_prefix(reference: list[int], tokens: list[int]) -> None:
+    comparison = compare_tokens("p", reference, tokens, margins=[1.0] * 6, tolerance=0.0, max_new_tokens=6)
+    assert reference[: comparison.agreed] == tokens[: comparison.agreed]
+    assert (comparison.verdict == "equal") == (reference == tokens)
 
 
 def test_text_is_compared_token_by_token() -> None:
@@ -102,12 +116,34 @@ def test_a_report_passes_with_near_ties_and_fails_with_a_difference() -> None:
 
 
 def test_a_report_reads_as_json_and_as_markdown() -> None:
-    found = report([1, 2, 3, 4], [1, 2, 9])
-    document = json.loads(found.to_json())
+    whole = report([1, 2, 3, 4], [1, 2, 9])
+    document = json.loads(whole.to_json())
     assert document["passed"] is True
     assert document["results"][1]["comparisons"][0]["first_difference"] == 2
-    markdown = found.to_markdown()
+    markdown = whole.to_markdown()
     assert "# Parity of nano, recipe int8: passed" in markdown
-    assert "| mtp_runtime | – | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
-    assert "| mtp_runtime | 1 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown
+    assert "| mtp_runtime | – | 0.01 | 1 | 0 | 0 | 4 of 4 | – | – | 12 |" in markdown
+    assert "| mtp_runtime | 1 | 0.01 | 0 | 1 | 0 | 2 of 4 | 0.500 | 2.25 | 12 |" in markdown
     assert "- mtp_runtime, K = 1, p: token 2, margin 0.001: near-tie" in markdown
+
+
+@given(st.lists(st.integers(0, 2), max_size=5), st.lists(st.integers(0, 2), max_size=5))
+def test_the_common_length_is_where_two_sequences_first_differ(one: list[int], other: list[int]) -> None:
+    length = common_length(one, other)
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+@given(st.lists(st.text("ab", max_size=2), max_size=5), st.text("ab", max_size=8))
+def test_common_pieces_are_the_beginning_of_a_text(pieces: list[str], text: str) -> None:
+    count = common_pieces(pieces, text)
+    assert text.startswith("".join(pieces[:count]))
+    assert count == len(pieces) or not text.startswith("".join(pieces[: count + 1]))
+
+
+def test_a_runner_without_a_tolerance_has_the_report_s() -> None:
+    whole = report([1, 2, 3, 4])
+    exact = msgspec.structs.replace(whole.results[0], tolerance=0.0)
+    markdown = msgspec.structs.replace(whole, results=(exact, whole.results[0])).to_markdown()
+    assert "| mtp_runtime | – | 0 | 1 |" in markdown
+    assert "| mtp_runtime | – | 0.01 | 1 |" in markdown

@@ -7,7 +7,12 @@ import json
 import pytest
 
 from mtp_runtime.errors import UserError
-from mtp_runtime.generate.stats import GenerationStats
+from mtp_runtime.generate.stats import (
+    GenerationStats,
+    overall_acceptance_rate,
+    overall_committed_per_round,
+    overall_tokens_per_second,
+)
 from mtp_runtime.generate.trace import GenerationTrace
 
 
@@ -45,6 +50,16 @@ def test_the_json_tells_the_derived_figures() -> None:
 def test_rounds_are_counted_per_position() -> None:
     stats = trace().stats
     assert (stats.drafted_at, stats.accepted_at) == ([2, 2, 1, 1], [1, 1, 0, 0])
+
+
+def test_figures_of_several_generations_are_of_their_sums() -> None:
+    plain = GenerationStats(committed_tokens=9, decode_steps=8, generate_wall_ms=32.0)
+    runs = [trace().stats, plain]
+    assert overall_acceptance_rate(runs) == 2 / 6
+    assert overall_committed_per_round(runs) == 2.0
+    assert overall_tokens_per_second(runs) == 1000 * (4 + 8) / 40
+    assert (overall_acceptance_rate([plain]), overall_committed_per_round([plain])) == (None, None)
+    assert overall_tokens_per_second([]) is None
 
 
 def test_figures_of_nothing_are_zero() -> None:

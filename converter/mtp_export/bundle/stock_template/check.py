@@ -1,16 +1,13 @@
 """The proof of a template: stock LiteRT-LM renders every conversation as transformers does, or the export ends here.
 
 Templates are from anywhere, so transformers' side is rendered in a process with limits as well: `python -m
-mtp_export.stock_template.check` is that process.
+mtp_export.bundle.stock_template.check` is that process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +17,12 @@ import msgspec
 
 from mtp_export.bundle.stock_template.compose import NEXT, Habits, habits_of, stock_template
 from mtp_export.bundle.stock_template.conversations import Conversation, Message, conversations
-from mtp_export.bundle.stock_template.rendering import Rendered, limit_memory, render_in_stock
+from mtp_export.bundle.stock_template.rendering import Rendered, render_in_stock
 from mtp_export.bundle.stock_template.stub import write_stub
+from mtp_export.child_process import ChildFailedError, ChildTimeoutError, answer_parent, limit_memory, run_child
 from mtp_export.errors import CheckpointError
 from mtp_runtime.errors import BackendError, MtpError, UserError
+from mtp_runtime.measure.parity import common_length
 from mtp_runtime.text.chat import render_chat
 
 _LIMIT_S = 60
@@ -41,7 +40,8 @@ class _Request(msgspec.Struct):
 
 
 class _Expected(msgspec.Struct):
-    """The template for the runtime and what it has to make of the conversations, or why the checkpoint's is refused."""
+    """The template for the runtime and the texts that it must make of the conversations, or why the checkpoint's is
+    refused."""
 
     stock: str = ""
     texts: list[Rendered] = []
@@ -51,7 +51,7 @@ class _Expected(msgspec.Struct):
 def check_template(
     template: str, *, special_tokens: Mapping[str, str], stops: Sequence[str], tokenizer_json: str
 ) -> int:
-    """Compare what stock LiteRT-LM makes of conversations with what transformers makes of them; `stops` are the texts
+    """Compare the texts that stock LiteRT-LM makes of conversations with those of transformers; `stops` are the texts
     of the tokens that end a reply.
 
     Returns:
@@ -86,8 +86,8 @@ def check_renders(template: str, *, special_tokens: Mapping[str, str], stops: Se
 
 
 def every_conversation() -> list[Conversation]:
-    """The fixed conversations, and each of their beginnings that ends with a reply: the runtime renders these to find
-    what the next message adds."""
+    """Return the fixed conversations, and each of their beginnings that ends with a reply: the runtime renders these to
+    find the text that the next message adds."""
     return [part for whole in conversations() for part in (*_histories(whole), whole)]
 
 
@@ -120,13 +120,10 @@ def _compare(every: Sequence[Conversation], expected: Sequence[Rendered], render
 
 
 def _shown(one: Rendered, other: Rendered) -> str:
-    """A text around the first place where it differs from another, or why there is none."""
+    """Return a text around the first place where it differs from another, or why there is none."""
     if one.text is None:
         return f"none ({one.error[:_CONTEXT]})"
-    place = 0
-    if other.text is not None:
-        shorter = min(len(one.text), len(other.text))
-        place = next((i for i in range(shorter) if one.text[i] != other.text[i]), shorter)
+    place = 0 if other.text is None else common_length(one.text, other.text)
     start, end = max(0, place - _CONTEXT), place + _CONTEXT
     cut = ("…" if start else "", "…" if end < len(one.text) else "")
     return f"{cut[0]}{json.dumps(one.text[start:end], ensure_ascii=False)}{cut[1]}"
@@ -135,23 +132,14 @@ def _shown(one: Rendered, other: Rendered) -> str:
 def _expected(template: str, special_tokens: Mapping[str, str], stops: Sequence[str], *, for_stock: bool) -> _Expected:
     """Render transformers' side in a process of its own, with the clock that LiteRT-LM has."""
     request = _Request(template=template, special_tokens=dict(special_tokens), stops=list(stops), for_stock=for_stock)
-    with tempfile.TemporaryDirectory(prefix="mtp-expected-") as folder:
-        answer = Path(folder) / "answer.json"
-        try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-m", "mtp_export.bundle.stock_template.check", str(answer)],
-                input=msgspec.json.encode(request),
-                capture_output=True,
-                timeout=_LIMIT_S,
-                check=False,
-                env={**os.environ, "TZ": "UTC"},
-            )
-        except subprocess.TimeoutExpired:
-            raise CheckpointError(f"the chat template does not end within {_LIMIT_S} s: {_REMEDY}") from None
-        if done.returncode != 0 or not answer.exists():
-            last = done.stderr.decode("utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise CheckpointError(f"the chat template cannot be rendered ({last or 'killed'}): {_REMEDY}")
-        expected = msgspec.json.decode(answer.read_bytes(), type=_Expected)
+    module = "mtp_export.bundle.stock_template.check"
+    try:
+        expected, _ = run_child(module, request, _Expected, timeout_s=_LIMIT_S, environment={"TZ": "UTC"})
+    except ChildTimeoutError:
+        raise CheckpointError(f"the chat template does not end within {_LIMIT_S} s: {_REMEDY}") from None
+    except ChildFailedError as failure:
+        reason = failure.last_line or "killed"
+        raise CheckpointError(f"the chat template cannot be rendered ({reason}): {_REMEDY}") from None
     if expected.refusal:
         raise CheckpointError(expected.refusal)
     for conversation, text in zip(every_conversation(), expected.texts, strict=True):
@@ -160,7 +148,8 @@ def _expected(template: str, special_tokens: Mapping[str, str], stops: Sequence[
     return expected
 
 
-def _render(request: _Request) -> _Expected:
+def _render(request: _Request, folder: Path) -> _Expected:
+    limit_memory(_LIMIT_BYTES)
     try:
         names, stops = request.special_tokens, request.stops
         habits = habits_of(request.template, special_tokens=names, stops=stops)
@@ -174,14 +163,14 @@ def _render(request: _Request) -> _Expected:
 
 
 class _Transformers:
-    """What transformers makes of conversations, in the form that LiteRT-LM is to make of them."""
+    """Renders conversations as transformers does, in the form that LiteRT-LM must give them."""
 
     def __init__(self, request: _Request, habits: Habits) -> None:
         self._request, self._habits = request, habits
         self._bos = request.special_tokens.get("bos_token", "") if habits.starts_with_bos else ""
 
     def rendered(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation without the start token, or why there is none.
+        """Return the text of a conversation without the start token, or why there is none.
 
         Raises:
             CheckpointError: LiteRT-LM could not go on behind its beginning.
@@ -207,7 +196,7 @@ class _Transformers:
             return Rendered(None, str(error), refused=isinstance(error, UserError))
 
     def _history(self, conversation: Conversation) -> str:
-        """As prelude.jinja and coda.jinja make it."""
+        """Return the history as prelude.jinja and coda.jinja make it."""
         messages, habits = list(conversation.messages), self._habits
         calls = messages[-1].get("tool_calls")
         if calls and not habits.calls_close:
@@ -263,14 +252,14 @@ def _with_joined_texts(message: Message) -> Message:
 
 
 def _with_wrapped_list(message: Message) -> Message:
-    """The answer of a tool that is a list: as a content it would be a list of parts."""
+    """Wrap the answer of a tool that is a list: as a content it would be a list of parts."""
     if message["role"] == "tool" and isinstance(message["content"], list):
         return message | {"content": {"value": message["content"]}}
     return message
 
 
 def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
-    """Answers of tools as `tool_responses` of the message that called them."""
+    """Return messages with answers of tools as `tool_responses` of the message that called them."""
     moved: list[Message] = []
     for message in messages:
         if message["role"] != "tool":
@@ -281,11 +270,5 @@ def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
     return moved
 
 
-def _main() -> None:
-    limit_memory(_LIMIT_BYTES)
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
-    Path(sys.argv[1]).write_bytes(msgspec.json.encode(_render(request)))
-
-
 if __name__ == "__main__":
-    _main()
+    answer_parent(_Request, _render)

@@ -17,7 +17,7 @@ NEXT = "mark-of-the-next-message"  # what the history is rendered with
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Habits:
-    """What a template does with messages, found out by rendering some.
+    """How a template writes messages, which rendering some shows.
 
     `starts_with_bos`: it writes the start token itself.
     `joins_texts`: it knows contents that are texts alone, and gets the texts of a list of parts as one.
@@ -43,7 +43,7 @@ class Habits:
 
 
 def stock_template(template: str, habits: Habits, *, special_tokens: Mapping[str, str], stops: Sequence[str]) -> str:
-    """Return the template that makes LiteRT-LM's Conversation feed the model what `template`, with its habits, says.
+    """Return the template that makes LiteRT-LM's Conversation feed the model the text that `template` writes.
 
     `special_tokens` are texts by name, as the checkpoint's templates see them; `stops` are the texts of the tokens that
     end a reply.
@@ -71,7 +71,7 @@ def stock_template(template: str, habits: Habits, *, special_tokens: Mapping[str
 
 
 def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequence[str]) -> Habits:
-    """Find out what a template does with messages."""
+    """Find out how a template writes messages, by rendering some."""
 
     def render(*messages: Message) -> str:
         try:
@@ -115,10 +115,10 @@ def habits_of(template: str, *, special_tokens: Mapping[str, str], stops: Sequen
 
 
 def _up_to_stop(text: str, stops: Sequence[str]) -> str:
-    """The beginning of a text that ends with its first stop; empty where it has none."""
+    """Return the beginning of a text that ends with its first stop; empty if it has none."""
     return text[: min((text.find(stop) + len(stop) for stop in stops if stop in text), default=0)]
 
 
 def _is_printed(part: Mapping[str, str], text: str) -> bool:
-    """Whether a part of a content was printed as it is, in Python's notation or as JSON."""
+    """Return whether a part of a content was printed as it is, in Python's notation or as JSON."""
     return any(f"{quote}type{quote}: {quote}{part['type']}{quote}" in text for quote in "'\"")

@@ -1,4 +1,4 @@
-"""The conversations that a template is tried on: what apps say, in the messages that transformers' templates know.
+"""The conversations that a template is tried on: those of apps, in the messages that transformers' templates know.
 
 Keys of what a message ends with are in alphabetical order, for LiteRT-LM sorts those of the newest message. A content
 of a single text is a text, for LiteRT-LM makes no difference between that and a list of it.
@@ -29,12 +29,12 @@ class Conversation:
 
 
 def conversations() -> list[Conversation]:
-    """All of them, in a fixed order."""
+    """Return all of them, in a fixed order."""
     return [*_texts(), *_turns(), *_parts(), *_tools(), *_answers(), *_thoughts()]
 
 
 def as_stock(messages: Sequence[Message]) -> list[Message]:
-    """Messages as an app hands them to LiteRT-LM: answers of tools as parts, those that follow each other in one."""
+    """Return messages as an app hands them to LiteRT-LM: answers of tools as parts, consecutive ones in one message."""
     stock: list[Message] = []
     for message in messages:
         if message["role"] != "tool":
@@ -204,8 +204,14 @@ def _tools() -> list[Conversation]:
 
 
 def _answers() -> list[Conversation]:
-    ask = _user("What is the weather in Oslo?")
-    call = _calls(_call("weather", {"city": "Oslo"}))
+    return [*_answers_of_every_kind(), *_calls_and_answers()]
+
+
+_ASK_WEATHER = _user("What is the weather in Oslo?")
+_CALL_WEATHER = _calls(_call("weather", {"city": "Oslo"}))
+
+
+def _answers_of_every_kind() -> list[Conversation]:
     values = {
         "a text": "rain",
         "an object": {"degrees": 3.5, "rain": True},
@@ -217,20 +223,25 @@ def _answers() -> list[Conversation]:
         "quotes": 'He said "rain" & \'snow\'\n<|"|>',
         "small and large numbers": {"large": 1e20, "small": 1.5e-7, "whole": 10000000000},
     }
-    answered = [
+    return [
         Conversation(
-            name=f"an answer that is {name}", messages=[ask, call, _answer("weather", value)], tools=[_WEATHER]
+            name=f"an answer that is {name}",
+            messages=[_ASK_WEATHER, _CALL_WEATHER, _answer("weather", value)],
+            tools=[_WEATHER],
         )
         for name, value in values.items()
     ]
+
+
+def _calls_and_answers() -> list[Conversation]:
+    ask = _ASK_WEATHER
     arguments = {"days": 2, "exact": True, "list": [1, "two", None, {"k": False}], "none": None, "share": 0.25}
     both = _calls(_call("weather", {"city": "Oslo"}), _call("add", {"a": 1, "b": 2.5}))
     identified = _calls(_call("add", {"a": 1, "b": 2}, id="call_1"), _call("weather", {"city": "x"}, id="call_2"))
-    first = [ask, call, _answer("weather", {"rain": True})]
+    first = [ask, _CALL_WEATHER, _answer("weather", {"rain": True})]
     again = [*first, _calls(_call("add", {"a": 3, "b": 4})), _answer("add", {"sum": 7})]
     tools = [_WEATHER, _ADD]
     return [
-        *answered,
         Conversation(
             name="arguments of every kind",
             messages=[ask, _calls(_call("weather", arguments)), _answer("weather", "rain")],

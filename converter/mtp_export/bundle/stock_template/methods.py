@@ -15,7 +15,11 @@ WHITESPACE = "".join(chr(c) for c in range(0x110000) if chr(c).isspace())
 
 
 def literal(value: Any) -> str:
-    """A constant as MiniJinja reads it."""
+    """Return a constant as MiniJinja reads it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise CheckpointError("the chat template has half of a surrogate pair in a text: correct it")
@@ -107,13 +111,13 @@ TEXT_METHODS = frozenset(
 
 
 def written_call(name: str, value: str, arguments: Sequence[str]) -> str | None:
-    """A call of a method as an expression; None where it has no counterpart with these arguments."""
+    """Return a call of a method as an expression; None if it has no counterpart with these arguments."""
     writer = _METHODS.get(name)
     return writer(value, *arguments) if writer is not None and _takes(writer, 1 + len(arguments)) else None
 
 
 def _takes(writer: Callable[..., object], count: int) -> bool:
-    """Whether a function takes so many arguments."""
+    """Return whether a function takes so many arguments."""
     try:
         inspect.signature(writer).bind(*range(count))
     except TypeError:

@@ -1,4 +1,4 @@
-"""What stock LiteRT-LM's Conversation makes of conversations: the text that it would feed the model.
+"""Conversations as stock LiteRT-LM's Conversation renders them: the text that it would feed the model.
 
 In a process of its own, as a template is from anywhere and the library logs what failed to file descriptor 2 only.
 `python -m mtp_export.bundle.stock_template.rendering` is that process.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ import msgspec
 
 from mtp_export.bundle.stock_template.conversations import Conversation, as_stock
 from mtp_export.check.stock_runtime import declared_tools
+from mtp_export.child_process import ChildFailedError, ChildTimeoutError, answer_parent, limit_memory, run_child
 from mtp_runtime.errors import BackendError
 
 _LIMIT_BYTES = 8 << 30
@@ -42,13 +40,7 @@ class _Task(msgspec.Struct):
 
 class _Request(msgspec.Struct):
     model_path: str
-    answer_path: str
     tasks: list[_Task]
-
-
-def limit_memory(limit_bytes: int) -> None:
-    """Let this process have so much address space at most: a template may ask for any amount."""
-    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
 
 def render_in_stock(model_path: Path, conversations: Sequence[Conversation], *, timeout_s: float) -> list[Rendered]:
@@ -61,35 +53,28 @@ def render_in_stock(model_path: Path, conversations: Sequence[Conversation], *, 
         _Task(messages=as_stock(c.messages), tools=[dict(t) for t in c.tools], variables=_variables(c))
         for c in conversations
     ]
-    with tempfile.TemporaryDirectory(prefix="mtp-render-") as folder:
-        answer_path = Path(folder) / "answer.json"
-        request = _Request(model_path=str(model_path), answer_path=str(answer_path), tasks=tasks)
-        try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-m", "mtp_export.bundle.stock_template.rendering"],
-                input=msgspec.json.encode(request),
-                capture_output=True,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise BackendError(f"LiteRT-LM did not render the conversations within {timeout_s:g} s") from None
-        if done.returncode != 0 or not answer_path.exists():
-            last = done.stderr.decode("utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise BackendError(f"LiteRT-LM failed to render the conversations (exit {done.returncode}): {last}")
-        return msgspec.json.decode(answer_path.read_bytes(), type=list[Rendered])
+    request = _Request(model_path=str(model_path), tasks=tasks)
+    module = "mtp_export.bundle.stock_template.rendering"
+    try:
+        rendered, _ = run_child(module, request, list[Rendered], timeout_s=timeout_s)
+    except ChildTimeoutError:
+        raise BackendError(f"LiteRT-LM did not render the conversations within {timeout_s:g} s") from None
+    except ChildFailedError as failure:
+        raise BackendError(
+            f"LiteRT-LM failed to render the conversations (exit {failure.exit_code}): {failure.last_line}"
+        ) from None
+    return rendered
 
 
 def _variables(conversation: Conversation) -> dict[str, Any]:
-    """The runtime renders a history without asking for a reply."""
+    """Return the template's variables: a history is rendered without the beginning of a reply."""
     return {**conversation.variables, **({"add_generation_prompt": False} if conversation.going_on else {})}
 
 
-def _main() -> None:
+def _render(request: _Request, folder: Path) -> list[Rendered]:
     import litert_lm
 
     limit_memory(_LIMIT_BYTES)
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
     rendered = []
     cpu = litert_lm.Backend.CPU(thread_count=1)
@@ -115,10 +100,10 @@ def _main() -> None:
             os.fsync(log.fileno())
             log.seek(0)
             error += log.read().decode("utf-8", errors="replace")
-            found = _FAILED.search(error)
-            rendered.append(Rendered(None if found else text, found[1] if found else ""))
-    Path(request.answer_path).write_bytes(msgspec.json.encode(rendered))
+            failed = _FAILED.search(error)
+            rendered.append(Rendered(None if failed else text, failed[1] if failed else ""))
+    return rendered
 
 
 if __name__ == "__main__":
-    _main()
+    answer_parent(_Request, _render)
