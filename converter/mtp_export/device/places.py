@@ -16,7 +16,7 @@ from mtp_export.device.transfer import Sent, code_archive, send
 from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
 
-_MODULE = "mtp_export.device.on_device"
+MODULE = "mtp_export.device.on_device"
 
 
 def run_here(request: Request) -> Answer:
@@ -28,7 +28,7 @@ def run_here(request: Request) -> Answer:
     with tempfile.TemporaryDirectory(prefix="mtp-device-") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_bytes(msgspec.json.encode(request))
-        command = [sys.executable, "-m", _MODULE, str(asked), str(answered)]
+        command = [sys.executable, "-m", MODULE, str(asked), str(answered)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
@@ -43,7 +43,7 @@ def run_with_python(adb: Adb, request: Request, on_line: Callable[[str], None] =
         AdbError: there is no Python, the run failed or was killed, or the device went away.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-device-") as folder:
-        code = code_archive(Path(folder))
+        code = code_archive(Path(folder), MODULE)
         home = send(adb, [code], f"{FOLDER}/code/{code.sha256[:16]}").folder
         asked = Path(folder) / "request.json"
         asked.write_bytes(msgspec.json.encode(request))
@@ -51,7 +51,7 @@ def run_with_python(adb: Adb, request: Request, on_line: Callable[[str], None] =
         answer_there = f"{request_there}/answer.json"
         adb.shell(
             f"cd {request_there} && rm -f answer.json && "
-            f"PYTHONPATH={home}/{code.path.name}:$PYTHONPATH python3 -m {_MODULE} request.json answer.json",
+            f"PYTHONPATH={home}/{code.path.name}:$PYTHONPATH python3 -m {MODULE} request.json answer.json",
             on_line=on_line,
         )
         answered = Path(folder) / "answer.json"

@@ -6,6 +6,7 @@ of what it holds. So a name and a size are enough to know a file by.
 
 from __future__ import annotations
 
+import ast
 import io
 import shlex
 import zipfile
@@ -19,8 +20,6 @@ from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest, read_manifest
 from mtp_runtime.errors import UserError
 
 _PIECE_BYTES = 1 << 20
-# Of mtp_export, what mtp_export.device.on_device imports.
-_NEEDED_THERE = ("__init__.py", "chats.py", "stock_runtime.py", "device")
 
 
 class Sent(NamedTuple):
@@ -93,22 +92,43 @@ def send(
     return Transferred(folder, total)
 
 
-def code_archive(folder: Path) -> Sent:
-    """Write a zip of what a device needs of this project's Python; the same code gives the same bytes."""
+def code_archive(folder: Path, module: str) -> Sent:
+    """Write a zip of what a device needs to run `module`: mtp_runtime, and what it imports of its own package.
+
+    The same code gives the same bytes.
+    """
     import mtp_export
     import mtp_runtime
 
+    runtime, export = (Path(str(package.__file__)).parent for package in (mtp_runtime, mtp_export))
+    modules = [path.relative_to(runtime.parent) for path in sorted(runtime.rglob("*.py"))]
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for package, names in ((mtp_runtime, None), (mtp_export, _NEEDED_THERE)):
-            root = Path(str(package.__file__)).parent
-            for path in sorted(root.rglob("*.py")):
-                inside = path.relative_to(root)
-                if names is None or inside.parts[0] in names:
-                    archive.writestr(zipfile.ZipInfo(f"{root.name}/{inside.as_posix()}"), path.read_bytes())
+        for root, paths in ((runtime.parent, modules), (export.parent, imported_modules(export.parent, module))):
+            for path in paths:
+                archive.writestr(zipfile.ZipInfo(path.as_posix()), (root / path).read_bytes())
     path = folder / "code.zip"
     path.write_bytes(data.getvalue())
     return Sent.of(path)
+
+
+def imported_modules(root: Path, module: str) -> list[Path]:
+    """Return the files below `root` that importing `module` reads: its own, those that it imports at its top level of
+    the same package, and so on, with the `__init__.py` of every folder between."""
+    top, waiting, paths = module.partition(".")[0], [module], set[Path]()
+    while waiting:
+        name = Path(*waiting.pop().split("."))
+        path = next((p for p in (name.with_suffix(".py"), name / "__init__.py") if (root / p).is_file()), None)
+        if path is None or path in paths:
+            continue  # a name of a module, and no module; or one that was read already
+        paths.add(path)
+        waiting += [".".join(folder.parts) for folder in name.parents if folder.parts]
+        for node in ast.parse((root / path).read_bytes()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == top:
+                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names if alias.name.partition(".")[0] == top]
+    return sorted(paths)
 
 
 def _offset(file: Sent, there: dict[str, int]) -> int:
