@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from mtp_export.device.app import AppReport, AppRequest, read_report
-from mtp_export.device.bench import summarise
+from mtp_export.device.bench import Measurement, summarise
 from tests.conftest import Export
 from tests.golden.files import FOLDER
 from tools.android_build.apk import DEMO, build_apk, packager
@@ -58,17 +58,17 @@ def _check_report(report: AppReport, bundle: Path) -> None:
     golden = (FOLDER / "app_request.json").read_bytes().strip()
     request = msgspec.json.decode(golden, type=AppRequest)
     assert msgspec.json.encode(request) == golden, "the request has other fields than Kotlin is tested with"
-    found = summarise(
-        bundle,
-        report.place,
-        request.prompts,
-        report.runs,
+    measurement = Measurement(
+        place=report.place,
+        prompts=request.prompts,
+        runs=report.runs,
         repetitions=request.repetitions,
         max_new_tokens=request.max_new_tokens,
         backend="cpu",
         threads=request.threads,
         thermal=("0", "0"),
     )
+    found = summarise(bundle, measurement)
     for theirs, ours in zip(report.speed, found.kinds, strict=True):
         assert theirs.kind == ours.kind
         assert theirs.mtp_gain == pytest.approx(ours.mtp_gain)

@@ -43,7 +43,7 @@ class Transferred(NamedTuple):
 
 
 def send_bundle(adb: Adb, bundle: Path, on_bytes: Callable[[int, int], None] = lambda sent, total: None) -> Transferred:
-    """Have the files of the bundle's folder on the device; `on_bytes` gets how many bytes are sent, of how many.
+    """Send the files of the bundle's folder that the device lacks; `on_bytes` gets how many bytes are sent, of all.
 
     Raises:
         MtpError: the bundle is none, the device has no room, or it went away.
@@ -58,7 +58,7 @@ def send_bundle(adb: Adb, bundle: Path, on_bytes: Callable[[int, int], None] = l
 def send_container(
     adb: Adb, bundle: Path, root: str, on_bytes: Callable[[int, int], None] = lambda sent, total: None
 ) -> Transferred:
-    """Have what LiteRT-LM needs of a bundle on the device, the `.litertlm` and the manifest, in a folder under `root`.
+    """Send what LiteRT-LM needs of a bundle, the `.litertlm` and the manifest, to a folder under `root` on the device.
 
     Raises:
         MtpError: the bundle has no `.litertlm`, the device has no room, or it went away.
@@ -76,7 +76,7 @@ def send_container(
 def send(
     adb: Adb, files: Sequence[Sent], folder: str, on_bytes: Callable[[int, int], None] = lambda sent, total: None
 ) -> Transferred:
-    """Have `files` in `folder` on the device, under their own names."""
+    """Send `files` to `folder` on the device, under their own names; those that are there are not sent again."""
     adb.shell(f"mkdir -p {folder}")
     # A glob that finds nothing is no failure: there is nothing yet.
     listed = adb.shell(f'cd {folder} && for f in *; do [ -f "$f" ] && stat -c \'%s %n\' "$f"; done; true')
@@ -132,7 +132,7 @@ def imported_modules(root: Path, module: str) -> list[Path]:
 
 
 def _offset(file: Sent, there: dict[str, int]) -> int:
-    """How much of a file an earlier, cut transfer has brought there."""
+    """Return how many bytes of a file an earlier, cut transfer has brought there."""
     part = there.get(_part_name(file), 0)
     return part if part <= file.size_bytes else 0
 
@@ -155,11 +155,11 @@ def _send_file(adb: Adb, file: Sent, folder: str, offset: int, on_bytes: Callabl
     name, part = (shlex.quote(f"{folder}/{name}") for name in (file.path.name, _part_name(file)))
     write = ">>" if offset else ">"
     adb.shell(f"cat {write} {part}", stdin=_pieces(file.path, offset, on_bytes))
-    found = adb.shell(f"sha256sum {part}").split()[0]
-    if found != file.sha256:
+    arrived = adb.shell(f"sha256sum {part}").split()[0]
+    if arrived != file.sha256:
         adb.shell(f"rm {part}")
         raise AdbError(
-            f"{file.path.name} arrived on {adb.serial} with SHA-256 {found[:16]}…, the manifest says "
+            f"{file.path.name} arrived on {adb.serial} with SHA-256 {arrived[:16]}…, the manifest has "
             f"{file.sha256[:16]}…: run it again, and try another cable if that does not help"
         )
     adb.shell(f"mv {part} {name}")
