@@ -1,4 +1,4 @@
-"""How drafts fare by kind of prompt, K and position, what passes cost here, and what speed-up that gives. No torch."""
+"""The acceptance of drafts by kind of prompt, K and position; the costs of passes; the speed-up of both. No torch."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """What drafts give on one device by what passes cost there; `break_even` is, by K, the acceptance from which K
-    drafts pay."""
+    """The gain of drafts on one device, by the costs there. `break_even` is, by K, the acceptance from which K drafts
+    pay."""
 
     name: str
     costs: Costs

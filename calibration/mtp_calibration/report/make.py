@@ -1,4 +1,4 @@
-"""Making the report of a bundle: its prompts are generated here, and what other tools wrote of it is read."""
+"""Making the report of a bundle: prompts are run here, and the files of `calibrate` and `bench` are read."""
 
 from __future__ import annotations
 

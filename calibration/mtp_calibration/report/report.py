@@ -47,7 +47,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
 
     def to_html(self) -> str:
-        """The page. Whatever comes from a bundle or a model is escaped."""
+        """Return the page. Text from a bundle or a model is escaped."""
         manifest = self.manifest
         title = f"{manifest.model}, {manifest.recipe}, {manifest.export_format}"
         parts = [
@@ -196,7 +196,7 @@ def _chart(
     title: str,
     rule: float | None = None,
 ) -> str:
-    """A line chart as SVG."""
+    """Return a line chart as SVG."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = (x - across[0]) / max(1e-9, across[1] - across[0])

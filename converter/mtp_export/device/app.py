@@ -136,5 +136,5 @@ def _wait(adb: Adb, answer: str, on_line: Callable[[str], None]) -> None:
             "take a smaller recipe; `adb logcat -b crash` tells of a crash"
         )
     if ended.code is None:
-        adb.shell("true")  # says what has become of the connection, where it is not back
+        adb.shell("true")  # fails with a remedy if the connection is not back
         _wait(adb, answer, on_line)

@@ -86,7 +86,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def text_prompts(prompts: Sequence[object]) -> tuple[TextPrompt, ...]:
-    """Return of prompts that have more fields what a place needs."""
+    """Return prompts with the fields that a place needs, and no others."""
     return tuple(msgspec.convert(prompt, TextPrompt, from_attributes=True) for prompt in prompts)
 
 

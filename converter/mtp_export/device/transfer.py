@@ -1,4 +1,4 @@
-"""Files to a device: what is there is not sent again, what was cut goes on where it was, and every hash is compared.
+"""Files to a device: none is sent twice, a transfer that was cut goes on where it was, every hash is compared.
 
 A file takes its name on the device only after its SHA-256 was compared there, in a folder that is named by the hashes
 of what it holds. So a name and a size are enough to know a file by.
