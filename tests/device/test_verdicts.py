@@ -169,5 +169,9 @@ def test_the_command_on_this_machine(bundle: Path, tmp_path: Path) -> None:
     for entry in report["checks"]:
         assert [comparison["verdict"] for comparison in entry["result"]["comparisons"]] == ["equal"] * prompts
     assert (tmp_path / "device-parity.md").read_text(encoding="utf-8").startswith("# Parity on a device: nano")
+    short = ("--where", "host", "--limit", "1", "--max-new-tokens", "2", "--no-stock", "--output", str(tmp_path))
+    done = run_cli("device", "parity", str(bundle), *short, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "mtp_runtime, K = 4, against itself without MTP: no token was compared" in done.stdout
     done = run_cli("device", "parity", str(bundle), "--limit", "0", check=False)
     assert (done.returncode, done.stderr) == (2, "mtp-export: error: --limit is 0: give 1 or more\n")
