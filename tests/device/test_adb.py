@@ -1,4 +1,4 @@
-"""What goes wrong with devices, against the real adb: each is one line that says what to do."""
+"""Failures of devices, against the real adb: each ends in one line with its remedy."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def random_file(path: Path, size: int) -> Sent:
     return Sent(path, hashlib.sha256(data).hexdigest(), size)
 
 
-def state_of(serial: str, wanted: str) -> None:
+def wait_for_state(serial: str, state: str) -> None:
     deadline = time.monotonic() + 20
-    while not any(device.serial == serial and device.state == wanted for device in devices(adb_program())):
+    while not any(device.serial == serial and device.state == state for device in devices(adb_program())):
         assert time.monotonic() < deadline, devices(adb_program())
         time.sleep(0.1)
 
@@ -58,7 +58,7 @@ def test_no_device(lonely_server: str, tmp_path: Path) -> None:
 def test_a_device_that_is_not_ready(lonely_server: str, behaviour: str, state: str, remedy: str) -> None:
     with daemon(behaviour) as serial:  # type: ignore[arg-type]  # the two words that it takes
         connecting = subprocess.Popen([lonely_server, "connect", serial], stdout=subprocess.DEVNULL)
-        state_of(serial, state)
+        wait_for_state(serial, state)
         with pytest.raises(AdbError, match=rf"{serial} is \w+: .*{remedy}"):
             Adb.open()
         connecting.kill()

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from mtp_export.device.app import AppReport, AppRequest, read_report
-from mtp_export.device.bench import summarise
+from mtp_export.device.bench import Measurement, summarise
 from tests.conftest import Export
 from tests.end_to_end.golden.files import FOLDER
 from tools.android_build.apk import DEMO, build_apk, packager
@@ -58,29 +58,29 @@ def _check_report(report: AppReport, bundle: Path) -> None:
     golden = (FOLDER / "app_request.json").read_bytes().strip()
     request = msgspec.json.decode(golden, type=AppRequest)
     assert msgspec.json.encode(request) == golden, "the request has other fields than Kotlin is tested with"
-    found = summarise(
-        bundle,
-        report.place,
-        request.prompts,
-        report.runs,
+    measurement = Measurement(
+        place=report.place,
+        prompts=request.prompts,
+        runs=report.runs,
         repetitions=request.repetitions,
         max_new_tokens=request.max_new_tokens,
         backend="cpu",
         threads=request.threads,
         thermal=("0", "0"),
     )
-    for theirs, ours in zip(report.speed, found.kinds, strict=True):
+    bench = summarise(bundle, measurement)
+    for theirs, ours in zip(report.speed, bench.kinds, strict=True):
         assert theirs.kind == ours.kind
         assert theirs.mtp_gain == pytest.approx(ours.mtp_gain)
         assert theirs.tokens_per_second_on == pytest.approx(ours.tokens_per_second_on)
-    assert [kind.same_text for kind in found.kinds] == [2, 1, 1]
+    assert [kind.same_text for kind in bench.kinds] == [2, 1, 1]
     # Of the test's generator: 10 ms a token without MTP, half its drafts kept, and twice as fast on one of two prompts.
-    assert found.passes["decode"].median_ms == pytest.approx(10.0)
-    assert [(r.num_draft_tokens, r.committed_per_round) for r in found.rounds] == [(0, 1.0), (4, 3.0)]
-    assert found.rounds[1].ms_per_token == pytest.approx(7.5)
+    assert bench.passes["decode"].median_ms == pytest.approx(10.0)
+    assert [(r.num_draft_tokens, r.committed_per_round) for r in bench.rounds] == [(0, 1.0), (4, 3.0)]
+    assert bench.rounds[1].ms_per_token == pytest.approx(7.5)
     # A round takes 22.5 ms for 10 ms of a token: 1 + a + a² + a³ + a⁴ = 2.25.
-    assert found.break_even[4] == pytest.approx(0.586, abs=0.001)
-    assert found.variants[1].warnings == ("w",)
+    assert bench.break_even[4] == pytest.approx(0.586, abs=0.001)
+    assert bench.variants[1].warnings == ("w",)
 
 
 def test_what_does_not_compile_is_noticed(kotlin: Toolchain, tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def classes_of(dex: bytes) -> set[str]:
     """The classes that a .dex file defines, which are not all that it speaks of."""
     assert dex.startswith(b"dex\n")
     strings, types, (count, start) = _word(dex, 60), _word(dex, 68), struct.unpack_from("<2I", dex, 96)
-    found = set()
+    names = set()
     for number in range(count):
         type_number = _word(dex, start + 32 * number)
         at = _word(dex, strings + 4 * _word(dex, types + 4 * type_number))
         while dex[at] & 0x80:  # the text's length, a number of variable size
             at += 1
-        found.add(dex[at + 1 : dex.index(0, at + 1)].decode())
-    return found
+        names.add(dex[at + 1 : dex.index(0, at + 1)].decode())
+    return names
 
 
 def _word(data: bytes, offset: int) -> int:

@@ -1,8 +1,8 @@
-"""How drafts fare by kind of prompt, K and position, what passes cost here, and what speed-up that gives. No torch."""
+"""The acceptance of drafts by kind of prompt, K and position; the costs of passes; the speed-up of both. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,59 +12,52 @@ from mtp_runtime import GenerationStats, GenerationTrace, Session
 from mtp_runtime.errors import UserError
 from mtp_runtime.generate.stats import overall_committed_per_round, overall_tokens_per_second
 from mtp_runtime.measure import timing
+from mtp_runtime.measure.profile import Profile
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a decode step, of one draft, and of verify by K (from 1)."""
+    """What a decode step takes, a round of K drafts by K, and one draft where it was timed alone; all in ms."""
 
     decode_ms: float
-    draft_ms: float
-    verify_ms: tuple[float, ...]
+    rounds_ms: Mapping[int, float]
+    draft_ms: float | None = None
 
     def expected_speed_up(self, committed_per_round: float, k: int) -> float:
-        """Against plain decoding, for rounds of K drafts that commit so many tokens."""
-        return committed_per_round * self.decode_ms / self._round_ms(k)
+        """Return the speed against plain decoding, for rounds of K drafts that commit so many tokens."""
+        return committed_per_round * self.decode_ms / self.rounds_ms[k]
 
     def break_even(self, k: int) -> float | None:
-        """The acceptance of each draft, given those before it, from which K drafts pay; None if they never do."""
-        return timing.break_even(self.decode_ms, self._round_ms(k), k)
-
-    def _round_ms(self, k: int) -> float:
-        return k * self.draft_ms + self.verify_ms[k - 1]
-
-
-class _Pass(msgspec.Struct, frozen=True):
-    median_ms: float
-
-
-class _Bench(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read of the JSON of `mtp-export bench`."""
-
-    machine: str
-    model: str
-    passes: dict[str, _Pass]
-    break_even: dict[int, float | None]
+        """Return the acceptance of each draft, given those before it, from which K drafts pay; None if they never
+        do."""
+        return timing.break_even(self.decode_ms, self.rounds_ms[k], k)
 
 
 def read_bench(path: Path, model: str) -> tuple[str, Costs]:
-    """A device's name and costs from what `mtp-export bench --json` printed there of a bundle of `model`.
+    """Return a device's name and costs, from what `bench --json` or `device bench --json` of mtp-export printed there.
 
     Raises:
-        UserError: the file is no such JSON, or of another model.
+        UserError: the file is no such JSON, is of another model than `model`, or has no times.
     """
     try:
-        bench = msgspec.json.decode(path.read_bytes(), type=_Bench)
-        medians = {name: timed.median_ms for name, timed in bench.passes.items()}
-        decode_ms, draft_ms = medians["decode"], medians["draft"]
-        rounds = [timing.round_ms(medians, k) for k in range(1, max(bench.break_even) + 1)]
-    except (OSError, ValueError, KeyError) as error:
+        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        rounds_ms = profile.rounds_ms
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read a device's times from {path} ({error}): give what mtp-export bench --json printed there"
+            f"cannot read a device's times from {path} ({error}): give what mtp-export bench --json, or mtp-export "
+            "device bench --json, printed there"
         ) from error
-    if bench.model != model:
-        raise UserError(f"{path} has the times of {bench.model}, expected {model}: bench a bundle of it on that device")
-    verify_ms = tuple(ms - k * draft_ms for k, ms in enumerate(rounds, 1))
-    return bench.machine, Costs(decode_ms=decode_ms, draft_ms=draft_ms, verify_ms=verify_ms)
+    if profile.model != model:
+        raise UserError(
+            f"{path} has the times of {profile.model}, expected {model}: bench a bundle of it on that device"
+        )
+    medians = profile.medians_ms
+    if "decode" not in medians:
+        raise UserError(f"{path} has no times, as of an emulated place: run mtp-export device bench on a phone")
+    if not rounds_ms:
+        raise UserError(
+            f"{path} has no times of rounds, because the runtime logged no acceptance: take a LiteRT-LM that does"
+        )
+    return profile.machine, Costs(decode_ms=medians["decode"], rounds_ms=rounds_ms, draft_ms=medians.get("draft"))
 
 
 class KindRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +75,11 @@ class KindRow(msgspec.Struct, frozen=True, kw_only=True):
 def measure_acceptance(
     session: Session, prompts: Sequence[Prompt], *, max_new_tokens: int, on_prompt: Callable[[str], None]
 ) -> tuple[list[KindRow], Costs, list[tuple[Prompt, GenerationTrace]]]:
-    """Generate for every prompt with every K in turn; also returns the traces with the bundle's own K."""
+    """Generate for every prompt with every K in turn.
+
+    Returns:
+        A row for each kind and K, the costs on this machine, and the traces with the bundle's own K.
+    """
     depths = range(session.manifest.num_draft_tokens + 1)
     stats: dict[tuple[str, int], list[GenerationStats]] = {}
     examples = []
@@ -103,11 +100,12 @@ def measure_acceptance(
 def _costs(stats: dict[tuple[str, int], list[GenerationStats]], depths: Sequence[int]) -> Costs:
     by_depth = {k: [s for (_, depth), runs in stats.items() if depth == k for s in runs] for k in depths}
     plain, deepest = by_depth[0], by_depth[depths[-1]]
-    verify = [sum(s.verify_ms for s in by_depth[k]) / max(1, sum(s.rounds for s in by_depth[k])) for k in depths[1:]]
+    draft_ms = sum(s.draft_ms for s in deepest) / max(1, sum(s.drafted for s in deepest))
+    verify_ms = {k: sum(s.verify_ms for s in by_depth[k]) / max(1, sum(s.rounds for s in by_depth[k])) for k in depths}
     return Costs(
         decode_ms=sum(s.decode_ms for s in plain) / sum(s.decode_steps for s in plain),
-        draft_ms=sum(s.draft_ms for s in deepest) / max(1, sum(s.drafted for s in deepest)),
-        verify_ms=tuple(verify),
+        rounds_ms={k: k * draft_ms + verify_ms[k] for k in depths[1:]},
+        draft_ms=draft_ms,
     )
 
 
@@ -138,37 +136,37 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """What drafts give on one device by what passes cost there; `break_even` is the acceptance from which K = 1, 2, …
+    """The gain of drafts on one device, by the costs there. `break_even` is, by K, the acceptance from which K drafts
     pay."""
 
     name: str
     costs: Costs
-    break_even: tuple[float | None, ...]
+    break_even: Mapping[int, float | None]
     expected: tuple[Expected, ...]
     advice: str
 
 
 def on_device(name: str, costs: Costs, rows: Sequence[KindRow]) -> Device:
-    """For which kinds drafts pay on a device, and with which K."""
+    """Return for which kinds drafts pay on a device, and with which K, of those whose rounds were timed there."""
     expected = [
         Expected(kind=row.kind, num_draft_tokens=k, speed_up=costs.expected_speed_up(row.committed_per_round, k))
         for row in rows
-        if (k := row.num_draft_tokens) <= len(costs.verify_ms)
+        if (k := row.num_draft_tokens) in costs.rounds_ms
     ]
     best: dict[str, Expected] = {}
     for one in expected:
-        best[one.kind] = max(best.get(one.kind, one), one, key=lambda found: found.speed_up)
+        best[one.kind] = max(best.get(one.kind, one), one, key=lambda each: each.speed_up)
     pays = [
         f"{one.kind} (K = {one.num_draft_tokens}, {one.speed_up:.2f} times plain)"
         for one in best.values()
         if one.speed_up > 1
     ]
     not_so = [one.kind for one in best.values() if one.speed_up <= 1]
-    said = f"drafts pay for {', '.join(pays)}" if pays else "drafts pay for nothing that was tried"
+    advice = f"drafts pay for {', '.join(pays)}" if pays else "drafts pay for nothing that was tried"
     return Device(
         name=name,
         costs=costs,
-        break_even=tuple(costs.break_even(k) for k in range(1, len(costs.verify_ms) + 1)),
+        break_even={k: costs.break_even(k) for k in costs.rounds_ms},
         expected=tuple(expected),
-        advice=f"{said}; not for {', '.join(not_so)}" if pays and not_so else said,
+        advice=f"{advice}; not for {', '.join(not_so)}" if pays and not_so else advice,
     )

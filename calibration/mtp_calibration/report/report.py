@@ -47,7 +47,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
 
     def to_html(self) -> str:
-        """The page. Whatever comes from a bundle or a model is escaped."""
+        """Return the page. Text from a bundle or a model is escaped."""
         manifest = self.manifest
         title = f"{manifest.model}, {manifest.recipe}, {manifest.export_format}"
         parts = [
@@ -86,8 +86,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _device(self, device: Device) -> str:
         costs = device.costs
-        passes = [("decode", costs.decode_ms), ("draft", costs.draft_ms)]
-        passes += [(f"verify, K = {k}", ms) for k, ms in enumerate(costs.verify_ms, 1)]
+        passes = [("decode", costs.decode_ms)] + ([] if costs.draft_ms is None else [("draft", costs.draft_ms)])
+        passes += [(f"round, K = {k}", ms) for k, ms in costs.rounds_ms.items()]
         return (
             f"<h2>Does it pay on {_text(device.name)}?</h2>"
             f"<p>{_text(device.advice[:1].upper() + device.advice[1:])}.</p>"
@@ -95,10 +95,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 ("kind", "K", "expected"),
                 [(one.kind, str(one.num_draft_tokens), f"{one.speed_up:.2f}x") for one in device.expected],
             )
-            + _table(("pass", "ms"), [(name, f"{ms:.3f}") for name, ms in passes])
+            + _table(("", "ms"), [(name, f"{ms:.3f}") for name, ms in passes])
             + _table(
                 ("K", "pays from an acceptance of"),
-                [(str(k), "never" if a is None else f"{a:.0%}") for k, a in enumerate(device.break_even, 1)],
+                [(str(k), "never" if a is None else f"{a:.0%}") for k, a in device.break_even.items()],
             )
             + _speed_chart(costs)
         )
@@ -121,11 +121,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         hops = [(name, f"{error:.3g}") for name, error in _mapping(quality["hops"]).items()]
         layers = [(str(e["layer"]), f"{e['kl']:.3g}") for e in map(_mapping, _sequence(quality["layers"]))]
         findings = [_mapping(finding) for finding in _sequence(verdict["findings"])]
-        said = [str(bar) for bar in _sequence(verdict["missed"])]
-        said += [f"{finding['part']}: {finding['diagnosis']}" for finding in findings]
+        reasons = [str(bar) for bar in _sequence(verdict["missed"])]
+        reasons += [f"{finding['part']}: {finding['diagnosis']}" for finding in findings]
         return (
             f'<p class="{"passed" if passed else "failed"}">{"Passed" if passed else "Failed"}</p>'
-            + "".join(f"<p>{_text(line)}</p>" for line in said)
+            + "".join(f"<p>{_text(line)}</p>" for line in reasons)
             + _table(("", ""), rows)
             + "<h3>Relative error by hop</h3>"
             + _table(("hop", "error"), hops)
@@ -182,8 +182,7 @@ def _acceptance_chart(rows: Sequence[KindRow]) -> str:
 def _speed_chart(costs: Costs) -> str:
     shares = [i / 20 for i in range(21)]
     lines = {
-        f"K = {k}": [(a, costs.expected_speed_up(expected_committed(a, k), k)) for a in shares]
-        for k in range(1, len(costs.verify_ms) + 1)
+        f"K = {k}": [(a, costs.expected_speed_up(expected_committed(a, k), k)) for a in shares] for k in costs.rounds_ms
     }
     top = max(y for line in lines.values() for _, y in line)
     return _chart(lines, (0.0, 1.0), (0.0, max(1.2, top)), "acceptance of a draft", "speed-up", rule=1.0)
@@ -197,7 +196,7 @@ def _chart(
     title: str,
     rule: float | None = None,
 ) -> str:
-    """A line chart as SVG."""
+    """Return a line chart as SVG."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = (x - across[0]) / max(1e-9, across[1] - across[0])

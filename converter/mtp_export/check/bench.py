@@ -5,49 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-
-import msgspec
 
 from mtp_export.check.head_alone import head_alone
 from mtp_runtime import Session
 from mtp_runtime.errors import UserError
-from mtp_runtime.measure.timing import Rounds, Timing, break_even, filled_prompt, round_ms, time_passes, time_rounds
+from mtp_runtime.measure.profile import Profile
+from mtp_runtime.measure.timing import Timing, break_even, filled_prompt, round_ms, time_passes, time_rounds
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _BACKENDS = {"tflite": ("LiteRT", "ai-edge-litert"), "onnx": ("ONNX Runtime", "onnxruntime")}
 
 
-class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one bundle took on one machine. `filled` positions of the cache are read by every pass.
+class BenchReport(Profile, frozen=True, kw_only=True):
+    """What one bundle took on one machine. `filled` positions of the cache are read by every pass."""
 
-    `break_even` gives by K, the drafts of a round, the acceptance per position from which rounds are faster than plain
-    decoding by the times of their passes; None where none is high enough.
-    """
-
-    bundle: str
-    model: str
-    recipe: str
-    drafter_recipe: str
-    backend: str
-    machine: str
-    threads: int
     filled: int
-    cache_length: int
     open_s: float
-    passes: Mapping[str, Timing]
-    rounds: Sequence[Rounds]
-    break_even: Mapping[int, float | None]
 
     @property
     def num_draft_tokens(self) -> int:
         return max(self.break_even)
-
-    @property
-    def medians_ms(self) -> dict[str, float]:
-        return {name: timing.median_ms for name, timing in self.passes.items()}
 
 
 def bench(

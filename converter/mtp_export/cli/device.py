@@ -18,13 +18,13 @@ from mtp_runtime.errors import UserError
 
 if TYPE_CHECKING:
     from mtp_export.device.bench import DeviceBench
-    from mtp_export.device.runs import Asked
+    from mtp_export.device.runs import Job
 
 _PLACES = ("host", "arm64-emulated", "phone")
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command over a device."""
+    """Add the options of every command over a device."""
     options: list[Callable[..., Any]] = [
         click.argument("bundle", type=click.Path(path_type=Path)),
         click.option("--serial", help="Device, as `adb devices` names it.  [the only one]"),
@@ -69,21 +69,24 @@ def command() -> None:
 @click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write device-parity.json and .md there.  [the bundle]")
 def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
-    """Run the same prompts there and here, with MTP off and on, and compare token by token.
+    """Check MTP on a place, and the place against this machine.
 
-    The bundle's files are pushed once; a push that was cut goes on where it was. Ends with exit code 1 on any
-    difference that is not a stated near-tie.
+    On the place itself, MTP must give the tokens that it gives without. Against this machine, the place is fed the
+    tokens from here, and its logits are compared at each. The bundle's files are pushed once; a push that was cut goes
+    on where it was. Exit codes: 0 passed, 1 a difference that is no near-tie, 3 inconclusive because nothing was
+    compared.
     """
     from mtp_export.device.parity import compare
-    from mtp_export.device.runs import answers
+    from mtp_export.device.report import EXIT_CODES
+    from mtp_export.device.runs import run_both
 
-    asked = _asked(bundle, stock=not no_stock, **options)
+    job = _job(bundle, stock=not no_stock, **options)
     with working("opening") as on_line:
-        here, there = answers(asked, on_line)
-    report = compare(bundle, asked.request(str(bundle)), here, there)
+        here, there = run_both(job, on_line)
+    report = compare(bundle, job.request(str(bundle)), here, there)
     _write(output or bundle, {"device-parity.json": report.to_json(), "device-parity.md": report.to_markdown()})
     click.echo(report.to_json() if as_json else report.to_markdown(), nl=False)
-    sys.exit(0 if report.parity.passed else 1)
+    sys.exit(EXIT_CODES[report.outcome])
 
 
 @command.command("bench")
@@ -93,26 +96,16 @@ def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, deb
 def bench(bundle: Path, repetitions: int, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Time LiteRT-LM there, with MTP off and on: tokens per second by kind of text, first token, memory, acceptance.
 
-    Its caches are deleted before each variant. Of an emulated place no time is told.
+    Its caches are deleted before each variant. The times of an emulated place are withheld.
     """
     from mtp_export.device.bench import summarise
-    from mtp_export.device.runs import measured
+    from mtp_export.device.runs import measure
 
     check_bundle_options(bundle, {"--repetitions": repetitions})
-    asked = _asked(bundle, stock=True, **options)
+    job = _job(bundle, stock=True, **options)
     with working("opening") as on_line:
-        place, found, thermal = measured(asked, repetitions, on_line)
-    report = summarise(
-        bundle,
-        place,
-        asked.prompts,
-        found,
-        repetitions=repetitions,
-        max_new_tokens=asked.max_new_tokens,
-        backend=asked.backend,
-        threads=asked.threads,
-        thermal=thermal,
-    )
+        measurement = measure(job, repetitions, on_line)
+    report = summarise(bundle, measurement)
     _write(output or bundle, {"device-bench.json": report.to_json()})
     if as_json:
         click.echo(report.to_json(), nl=False)
@@ -120,17 +113,17 @@ def bench(bundle: Path, repetitions: int, output: Path | None, as_json: bool, de
         _print(report)
 
 
-def _asked(bundle: Path, *, prompts: Path | None, limit: int, **options: Any) -> Asked:
+def _job(bundle: Path, *, prompts: Path | None, limit: int, **options: Any) -> Job:
     from mtp_export.check.prompts import heldout_prompts, in_turn, read_prompts
-    from mtp_export.device.protocol import asked_prompts
-    from mtp_export.device.runs import Asked
+    from mtp_export.device.protocol import text_prompts
+    from mtp_export.device.runs import Job
 
-    counts = {"--max-new-tokens": options["max_new_tokens"], "--threads": options["threads"]}
+    counts = {"--limit": limit, "--max-new-tokens": options["max_new_tokens"], "--threads": options["threads"]}
     check_bundle_options(bundle, counts)
     chosen = in_turn(read_prompts(prompts) if prompts else heldout_prompts(), limit)
-    asked = Asked(bundle=bundle, prompts=asked_prompts(chosen), **options)
-    asked.check()
-    return asked
+    job = Job(bundle=bundle, prompts=text_prompts(chosen), **options)
+    job.check()
+    return job
 
 
 def _print(report: DeviceBench) -> None:
@@ -143,13 +136,13 @@ def _print(report: DeviceBench) -> None:
         speeds = (_number(kind.tokens_per_second_off, ".1f"), _number(kind.tokens_per_second_on, ".1f"))
         table.add_row(kind.kind, str(kind.prompts), str(kind.same_text), *speeds, _number(kind.mtp_gain, ".2f", "x"))
     console.print(table)
-    for found in report.variants:
+    for variant in report.variants:
         console.print(
-            f"K = {found.num_draft_tokens}: opened in {_number(found.open_s, '.1f', ' s')}, first token after "
-            f"{_number(found.first_token_ms, '.0f', ' ms')}, acceptance {_number(found.acceptance_rate, '.2f')}, peak "
-            f"memory {_number((found.peak_memory_bytes or 0) / 1e6 or None, '.0f', ' MB')}"
+            f"K = {variant.num_draft_tokens}: opened in {_number(variant.open_s, '.1f', ' s')}, first token after "
+            f"{_number(variant.first_token_ms, '.0f', ' ms')}, acceptance {_number(variant.acceptance_rate, '.2f')}, "
+            f"peak memory {_number((variant.peak_memory_bytes or 0) / 1e6 or None, '.0f', ' MB')}"
         )
-    for note in (*report.notes, *dict.fromkeys(w for found in report.variants for w in found.warnings)):
+    for note in (*report.notes, *dict.fromkeys(warning for variant in report.variants for warning in variant.warnings)):
         console.print(f"note: {note}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -25,7 +24,7 @@ from mtp_runtime.errors import UserError
     "benches",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="What `bench --json` printed on another device: also say when drafts pay there.",
+    help="JSON that `bench` or `device bench` printed of another device: also report when drafts pay there.",
 )
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Write report.html, report.json there.  [the bundle]")
@@ -46,17 +45,19 @@ def command(
     """Write one HTML page about a bundle: sizes, quality (if `calibrate` was run), how drafts fare by kind of prompt
     and K on this device, when they pay, and examples with the origin of each token."""
     check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
-    with working("opening") as tell:
-        report = _report(
-            bundle,
-            prompts,
-            limit,
-            max_new_tokens,
-            device or platform.processor() or platform.machine(),
-            benches,
-            threads,
-            tell,
-        )
+    from mtp_calibration.report.make import ReportRequest, make_report
+    from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts
+
+    request = ReportRequest(
+        bundle=bundle,
+        prompts=tuple(in_turn(read_prompts(prompts) if prompts else calibration_prompts(), limit)),
+        max_new_tokens=max_new_tokens,
+        device=device or platform.processor() or platform.machine(),
+        benches=benches,
+        threads=threads,
+    )
+    with working("opening") as on_prompt:
+        report = make_report(request, on_prompt)
     folder = output or bundle
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,61 +71,3 @@ def command(
         for place in report.devices:
             click.echo(f"on {place.name}, {place.advice}")
         click.echo(f"written: {click.format_filename(folder / 'report.html')}, report.json")
-
-
-def _report(
-    bundle: Path,
-    prompts: Path | None,
-    limit: int,
-    max_new_tokens: int,
-    device: str,
-    benches: tuple[Path, ...],
-    threads: int,
-    on_prompt: Any,
-) -> Any:
-    from mtp_calibration.report.acceptance import measure_acceptance, on_device, read_bench
-    from mtp_calibration.report.report import Example, Report
-    from mtp_export.check.prompts import calibration_prompts, in_turn, read_prompts, text_of
-    from mtp_runtime import Session
-
-    chosen = in_turn(read_prompts(prompts) if prompts else calibration_prompts(), limit)
-    with Session.open(bundle, threads=threads) as session:
-        others = [read_bench(path, session.manifest.model) for path in benches]
-        rows, costs, traces = measure_acceptance(session, chosen, max_new_tokens=max_new_tokens, on_prompt=on_prompt)
-        kinds: dict[str, Example] = {}
-        for prompt, trace in traces:
-            example = Example(
-                prompt_id=prompt.id,
-                kind=prompt.kind,
-                prompt=text_of(session, prompt),
-                pieces=tuple(session.text_pieces(trace.tokens)),
-                origins=trace.origins,
-            )
-            kinds.setdefault(prompt.kind, example)
-        return Report(
-            manifest=session.manifest,
-            rows=tuple(rows),
-            devices=tuple(on_device(name, found, rows) for name, found in ((device, costs), *others)),
-            examples=tuple(kinds.values()),
-            calibration=_calibration(bundle),
-        )
-
-
-def _calibration(bundle: Path) -> dict[str, object] | None:
-    """What `calibrate` wrote of this bundle.
-
-    Raises:
-        UserError: it is not what it wrote.
-    """
-    import msgspec
-
-    path = bundle / "calibration.json"
-    if not path.is_file():
-        return None
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
-    except (OSError, msgspec.DecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): run mtp-export calibrate again") from error
-    if not {"passed", "quality", "verdict"} <= found.keys():
-        raise UserError(f"{path} is not what calibrate writes: run mtp-export calibrate again")
-    return found

@@ -17,12 +17,12 @@ from typing import NamedTuple
 from mtp_runtime.atomic import replacing
 from mtp_runtime.errors import UserError
 
-_END = "mtp-exit:"  # what a shell command's own exit code is told by: adb's says 1 for a cut connection too
+_END = "mtp-exit:"  # comes before a shell command's own exit code: adb's is 1 for a cut connection too
 _KILLED = 137  # 128 + SIGKILL, which is how Android ends programs when memory runs low
 _NOT_FOUND = 127
 _LOST = "the connection to {serial} was lost: plug it in again and run the same command, which goes on where it was cut"
 
-# What adb says (on standard error) → what it means and what to do. The first that fits is told.
+# adb's complaint (on standard error) → what it means and what to do. The first that fits is taken.
 _COMPLAINTS = (
     (r"unauthorized|failed to authenticate", "unlock the device and accept 'Allow USB debugging', then run it again"),
     (r"device offline", "it answers no more: unplug it, plug it in again (or `adb reconnect offline`)"),
@@ -36,7 +36,7 @@ FOLDER = "/data/local/tmp/mtp-export"
 
 
 class AdbError(UserError):
-    """adb, or the device behind it, did not do what was asked."""
+    """adb, or the device behind it, failed at a command."""
 
 
 class Listed(NamedTuple):
@@ -56,19 +56,19 @@ class Ended(NamedTuple):
 
 
 def adb_program() -> str:
-    """The adb to call: `$ADB`, the one on PATH, or the one that the package adbutils carries.
+    """Return the adb to call: `$ADB`, the one on PATH, or the one that the package adbutils carries.
 
     Raises:
         AdbError: there is none.
     """
-    given = os.environ.get("ADB")
-    if given:
-        if shutil.which(given) is None:
-            raise AdbError(f"ADB is {given!r}, which is no program: name the adb of Android's platform tools")
-        return given
-    found = shutil.which("adb")
-    if found:
-        return found
+    named = os.environ.get("ADB")
+    if named:
+        if shutil.which(named) is None:
+            raise AdbError(f"ADB is {named!r}, which is no program: name the adb of Android's platform tools")
+        return named
+    on_path = shutil.which("adb")
+    if on_path:
+        return on_path
     package = importlib.util.find_spec("adbutils")
     bundled = Path(package.origin).parent / "binaries" / "adb" if package and package.origin else None
     if bundled and bundled.exists():
@@ -77,16 +77,16 @@ def adb_program() -> str:
 
 
 def devices(program: str) -> list[Listed]:
-    """Every device that adb's server knows, in whatever state."""
+    """Return every device that adb's server knows, in whatever state."""
     done = subprocess.run([program, "devices", "-l"], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode != 0:
         raise AdbError(_explained(done.stderr, "adb"))
     lines = [line.split(None, 1) for line in done.stdout.splitlines() if line.strip() and "List of devices" not in line]
-    found = []
+    listed = []
     for serial, rest in (line for line in lines if len(line) == 2):
         state = "no permissions" if rest.startswith("no permissions") else rest.split()[0]
-        found.append(Listed(serial, state, rest[len(state) :].strip()))
-    return found
+        listed.append(Listed(serial, state, rest[len(state) :].strip()))
+    return listed
 
 
 class Adb:
@@ -243,7 +243,7 @@ def _talk(
             alive()
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it ended before it had read all: its exit code and what it said tell why
+        pass  # it ended before it had read all: its exit code and its output tell why
     lines: list[str] = []
     for raw in process.stdout:
         alive()
@@ -258,22 +258,22 @@ def _talk(
 
 
 def _program_of(command: str) -> str:
-    """The program that a shell command runs: its first word that is no `cd`, assignment or separator."""
+    """Return the program that a shell command runs: its first word that is no `cd`, assignment or separator."""
     simple = re.split(r"&&|;", command)[-1]
     words = [word for word in simple.split() if "=" not in word]
     return words[0] if words else command
 
 
-def _explained(said: str, serial: str, *, lost: bool = False, code: int | None = None, name: str = "") -> str:
+def _explained(complaint: str, serial: str, *, lost: bool = False, code: int | None = None, name: str = "") -> str:
     for pattern, remedy in _COMPLAINTS:
-        if re.search(pattern, said):
-            return f"{serial}: {_last_line(said)}: {remedy.format(folder=FOLDER)}"
-    if lost or re.search(r"device '.*' not found|no devices|closed|EOF|reset by peer|protocol fault", said):
+        if re.search(pattern, complaint):
+            return f"{serial}: {_last_line(complaint)}: {remedy.format(folder=FOLDER)}"
+    if lost or re.search(r"device '.*' not found|no devices|closed|EOF|reset by peer|protocol fault", complaint):
         return _LOST.format(serial=serial)
     failed = f"{name} ended with {code}: " if code is not None else ""
-    return f"{serial}: {failed}{_last_line(said)}"
+    return f"{serial}: {failed}{_last_line(complaint)}"
 
 
-def _last_line(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else "it said nothing"
+def _last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""The sample app on a phone (android_demo), asked by an intent: a request pushed into its folder, a report pulled."""
+"""The sample app on a phone (android_demo), started by an intent: it gets a request file and writes a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.device.adb import Adb, AdbError
-from mtp_export.device.protocol import AskedPrompt, PlaceDescription, Processor, Request, StockAnswer
+from mtp_export.device.protocol import PlaceDescription, Processor, Request, StockAnswer, TextPrompt
 from mtp_export.device.transfer import Sent, send, send_container
 
 PACKAGE = "io.mtpexport.demo"
@@ -23,7 +23,7 @@ class AppRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What `RunActivity` reads: `bundle` is a folder's name, and every prompt runs `repetitions` times."""
 
     bundle: str
-    prompts: tuple[AskedPrompt, ...]
+    prompts: tuple[TextPrompt, ...]
     max_new_tokens: int
     repetitions: int
     backend: Processor
@@ -81,7 +81,7 @@ def run_with_app(
         f"{_FILES}/bundles",
         lambda sent, total: on_line(f"pushing: {sent / 1e6:.0f} of {total / 1e6:.0f} MB"),
     ).folder
-    asked = AppRequest(
+    app_request = AppRequest(
         bundle=Path(there).name,
         prompts=request.prompts,
         max_new_tokens=request.max_new_tokens,
@@ -89,30 +89,30 @@ def run_with_app(
         backend=request.backend,
         threads=request.threads,
     )
-    data = msgspec.json.encode(asked)
+    data = msgspec.json.encode(app_request)
     name = f"run-{hashlib.sha256(data).hexdigest()[:16]}"
     with tempfile.TemporaryDirectory(prefix="mtp-device-") as local:
-        path, answered = Path(local) / f"{name}.json", Path(local) / "answer.json"
+        path, pulled = Path(local) / f"{name}.json", Path(local) / "answer.json"
         path.write_bytes(data)
         send(adb, [Sent.of(path)], _FILES)
         answer = f"{_FILES}/{name}.answer.json"
         adb.shell(f"rm -f {answer}; am start -W -n {_ACTIVITY}.RunActivity --es request {name}.json")
         _wait(adb, answer, on_line)
-        adb.pull(answer, answered)
-        return read_report(answered.read_bytes())
+        adb.pull(answer, pulled)
+        return read_report(pulled.read_bytes())
 
 
 def read_report(data: bytes) -> AppReport:
     """Read the app's answer.
 
     Raises:
-        AdbError: it tells of a failure, or another version of the app wrote it.
+        AdbError: it reports a failure, or another version of the app wrote it.
     """
     try:
-        found = msgspec.json.decode(data, type=dict)
-        if "error" in found:
-            raise AdbError(f"the app could not run it: {msgspec.convert(found, _Failure).error}")
-        return msgspec.convert(found, AppReport)
+        document = msgspec.json.decode(data, type=dict)
+        if "error" in document:
+            raise AdbError(f"the app could not run it: {msgspec.convert(document, _Failure).error}")
+        return msgspec.convert(document, AppReport)
     except msgspec.DecodeError as error:
         raise AdbError(
             f"the app's report is not this version's ({error}): build and install android_demo again"
@@ -136,5 +136,5 @@ def _wait(adb: Adb, answer: str, on_line: Callable[[str], None]) -> None:
             "take a smaller recipe; `adb logcat -b crash` tells of a crash"
         )
     if ended.code is None:
-        adb.shell("true")  # says what has become of the connection, where it is not back
+        adb.shell("true")  # fails with a remedy if the connection is not back
         _wait(adb, answer, on_line)

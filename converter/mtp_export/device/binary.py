@@ -84,7 +84,7 @@ def parse_output(output: str, log: str) -> StockOutput:
     first = _figure(r"Time to first token: ([\d.]+) s", both)
     if text is None or not tokens or not speed or first is None:
         raise BackendError(
-            f"the program told no text, decode speed or time to first token: {last_complaint(log)}: take "
+            f"the program printed no text, decode speed or time to first token: {last_complaint(log)}: take "
             "litert_lm_advanced_main of LiteRT-LM 0.11 or newer"
         )
     return StockOutput(
@@ -110,27 +110,27 @@ def _command(program: str, request: Request, prompt: str, depth: int, context_le
 
 
 def _joined(outputs: list[StockOutput], logs: Sequence[str], depth: int) -> StockRun:
-    """One run of many processes: rates are weighted by the rounds that they are of."""
+    """Join the runs of many processes into one: rates are weighted by the rounds that they are of."""
     rates = [parse_acceptance_rate(log) for log in logs]
-    told = [
+    weighted = [
         (rate, output.num_tokens / (1 + depth * rate))
         for rate, output in zip(rates, outputs, strict=True)
         if rate is not None
     ]
-    rounds = sum(weight for _, weight in told)
-    memory = [found for log in logs if (found := _figure(r"Peak system ram usage: ([\d.]+) ?MB", log)) is not None]
+    rounds = sum(weight for _, weight in weighted)
+    peaks_mb = [mb for log in logs if (mb := _figure(r"Peak system ram usage: ([\d.]+) ?MB", log)) is not None]
     return StockRun(
         outputs=outputs,
         load_ms=_figure(r"(?:Init Total|Total init time): ([\d.]+) ms", logs[-1]) or 0.0,
-        acceptance_rate=sum(rate * weight for rate, weight in told) / rounds if rounds else None,
-        peak_memory_bytes=int(max(memory) * 1e6) if memory else None,
+        acceptance_rate=sum(rate * weight for rate, weight in weighted) / rounds if rounds else None,
+        peak_memory_bytes=int(max(peaks_mb) * 1e6) if peaks_mb else None,
         warnings=parse_warnings("\n".join(logs)),
     )
 
 
 def _figure(pattern: str, text: str) -> float | None:
-    found = re.findall(pattern, text)
-    return float(found[-1]) if found else None
+    figures = re.findall(pattern, text)
+    return float(figures[-1]) if figures else None
 
 
 def _send_program(adb: Adb, binary: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -21,24 +22,27 @@ from mtp_runtime import Session
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
+from mtp_runtime.measure.teacher_forcing import FixedText, Reading, read_fixed
 
 _PACKAGES = ("ai-edge-litert", "litert-lm-api", "numpy", "onnxruntime")
 _SLOWEST_TOKEN_S = 10.0  # emulation included; slower than this, LiteRT-LM is taken to hang
 
 
 def answer(request: Request) -> Answer:
-    """Do what `request` asks.
+    """Run `request` on this machine.
 
     Raises:
         MtpError: the bundle or a runtime fails.
     """
     manifest = read_manifest(Path(request.bundle))
     traces: list[TraceRun] = []
+    readings: list[Reading] = []
     stock: list[StockAnswer] = []
     if "mtp_runtime" in request.runtimes:
         # The transfer has compared every file with its hash; here they are compared with the manifest's sizes.
         with Session.open(request.bundle, threads=request.threads, verify=False) as session:
             traces = [_traces(session, request, depth) for depth in request.depths]
+            readings = _readings(session, _own_texts(traces) if request.texts is None else request.texts)
     if "LiteRT-LM" in request.runtimes and request.container is not None:
         for depth in request.depths:
             print(f"LiteRT-LM, K = {depth}", flush=True)
@@ -55,7 +59,7 @@ def answer(request: Request) -> Answer:
                 )
             )
             stock.append(StockAnswer(num_draft_tokens=depth, run=run))
-    return Answer(place=describe(), traces=tuple(traces), stock=tuple(stock))
+    return Answer(place=describe(), traces=tuple(traces), stock=tuple(stock), readings=tuple(readings))
 
 
 def describe() -> PlaceDescription:
@@ -84,6 +88,19 @@ def _traces(session: Session, request: Request, depth: int) -> TraceRun:
     return TraceRun(num_draft_tokens=depth, traces=tuple(traces))
 
 
+def _own_texts(runs: Sequence[TraceRun]) -> list[FixedText]:
+    plain = next(run.traces for run in runs if run.num_draft_tokens == 0)
+    return [FixedText(prompt_ids=trace.prompt_ids, tokens=trace.tokens) for trace in plain]
+
+
+def _readings(session: Session, texts: Sequence[FixedText]) -> list[Reading]:
+    readings = []
+    for number, text in enumerate(texts, 1):
+        print(f"mtp_runtime, text {number} of {len(texts)}", flush=True)
+        readings.append(read_fixed(session.backend, session.manifest, text))
+    return readings
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -94,11 +111,11 @@ def _version(package: str) -> str:
 def _main(request_path: str, answer_path: str) -> int:
     request = msgspec.json.decode(Path(request_path).read_bytes(), type=Request)
     try:
-        found = answer(request)
+        result = answer(request)
     except MtpError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    write_atomically(Path(answer_path), msgspec.json.encode(found))
+    write_atomically(Path(answer_path), msgspec.json.encode(result))
     return 0
 
 

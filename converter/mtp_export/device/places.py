@@ -1,4 +1,4 @@
-"""Running a request: in a process of its own on this machine, or with the Python of a device behind adb."""
+"""Running a request, in a process of its own on this machine, or with the Python of a device behind adb."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtp_export.device.transfer import Sent, code_archive, send
 from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
 
-_MODULE = "mtp_export.device.on_device"
+MODULE = "mtp_export.device.on_device"
 
 
 def run_here(request: Request) -> Answer:
@@ -26,14 +26,14 @@ def run_here(request: Request) -> Answer:
         MtpError: it fails.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-device-") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_bytes(msgspec.json.encode(request))
-        command = [sys.executable, "-m", _MODULE, str(asked), str(answered)]
+        request_path, answer_path = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request_path.write_bytes(msgspec.json.encode(request))
+        command = [sys.executable, "-m", MODULE, str(request_path), str(answer_path)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-            raise UserError(said[-1]) if done.returncode == 2 else BackendError(f"on this machine: {said[-1]}")
-        return msgspec.json.decode(answered.read_bytes(), type=Answer)
+            lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise UserError(lines[-1]) if done.returncode == 2 else BackendError(f"on this machine: {lines[-1]}")
+        return msgspec.json.decode(answer_path.read_bytes(), type=Answer)
 
 
 def run_with_python(adb: Adb, request: Request, on_line: Callable[[str], None] = lambda line: None) -> Answer:
@@ -43,20 +43,19 @@ def run_with_python(adb: Adb, request: Request, on_line: Callable[[str], None] =
         AdbError: there is no Python, the run failed or was killed, or the device went away.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-device-") as folder:
-        code = code_archive(Path(folder))
+        code = code_archive(Path(folder), MODULE)
         home = send(adb, [code], f"{FOLDER}/code/{code.sha256[:16]}").folder
-        asked = Path(folder) / "request.json"
-        asked.write_bytes(msgspec.json.encode(request))
-        request_there = send(adb, [Sent.of(asked)], _runs(asked)).folder
+        request_path, answer_path = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request_path.write_bytes(msgspec.json.encode(request))
+        request_there = send(adb, [Sent.of(request_path)], _runs(request_path)).folder
         answer_there = f"{request_there}/answer.json"
         adb.shell(
             f"cd {request_there} && rm -f answer.json && "
-            f"PYTHONPATH={home}/{code.path.name}:$PYTHONPATH python3 -m {_MODULE} request.json answer.json",
+            f"PYTHONPATH={home}/{code.path.name}:$PYTHONPATH python3 -m {MODULE} request.json answer.json",
             on_line=on_line,
         )
-        answered = Path(folder) / "answer.json"
-        adb.pull(answer_there, answered)
-        return msgspec.json.decode(answered.read_bytes(), type=Answer)
+        adb.pull(answer_there, answer_path)
+        return msgspec.json.decode(answer_path.read_bytes(), type=Answer)
 
 
 def _runs(request: Path) -> str:
@@ -64,7 +63,7 @@ def _runs(request: Path) -> str:
 
 
 def describe(adb: Adb) -> PlaceDescription:
-    """Describe a device by its own word.
+    """Describe a device by what it reports of itself.
 
     Raises:
         UserError: it is neither the emulated place nor an Android phone.
@@ -80,13 +79,13 @@ def describe(adb: Adb) -> PlaceDescription:
             versions={},
         )
     names = ("product.manufacturer", "product.model", "build.version.release", "soc.model", "board.platform")
-    told = adb.try_shell(" && ".join(f"getprop ro.{name}" for name in names))
-    if told.code != 0:
+    properties = adb.try_shell(" && ".join(f"getprop ro.{name}" for name in names))
+    if properties.code != 0:
         raise UserError(
             f"{adb.serial} is not the emulated ARM64 place, and no Android phone either, as it has no getprop: start "
             "the place with `python -m tools.arm64_device start`, and name it with --serial (docs/device.md)"
         )
-    maker, model, release, soc, board = told.output.split("\n")  # the last may be empty
+    maker, model, release, soc, board = properties.output.split("\n")  # the last may be empty
     return PlaceDescription(
         where="phone",
         machine=machine,
@@ -98,7 +97,7 @@ def describe(adb: Adb) -> PlaceDescription:
 
 
 def check_where(adb: Adb, place: PlaceDescription, where: Where) -> None:
-    """Check that the device is what was asked for: a report is never stamped with another place.
+    """Check that the device is the place of the command: a report is never stamped with another.
 
     Raises:
         UserError: it is another.

@@ -1,4 +1,4 @@
-"""What a place is asked to do and what it answers: JSON files, the same for every place."""
+"""The request to a place and its answer: JSON files, the same for every place."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import msgspec
 
 from mtp_export.check.stock_runtime import StockRun
 from mtp_runtime.generate.trace import GenerationTrace
+from mtp_runtime.measure.teacher_forcing import FixedText, Reading
 
 Where = Literal["host", "arm64-emulated", "phone"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]
 Processor = Literal["cpu", "gpu"]
-# The architecture that /proc/cpuinfo's part numbers of Arm stand for, as far as the emulated place can be told to be.
+# The architecture that /proc/cpuinfo's part numbers of Arm stand for, of those that the emulated place can be.
 _ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
 
 
-class AskedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A prompt and the kind of text it is."""
 
     id: str
@@ -30,17 +31,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Run `prompts` greedily through each of `runtimes`, with each of `depths` drafts a round (0: without MTP).
 
     `bundle` is a folder on the machine that runs it; `container` the `.litertlm` in it, for LiteRT-LM, which runs it on
-    `backend`; the reference runtime has the CPU alone.
+    `backend`; the reference runtime has the CPU alone. It also reads `texts` by teacher forcing: None for its own
+    outputs without MTP, empty for none.
     """
 
     bundle: str
     container: str | None
-    prompts: tuple[AskedPrompt, ...]
+    prompts: tuple[TextPrompt, ...]
     max_new_tokens: int
     depths: tuple[int, ...]
     runtimes: tuple[Runtime, ...]
     backend: Processor
     threads: int
+    texts: tuple[FixedText, ...] | None = ()
 
 
 class PlaceDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,22 +72,28 @@ class StockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a place answers to a `Request`."""
+    """What a place answers to a `Request`. `readings` has one for each text."""
 
     place: PlaceDescription
     traces: tuple[TraceRun, ...] = ()
     stock: tuple[StockAnswer, ...] = ()
+    readings: tuple[Reading, ...] = ()
+
+    @property
+    def plain(self) -> tuple[GenerationTrace, ...]:
+        """The reference runtime's traces without MTP, empty where it did not run."""
+        return next((run.traces for run in self.traces if run.num_draft_tokens == 0), ())
 
 
-def asked_prompts(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
-    """Take what a place needs of prompts that have more fields."""
-    return tuple(msgspec.convert(prompt, AskedPrompt, from_attributes=True) for prompt in prompts)
+def text_prompts(prompts: Sequence[object]) -> tuple[TextPrompt, ...]:
+    """Return prompts with the fields that a place needs, and no others."""
+    return tuple(msgspec.convert(prompt, TextPrompt, from_attributes=True) for prompt in prompts)
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Name the processor that a text like Linux's /proc/cpuinfo describes."""
+    """Return the name of the processor that a text like Linux's /proc/cpuinfo describes."""
     part = re.search(r"^CPU part\s*: (\S+)", cpuinfo, re.MULTILINE)
     if part:
         return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
     name = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
-    return name[1] if name else "a processor that does not tell its name"
+    return name[1] if name else "a processor without a name"

@@ -1,4 +1,4 @@
-"""What a command over a device asks for, run where it asks: here, by a device's Python, by a program, or by the app."""
+"""The commands over a device, run where they are to run: here, by a device's Python, by a program, or by the app."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import msgspec
 
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.app import run_with_app
-from mtp_export.device.bench import schedule, without_warm_up
+from mtp_export.device.bench import UNKNOWN_HEAT, Measurement, schedule, without_warm_up
 from mtp_export.device.binary import as_the_program_feeds, run_with_binary
-from mtp_export.device.parity import reference_request, request_for
+from mtp_export.device.parity import fixed_texts, host_request
 from mtp_export.device.places import check_where, describe, run_here, run_with_python
-from mtp_export.device.protocol import Answer, AskedPrompt, PlaceDescription, Processor, Request, StockAnswer, Where
+from mtp_export.device.protocol import Answer, PlaceDescription, Processor, Request, StockAnswer, TextPrompt, Where
 from mtp_export.device.transfer import send_bundle, send_container
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import UserError
@@ -24,8 +24,8 @@ OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A bundle, where to run it and by what, and the prompts. `binary` and `app` run LiteRT-LM alone."""
+class Job:
+    """A bundle, where to run it and by which program, and the prompts. `binary` and `app` run LiteRT-LM alone."""
 
     bundle: Path
     where: Where
@@ -35,7 +35,7 @@ class Asked:
     app: bool
     stock: bool
     backend: Processor
-    prompts: tuple[AskedPrompt, ...]
+    prompts: tuple[TextPrompt, ...]
     max_new_tokens: int
     threads: int
 
@@ -58,104 +58,123 @@ class Asked:
             raise UserError("the emulated ARM64 place has no GPU: leave out --backend gpu")
 
     def request(self, folder: str) -> Request:
-        """The request for the bundle where the place has it."""
-        return request_for(
-            self.bundle,
-            folder,
-            self.prompts,
+        """Return the request for the bundle's runs without and with MTP; the place has the bundle in `folder`."""
+        manifest = read_manifest(self.bundle)
+        container = manifest.files.get("litertlm")
+        return Request(
+            bundle=folder,
+            container=f"{folder}/{container.path}" if container else None,
+            prompts=self.prompts,
             max_new_tokens=self.max_new_tokens,
-            stock=self.stock,
+            depths=(0, manifest.num_draft_tokens),
+            runtimes=("mtp_runtime", "LiteRT-LM") if container and self.stock else ("mtp_runtime",),
             backend=self.backend,
             threads=self.threads,
         )
 
 
-def answers(asked: Asked, on_line: OnLine) -> tuple[Answer, Answer]:
-    """What this machine says, and what the asked place says.
+def run_both(job: Job, on_line: OnLine) -> tuple[Answer, Answer]:
+    """Return this machine's answer and the place's, which are one where the place is this machine.
+
+    A place with Python also reads this machine's outputs by teacher forcing.
 
     Raises:
         MtpError: a runtime, the device or the connection fails.
     """
-    if asked.where == "host":
+    request = job.request(str(job.bundle))
+    if job.where == "host":
         on_line("on this machine")
-        here = run_here(asked.request(str(asked.bundle)))
+        here = run_here(request)
         return here, here
-    adb, place = _opened(asked)
-    if asked.app:
-        there = Answer(place=place, stock=_by_app(adb, asked, 1, on_line))
-    else:
-        there = _by_shell(adb, place, asked, lambda folder: greedy_runs(asked, asked.request(folder)), on_line)
+    adb, place = _opened(job)
     on_line("on this machine")
-    reference = reference_request(asked.request(str(asked.bundle)))
-    return run_here(as_the_program_feeds(reference) if asked.binary else reference), there
+    with_python = not job.app and job.binary is None
+    host = host_request(request, read=with_python)
+    here = run_here(as_the_program_feeds(host) if job.binary else host)
+    if job.app:
+        return here, Answer(place=place, stock=_by_app(adb, job, 1, on_line))
+
+    def request_there(folder: str) -> Request:
+        request = greedy_runs(job, job.request(folder))
+        return msgspec.structs.replace(request, texts=fixed_texts(here)) if with_python else request
+
+    return here, _by_shell(adb, place, job, request_there, on_line)
 
 
-def measured(
-    asked: Asked, repetitions: int, on_line: OnLine
-) -> tuple[PlaceDescription, tuple[StockAnswer, ...], tuple[str, ...]]:
-    """LiteRT-LM's runs, `repetitions` of one prompt after the other, and the device's thermal status around them.
+def measure(job: Job, repetitions: int, on_line: OnLine) -> Measurement:
+    """Run LiteRT-LM, each prompt `repetitions` times, and read the device's thermal status before and after.
 
     Raises:
         MtpError: LiteRT-LM does not run this bundle, or it, the device or the connection fails.
     """
 
     def request(folder: str) -> Request:
-        asks = asked.request(folder)
-        if asks.container is None:
-            raise UserError(
-                f"{asked.bundle.name} has no .litertlm, and LiteRT-LM is what is timed: export it for tflite"
-            )
-        return msgspec.structs.replace(
-            asks, prompts=tuple(schedule(asked.prompts, repetitions)), runtimes=("LiteRT-LM",)
+        runs = job.request(folder)
+        if runs.container is None:
+            raise UserError(f"{job.bundle.name} has no .litertlm, and LiteRT-LM is timed: export it for tflite")
+        prompts = tuple(schedule(job.prompts, repetitions))
+        return msgspec.structs.replace(runs, prompts=prompts, runtimes=("LiteRT-LM",))
+
+    def measurement(place: PlaceDescription, runs: tuple[StockAnswer, ...], thermal: tuple[str, ...]) -> Measurement:
+        return Measurement(
+            place=place,
+            prompts=job.prompts,
+            runs=runs,
+            repetitions=repetitions,
+            max_new_tokens=job.max_new_tokens,
+            backend=job.backend,
+            threads=job.threads,
+            thermal=thermal,
         )
 
-    if asked.where == "host":
+    if job.where == "host":
         on_line("on this machine")
-        here = run_here(request(str(asked.bundle)))
-        return here.place, without_warm_up(here.stock), ()
-    request(str(asked.bundle))
-    adb, place = _opened(asked)
+        here = run_here(request(str(job.bundle)))
+        return measurement(here.place, without_warm_up(here.stock), ())
+    request(str(job.bundle))  # a bundle that cannot be timed is refused before a device is opened
+    adb, place = _opened(job)
     before = _thermal_status(adb)
-    if asked.app:
-        found = _by_app(adb, asked, repetitions, on_line)
+    if job.app:
+        runs = _by_app(adb, job, repetitions, on_line)
     else:
-        found = without_warm_up(_by_shell(adb, place, asked, request, on_line).stock)
-    return place, found, (before, _thermal_status(adb))
+        runs = without_warm_up(_by_shell(adb, place, job, request, on_line).stock)
+    return measurement(place, runs, (before, _thermal_status(adb)))
 
 
-def greedy_runs(asked: Asked, request: Request) -> Request:
-    """Leave out what is not greedy: without MTP the program draws tokens as the bundle says, and cannot be told."""
-    if asked.binary is None or not read_manifest(asked.bundle).samples:
+def greedy_runs(job: Job, request: Request) -> Request:
+    """Return the request without runs that are not greedy: without MTP the program draws tokens as the bundle says, and
+    has no option for it."""
+    if job.binary is None or not read_manifest(job.bundle).samples:
         return request
     return msgspec.structs.replace(request, depths=tuple(depth for depth in request.depths if depth))
 
 
-def _opened(asked: Asked) -> tuple[Adb, PlaceDescription]:
-    adb = Adb.open(asked.serial, silence_s=asked.silence_s)
+def _opened(job: Job) -> tuple[Adb, PlaceDescription]:
+    adb = Adb.open(job.serial, silence_s=job.silence_s)
     place = describe(adb)
-    check_where(adb, place, asked.where)
+    check_where(adb, place, job.where)
     return adb, place
 
 
-def _by_app(adb: Adb, asked: Asked, repetitions: int, on_line: OnLine) -> tuple[StockAnswer, ...]:
-    return run_with_app(adb, asked.bundle, asked.request(""), repetitions, on_line).runs
+def _by_app(adb: Adb, job: Job, repetitions: int, on_line: OnLine) -> tuple[StockAnswer, ...]:
+    return run_with_app(adb, job.bundle, job.request(""), repetitions, on_line).runs
 
 
 def _by_shell(
-    adb: Adb, place: PlaceDescription, asked: Asked, request: Callable[[str], Request], on_line: OnLine
+    adb: Adb, place: PlaceDescription, job: Job, request: Callable[[str], Request], on_line: OnLine
 ) -> Answer:
     def on_bytes(sent: int, total: int) -> None:
         on_line(f"pushing: {sent / 1e6:.0f} of {total / 1e6:.0f} MB")
 
-    if asked.binary is None:
-        folder = send_bundle(adb, asked.bundle, on_bytes).folder
+    if job.binary is None:
+        folder = send_bundle(adb, job.bundle, on_bytes).folder
         return run_with_python(adb, request(folder), lambda line: on_line(f"{adb.serial}: {line}"))
-    folder = send_container(adb, asked.bundle, f"{FOLDER}/bundles", on_bytes).folder
-    context_length = read_manifest(asked.bundle).context_length
-    return Answer(place=place, stock=run_with_binary(adb, asked.binary, request(folder), context_length, on_line))
+    folder = send_container(adb, job.bundle, f"{FOLDER}/bundles", on_bytes).folder
+    context_length = read_manifest(job.bundle).context_length
+    return Answer(place=place, stock=run_with_binary(adb, job.binary, request(folder), context_length, on_line))
 
 
 def _thermal_status(adb: Adb) -> str:
-    """Android's own word: 0 for none, up to 6 for a shutdown."""
-    found = re.search(r"Thermal Status: (\d)", adb.try_shell("dumpsys thermalservice").output)
-    return found[1] if found else "not told"
+    """Return Android's own number, 0 for none up to 6 for a shutdown, or "unknown"."""
+    status = re.search(r"Thermal Status: (\d)", adb.try_shell("dumpsys thermalservice").output)
+    return status[1] if status else UNKNOWN_HEAT

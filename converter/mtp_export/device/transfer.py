@@ -1,4 +1,4 @@
-"""Files to a device: what is there is not sent again, what was cut goes on where it was, and every hash is compared.
+"""Files to a device: none is sent twice, a transfer that was cut goes on where it was, every hash is compared.
 
 A file takes its name on the device only after its SHA-256 was compared there, in a folder that is named by the hashes
 of what it holds. So a name and a size are enough to know a file by.
@@ -6,6 +6,7 @@ of what it holds. So a name and a size are enough to know a file by.
 
 from __future__ import annotations
 
+import ast
 import io
 import shlex
 import zipfile
@@ -19,8 +20,6 @@ from mtp_runtime.bundle.contract import MANIFEST_NAME, Manifest, read_manifest
 from mtp_runtime.errors import UserError
 
 _PIECE_BYTES = 1 << 20
-# Of mtp_export, what mtp_export.device.on_device imports.
-_NEEDED_THERE = ("__init__.py", "chats.py", "stock_runtime.py", "device")
 
 
 class Sent(NamedTuple):
@@ -44,7 +43,7 @@ class Transferred(NamedTuple):
 
 
 def send_bundle(adb: Adb, bundle: Path, on_bytes: Callable[[int, int], None] = lambda sent, total: None) -> Transferred:
-    """Have the files of the bundle's folder on the device; `on_bytes` gets how many bytes are sent, of how many.
+    """Send the files of the bundle's folder that the device lacks; `on_bytes` gets how many bytes are sent, of all.
 
     Raises:
         MtpError: the bundle is none, the device has no room, or it went away.
@@ -59,7 +58,7 @@ def send_bundle(adb: Adb, bundle: Path, on_bytes: Callable[[int, int], None] = l
 def send_container(
     adb: Adb, bundle: Path, root: str, on_bytes: Callable[[int, int], None] = lambda sent, total: None
 ) -> Transferred:
-    """Have what LiteRT-LM needs of a bundle on the device, the `.litertlm` and the manifest, in a folder under `root`.
+    """Send what LiteRT-LM needs of a bundle, the `.litertlm` and the manifest, to a folder under `root` on the device.
 
     Raises:
         MtpError: the bundle has no `.litertlm`, the device has no room, or it went away.
@@ -77,7 +76,7 @@ def send_container(
 def send(
     adb: Adb, files: Sequence[Sent], folder: str, on_bytes: Callable[[int, int], None] = lambda sent, total: None
 ) -> Transferred:
-    """Have `files` in `folder` on the device, under their own names."""
+    """Send `files` to `folder` on the device, under their own names; those that are there are not sent again."""
     adb.shell(f"mkdir -p {folder}")
     # A glob that finds nothing is no failure: there is nothing yet.
     listed = adb.shell(f'cd {folder} && for f in *; do [ -f "$f" ] && stat -c \'%s %n\' "$f"; done; true')
@@ -93,26 +92,47 @@ def send(
     return Transferred(folder, total)
 
 
-def code_archive(folder: Path) -> Sent:
-    """Write a zip of what a device needs of this project's Python; the same code gives the same bytes."""
+def code_archive(folder: Path, module: str) -> Sent:
+    """Write a zip of what a device needs to run `module`: mtp_runtime, and what it imports of its own package.
+
+    The same code gives the same bytes.
+    """
     import mtp_export
     import mtp_runtime
 
+    runtime, export = (Path(str(package.__file__)).parent for package in (mtp_runtime, mtp_export))
+    modules = [path.relative_to(runtime.parent) for path in sorted(runtime.rglob("*.py"))]
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for package, names in ((mtp_runtime, None), (mtp_export, _NEEDED_THERE)):
-            root = Path(str(package.__file__)).parent
-            for path in sorted(root.rglob("*.py")):
-                inside = path.relative_to(root)
-                if names is None or inside.parts[0] in names:
-                    archive.writestr(zipfile.ZipInfo(f"{root.name}/{inside.as_posix()}"), path.read_bytes())
+        for root, paths in ((runtime.parent, modules), (export.parent, imported_modules(export.parent, module))):
+            for path in paths:
+                archive.writestr(zipfile.ZipInfo(path.as_posix()), (root / path).read_bytes())
     path = folder / "code.zip"
     path.write_bytes(data.getvalue())
     return Sent.of(path)
 
 
+def imported_modules(root: Path, module: str) -> list[Path]:
+    """Return the files below `root` that importing `module` reads: its own, those that it imports at its top level of
+    the same package, and so on, with the `__init__.py` of every folder between."""
+    top, waiting, paths = module.partition(".")[0], [module], set[Path]()
+    while waiting:
+        name = Path(*waiting.pop().split("."))
+        path = next((p for p in (name.with_suffix(".py"), name / "__init__.py") if (root / p).is_file()), None)
+        if path is None or path in paths:
+            continue  # a name of a module, and no module; or one that was read already
+        paths.add(path)
+        waiting += [".".join(folder.parts) for folder in name.parents if folder.parts]
+        for node in ast.parse((root / path).read_bytes()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == top:
+                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names if alias.name.partition(".")[0] == top]
+    return sorted(paths)
+
+
 def _offset(file: Sent, there: dict[str, int]) -> int:
-    """How much of a file an earlier, cut transfer has brought there."""
+    """Return how many bytes of a file an earlier, cut transfer has brought there."""
     part = there.get(_part_name(file), 0)
     return part if part <= file.size_bytes else 0
 
@@ -135,11 +155,11 @@ def _send_file(adb: Adb, file: Sent, folder: str, offset: int, on_bytes: Callabl
     name, part = (shlex.quote(f"{folder}/{name}") for name in (file.path.name, _part_name(file)))
     write = ">>" if offset else ">"
     adb.shell(f"cat {write} {part}", stdin=_pieces(file.path, offset, on_bytes))
-    found = adb.shell(f"sha256sum {part}").split()[0]
-    if found != file.sha256:
+    arrived = adb.shell(f"sha256sum {part}").split()[0]
+    if arrived != file.sha256:
         adb.shell(f"rm {part}")
         raise AdbError(
-            f"{file.path.name} arrived on {adb.serial} with SHA-256 {found[:16]}…, the manifest says "
+            f"{file.path.name} arrived on {adb.serial} with SHA-256 {arrived[:16]}…, the manifest has "
             f"{file.sha256[:16]}…: run it again, and try another cable if that does not help"
         )
     adb.shell(f"mv {part} {name}")

@@ -42,7 +42,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(folder: Path) -> 
     here, there = report["devices"]
     assert (here["name"], there["name"]) == ("A & B", bench["machine"])
     assert there["costs"]["decode_ms"] == bench["passes"]["decode"]["median_ms"]
-    assert there["break_even"] == list(bench["break_even"].values())
+    assert there["break_even"] == bench["break_even"]
     assert all(device["advice"].startswith("drafts pay for") for device in report["devices"])
     for row in report["rows"]:
         assert len(row["accepted_at"]) == row["num_draft_tokens"]
@@ -50,6 +50,26 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(folder: Path) -> 
     for example in report["examples"]:
         assert len(example["pieces"]) == len(example["origins"]) == 64
         assert "accepted" in example["origins"]
+
+
+def test_a_report_reads_what_device_bench_writes(export_nano: Export, tmp_path: Path) -> None:
+    """The way of README: time a bundle there, then report on it here."""
+    bundle, bench = str(export_nano("int8")), tmp_path / "phone.json"
+    options = ("--where", "host", "--limit", "2", "--repetitions", "1", "--max-new-tokens", "16", "--threads", "1")
+    bench.write_text(run_cli("device", "bench", bundle, *options, "--output", str(tmp_path), "--json").stdout)
+    reporting = ("--limit", "2", "--max-new-tokens", "16", "--output", str(tmp_path), "--json")
+    report = json.loads(run_cli("report", bundle, "--bench", str(bench), *reporting).stdout)
+    there, profile = report["devices"][1], json.loads(bench.read_text())
+    assert (there["name"], list(there["costs"]["rounds_ms"])) == (profile["machine"], ["4"])
+    assert there["costs"]["decode_ms"] == profile["passes"]["decode"]["median_ms"]
+    assert {expected["num_draft_tokens"] for expected in there["expected"]} == {4}
+    assert "round, K = 4" in (tmp_path / "report.html").read_text()
+
+    withheld = bench.with_name("emulated.json")
+    withheld.write_text(json.dumps({**profile, "passes": {}, "rounds": [], "break_even": {}}))
+    done = run_cli("report", bundle, "--bench", str(withheld), *reporting, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "emulated.json has no times, as of an emulated place" in done.stderr
 
 
 def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:

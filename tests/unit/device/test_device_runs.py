@@ -1,4 +1,4 @@
-"""What is asked of a device: only runs that are greedy are held against greedy ones."""
+"""Requests to a device: only runs that are greedy are held against greedy ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from mtp_export.device.protocol import AskedPrompt
-from mtp_export.device.runs import Asked, greedy_runs
+from mtp_export.device.protocol import TextPrompt
+from mtp_export.device.runs import Job, greedy_runs
 from mtp_runtime.bundle.contract import SamplerDefaults
 from tests.support.fake_backend import fake_manifest
 
 
-def asked(bundle: Path, **changes: Any) -> Asked:
+def job(bundle: Path, **changes: Any) -> Job:
     options: dict[str, Any] = {
         "where": "phone",
         "serial": None,
@@ -23,11 +23,11 @@ def asked(bundle: Path, **changes: Any) -> Asked:
         "app": False,
         "stock": True,
         "backend": "cpu",
-        "prompts": (AskedPrompt(id="one", kind="text", text="one"),),
+        "prompts": (TextPrompt(id="one", kind="text", text="one"),),
         "max_new_tokens": 4,
         "threads": 1,
     }
-    return Asked(bundle=bundle, **(options | changes))
+    return Job(bundle=bundle, **(options | changes))
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,5 @@ def test_the_program_runs_without_mtp_only_where_the_bundle_is_greedy(
 ) -> None:
     manifest = msgspec.structs.replace(fake_manifest(), sampler=sampler)
     (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-    request = asked(tmp_path, **changes)
-    assert greedy_runs(request, request.request("")).depths == depths
+    program = job(tmp_path, **changes)
+    assert greedy_runs(program, program.request("")).depths == depths
