@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mtp_export.source.embedded import EMBEDDED
-from tests.conftest import Export, printed_by, run_cli
+from tests.conftest import Export, printed_by, run_cli, without_progress
 from tests.unit.tiny_files import pair_arguments
 
 SCRIPT = str(Path(sys.executable).parent / "mtp-export")
@@ -27,22 +27,22 @@ TIMEOUT_S = 120.0
 
 
 def refused(*arguments: str) -> str:
-    """Run a command that must end as the user's mistake; returns its one line without the beginning."""
+    """Run a command that must end as the user's mistake; return its one line without the beginning."""
     return refusal_of(run_cli(*arguments, check=False))
 
 
 def refusal_of(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """Check exit code, silence on standard output and the one line on standard error; returns the line."""
+    """Check the exit code, that standard output is empty, and that there is one line of error; return that line."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()  # a line break may close the ^C of a terminal
+    lines = without_progress(done.stderr).strip().splitlines()  # a line break may close the ^C of a terminal
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("mtp-export: error: ")
     return lines[0].removeprefix("mtp-export: error: ")
 
 
 def packages_imported(arguments: list[str]) -> tuple[int, set[str]]:
-    """Run a command; returns its exit code and the packages that it imported."""
+    """Run a command; return its exit code and the packages that it imported."""
     command = [sys.executable, "-X", "importtime", SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -51,7 +51,12 @@ def packages_imported(arguments: list[str]) -> tuple[int, set[str]]:
 
 class TestHelp:
     @pytest.mark.parametrize(
-        "command", ["--help", "--version", "export --help", "run --help", "parity --help", "xport"]
+        "command",
+        [
+            *("--help", "--version", "xport"),
+            *(f"{name} --help" for name in ("adapt", "calibrate", "cluster", "device parity", "export", "inspect")),
+            *(f"{name} --help" for name in ("parity", "plan", "report", "run")),
+        ],
     )
     def test_nothing_heavy_is_imported(self, command: str) -> None:
         """Not even when the command does not exist."""
@@ -70,14 +75,30 @@ class TestHelp:
 
 class TestMistakes:
     def test_options_alone_go_to_export(self, tmp_path: Path) -> None:
-        """`mtp-export --model nano --target tflite` is `mtp-export export …`."""
+        """`mtp-export --model nano --target tflite` means `mtp-export export …`."""
         arguments = ("--model", "nano", "--target", "tflite", "--output", str(tmp_path))
         assert refused(*arguments) == refused("export", *arguments)
         assert refused(*arguments).startswith(f"{tmp_path} exists: ")
 
+    def test_format_and_target_are_two_names_of_one_option(self, tmp_path: Path) -> None:
+        output = ("--output", str(tmp_path))
+        for arguments in (("--format", "onnx"), ("--format", "onnx", "--target", "onnx")):
+            assert refused(*arguments, *output).startswith(f"{tmp_path} exists: ")
+        for name in ("--target", "--format"):
+            assert "--portable is for " in refused("--portable", name, "tflite", *output)
+
+    def test_the_package_runs_as_a_module(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "mtp_export", "--output", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refusal_of(done).startswith(f"{tmp_path} exists: ")
+
     @pytest.mark.parametrize(
         ("command", "message"),
         [
+            (
+                "--format onnx --target tflite",
+                "--format (or --target, its older name) has the values onnx, tflite: give one",
+            ),
             ("exprot", "No such command 'exprot'. Did you mean 'export'?"),
             ("--modle nano", "No such option '--modle'. Did you mean '--model'?"),
             ("export --outptu x", "No such option '--outptu'. Did you mean '--output'?"),
@@ -113,22 +134,22 @@ class TestMistakes:
         assert refused(*command.split(), *place).startswith(message)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_mistaken_option_is_told_before_torch_is_loaded(self, tmp_path: Path) -> None:
+    def test_a_mistaken_option_is_reported_before_torch_is_loaded(self, tmp_path: Path) -> None:
         for arguments in (["--model", "e3b"], ["--output", str(tmp_path)]):
             code, imported = packages_imported(arguments)
             assert code == 2
             assert not HEAVY & imported
 
-    def test_debug_shows_where_it_came_from(self, tmp_path: Path) -> None:
+    def test_debug_shows_a_traceback(self, tmp_path: Path) -> None:
         done = run_cli("--debug", "--output", str(tmp_path), check=False)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
         assert "exists" in done.stderr.splitlines()[-1]
 
-    def test_an_endless_name_is_cut(self, tmp_path: Path) -> None:
+    def test_a_very_long_name_is_cut(self, tmp_path: Path) -> None:
         assert len(refused("--model", "x" * 100_000, "--output", str(tmp_path / "out"))) < 1100
 
-    def test_a_hub_id_that_is_not_cached_is_told_at_once_when_offline(
+    def test_a_hub_id_that_is_not_cached_is_refused_at_once_when_offline(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -156,7 +177,7 @@ class TestBadPlaces:
             ("{folder}/{long}", "file name too long"),
         ],
     )
-    def test_where_nothing_can_be_written(self, place: str, reason: str, tmp_path: Path) -> None:
+    def test_a_place_where_nothing_can_be_written_is_refused(self, place: str, reason: str, tmp_path: Path) -> None:
         """Root may write past permission bits, but not here."""
         (tmp_path / "file").touch()
         output = place.format(file=tmp_path / "file", folder=tmp_path, long="x" * 300)
@@ -164,7 +185,7 @@ class TestBadPlaces:
         assert re.fullmatch(rf"cannot write {re.escape(output)}: ({reason}): choose another --output", message)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
-    def test_without_write_permission(self, tmp_path: Path) -> None:
+    def test_a_folder_without_write_permission_is_refused(self, tmp_path: Path) -> None:
         parent = tmp_path / "read-only"
         parent.mkdir(mode=0o555)
         command = [SCRIPT, "--output", str(parent / "out")]
@@ -194,7 +215,7 @@ class TestBadPlaces:
         assert "is not a bundle, so --force does not replace it" in refused("--force", "--output", str(out))
         assert sorted(tmp_path.rglob("*")) == before
 
-    def test_a_small_disk_is_noticed_before_the_conversion(self, tmp_path: Path) -> None:
+    def test_a_small_disk_is_refused_before_the_conversion(self, tmp_path: Path) -> None:
         """A tmpfs of 2 MB, in a mount namespace of its own."""
         script = f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && {SCRIPT} --output {tmp_path}/a/out; "
         script += f"code=$?; ls -A {tmp_path}; exit $code"
@@ -236,13 +257,13 @@ class Started:
 
 
 def children_of(pid: int) -> set[int]:
-    found: set[int] = set()
+    children: set[int] = set()
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found |= {int(child) for child in file.read_text().split()}
+            children |= {int(child) for child in file.read_text().split()}
         except OSError:
             continue  # the thread has ended
-    return found
+    return children
 
 
 def command_of(pid: int) -> str:
@@ -267,7 +288,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
 
 
 def read_some(terminal: int) -> bytes:
-    """What a terminal is shown next; nothing once every process has let go of it."""
+    """Return what a terminal shows next; nothing once every process has closed it."""
     try:
         return os.read(terminal, 4096)
     except OSError:
@@ -305,7 +326,10 @@ class TestInterruption:
         ("delay_s", "presses"), [(0.0, 1), (3.0, 1), (3.0, 3)], ids=["workers start", "converting", "pressed thrice"]
     )
     def test_ctrl_c_leaves_nothing(self, start: Callable[[], Started], delay_s: float, presses: int) -> None:
-        """A terminal sends Ctrl-C to the whole process group: workers must not answer in their own words."""
+        """A terminal sends Ctrl-C to the whole process group: workers must not print errors of their own.
+
+        Nothing here is a terminal, so a conversion of three seconds has its line of progress, before the error.
+        """
         export = start()
         workers = export.wait_for_workers()
         time.sleep(delay_s)
@@ -315,8 +339,11 @@ class TestInterruption:
             time.sleep(0.05)
         pressed = time.monotonic()
         done = export.ended()
-        assert time.monotonic() - pressed < 15, "it waited for conversions that nobody wants any more"
+        assert time.monotonic() - pressed < 15, "it waited for conversions that are of no use any more"
         assert refusal_of(done, 130) == "interrupted; nothing half-written is left"
+        lines = done.stderr.strip().splitlines()
+        assert not delay_s or [line for line in lines if line.startswith("mtp-export: working: converting graphs")]
+        assert not lines[-1].startswith("mtp-export: working: ")
         assert export.names() == []
         assert not any(is_alive(pid) for pid in workers)
 
@@ -350,7 +377,7 @@ class TestInterruption:
 
 
 class TestOutput:
-    def test_json_is_all_that_is_printed(self, export_nano: Export) -> None:
+    def test_an_export_prints_json_alone(self, export_nano: Export) -> None:
         bundle = export_nano("int8")
         stdout, stderr = json.loads(printed_by(bundle).read_text())
         result = json.loads(stdout)
@@ -365,14 +392,14 @@ class TestOutput:
         assert len(json.loads(done.stdout)["tokens"]) == 4
         assert done.stderr == ""
 
-    def test_a_run_with_a_k_that_adapts_says_the_same(self, export_nano: Export) -> None:
+    def test_a_run_with_an_adaptive_k_gives_the_same_tokens(self, export_nano: Export) -> None:
         command = ("run", str(export_nano("int8")), "def", "--max-new-tokens", "40", "--json", "--num-draft-tokens")
         fixed, adapted = (json.loads(run_cli(*command, k).stdout) for k in ("4", "auto"))
         assert adapted["tokens"] == fixed["tokens"]
         assert adapted["stats"]["decode_steps"] > fixed["stats"]["decode_steps"], "it compares with plain decoding"
 
     @pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "def", "--max-new-tokens", "40"]])
-    def test_a_reader_that_leaves_is_no_error(self, arguments: list[str], export_nano: Export) -> None:
+    def test_a_reader_that_leaves_causes_no_message(self, arguments: list[str], export_nano: Export) -> None:
         """As `| head -1`, but gone before the first byte, so that the pipe is closed for certain."""
         reader, writer = os.pipe()
         os.close(reader)
@@ -382,13 +409,13 @@ class TestOutput:
         assert done.returncode == 1
         assert done.stderr == ""
 
-    def test_into_head(self, export_nano: Export) -> None:
+    def test_output_can_be_piped_into_head(self, export_nano: Export) -> None:
         script = f"{SCRIPT} run {export_nano('int8')} def --json --max-new-tokens 40 | head -n 1"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
 
-    def test_a_terminal_is_shown_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
+    def test_a_terminal_shows_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
         export_nano("int8")  # its segments are kept
         terminal, screen = pty.openpty()
         command = [SCRIPT, "export", "--output", str(tmp_path / "out")]
@@ -403,16 +430,17 @@ class TestOutput:
         )
         lines = [text.strip() for text in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).splitlines()]
         assert any(line.fullmatch(text) for text in lines), lines
+        assert "mtp-export: working: " not in shown.decode(), "lines are for what is no terminal"
         assert max(len(text) for text in lines if "━" in text) <= 80
 
-    def test_an_output_that_is_full_is_told(self) -> None:
+    def test_a_full_output_is_reported(self) -> None:
         with open("/dev/full", "w") as full:
             done = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr == "mtp-export: error: no space left to write to: free some space\n"
 
     @pytest.mark.usefixtures("no_segments")
-    def test_a_disk_that_fills_up_on_the_way(self, tiny_source: Path, tmp_path: Path) -> None:
+    def test_a_disk_that_fills_up_during_the_export_is_reported(self, tiny_source: Path, tmp_path: Path) -> None:
         """A tmpfs with room enough to begin; something else fills it while the graphs are being converted."""
         disk = tmp_path / "disk"
         disk.mkdir()
