@@ -28,8 +28,8 @@ EXIT_CODES = (
     ExitCode(code=OK, meaning="The command did its work. A check passed."),
     ExitCode(
         code=FAILED,
-        meaning="A check failed, or the program failed: an inference library refused a graph, a worker process died, "
-        "or there was an internal error. Also: the reader of standard output left early.",
+        meaning="A check failed. Or the program failed: an inference library refused a graph, a process died, or there "
+        "was an internal error. Or the reader of standard output left early.",
         by_command={
             "calibrate": "a bar is missed, a stored weight is wrong, or a valid answer is lost",
             "device parity": "an output differs and the difference is not a stated near-tie",
