@@ -192,10 +192,10 @@ def _count(name: str, text: str | None) -> int | None:
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", size)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", size)
+    if match is None:
         raise UserError(f"--max-size is {size!r}, expected a number with MB, GB, MiB or GiB, as 2.4GB")
-    return int(float(found[1]) * {"MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]])
+    return int(float(match[1]) * {"MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}[match[2]])
 
 
 @click.command("export", epilog=recipe_list())
