@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_export.arch.published import PAIRS
 from mtp_export.source.embedded import EMBEDDED
+from mtp_export.weights.recipes import RECIPES
 from tests.conftest import Export, printed_by, run_cli, without_progress
 from tests.unit.tiny_files import pair_arguments
 
@@ -107,20 +109,14 @@ class TestMistakes:
             ("run", "Missing argument 'BUNDLE'. See 'mtp-export run --help'."),
             ("export nano", "Got unexpected extra argument (nano) See 'mtp-export export --help'."),
             ("--cache-length long", "Invalid value for '--cache-length': 'long' is not a valid integer."),
-            ("--model e3b", "--model is 'e3b', expected one of: e2b, e4b, nano"),
+            ("--model e3b", f"--model is 'e3b', expected one of: {', '.join(sorted(PAIRS))}"),
             ("--target gguf", "--target is 'gguf', expected one of: onnx, tflite"),
             ("--portable", "--portable is for --target onnx, got --target tflite"),
             ("--batch-size 2", "--batch-size is for --target onnx, got --target tflite"),
             ("--target onnx --batch-size 9", "--batch-size is 9, expected 1 to 8"),
             ("--target onnx --batch-size 2 --portable", "--batch-size needs ONNX Runtime's own attention: leave"),
-            (
-                "--recipe q4",
-                "--recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
-            ),
-            (
-                "--drafter-recipe q4",
-                "--drafter-recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
-            ),
+            ("--recipe q4", f"--recipe is 'q4', expected one of: {', '.join(sorted(RECIPES))}"),
+            ("--drafter-recipe q4", f"--drafter-recipe is 'q4', expected one of: {', '.join(sorted(RECIPES))}"),
             ("--num-draft-tokens 0", "--num-draft-tokens is 0, expected 1 to 16"),
             ("--num-draft-tokens 17", "--num-draft-tokens is 17, expected 1 to 16"),
             ("--cache-length 31", "--cache-length is 31, expected 32 to"),
