@@ -78,24 +78,12 @@ def listed(failures: list[str]) -> None:
         pytest.fail("\n" + "\n".join(failures), pytrace=False)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_values_are_named_by_nouns(folder: str) -> None:
-    failures = []
-    for path in (path for path in SOURCES if path.is_relative_to(ROOT / folder)):
-        for line, name in value_names(ast.parse(path.read_text(encoding="utf-8"))):
-            if NO_NOUNS & set(name.split("_")):
-                failures.append(f"{path.relative_to(ROOT)}:{line}: {name}")
-    listed(failures)
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_docstrings_and_help_texts_use_the_glossary(folder: str) -> None:
-    failures = []
-    for path in (path for path in SOURCES if path.is_relative_to(ROOT / folder)):
-        if path == Path(__file__):
-            continue
-        for line, text in texts(ast.parse(path.read_text(encoding="utf-8"))):
-            failures += [f"{path.relative_to(ROOT)}:{line + n}: {hint}" for n, hint in replaced_words(text)]
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_uses_the_glossary(path: Path) -> None:
+    """Its values are named by nouns, and its docstrings and help texts have one word for an idea."""
+    tree, name = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
+    failures = [f"{name}:{line}: {value}" for line, value in value_names(tree) if NO_NOUNS & set(value.split("_"))]
+    failures += [f"{name}:{line + n}: {hint}" for line, text in texts(tree) for n, hint in replaced_words(text)]
     listed(failures)
 
 
