@@ -7,34 +7,43 @@ from typing import Any
 
 import click
 
-from mtp_export.cli.options import check_torch_device
+from mtp_export.cli.options import (
+    adapter_option,
+    check_torch_device,
+    checkpoint_options,
+    debug_option,
+    drafter_position_offset_option,
+    max_new_tokens_option,
+    model_option,
+    output_option,
+    prompts_option,
+    seed_option,
+    torch_device_option,
+)
 from mtp_export.cli.output import working
 from mtp_runtime.errors import UserError
 
 
 @click.command("adapt")
-@click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b.")
-@click.option("--checkpoint", metavar="DIR|ID", help="The fine-tuned target.  [model's own]")
-@click.option("--drafter", metavar="DIR|ID", help="The drafter to start from.  [model's own]")
-@click.option(
-    "--adapter", "adapters", metavar="DIR", multiple=True, type=click.Path(path_type=Path), help="LoRA to be merged."
-)
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
+@model_option
+@checkpoint_options("The fine-tuned target: a folder or Hugging Face id.", "The drafter to start from.")
+@adapter_option
+@prompts_option(
+    "JSONL: a text, or messages and tools, in each line. Use prompts like those that the target will get.",
     required=True,
-    help="JSONL with a text, or messages and tools, per line: what the target will be asked.",
 )
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the drafter to.")
-@click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Answers a step.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(8), default=128, show_default=True, help="Of each answer.")
-@click.option("--drafter-position-offset", type=click.IntRange(0, 1), default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--resume", is_flag=True, help="Go on where a killed run of the same output was.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@output_option("Folder to write the drafter to.", required=True)
+@click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of training.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Answers in a step.")
+@click.option(
+    "--learning-rate", type=float, default=1e-3, show_default=True, help="Highest learning rate of the training."
+)
+@max_new_tokens_option(128, least=8, help_text="Longest answer of the target.")
+@drafter_position_offset_option
+@seed_option
+@torch_device_option
+@click.option("--resume", is_flag=True, help="Continue a run that was killed; it had the same --output.")
+@debug_option
 def command(
     model: str,
     checkpoint: str | None,
@@ -48,15 +57,16 @@ def command(
     drafter_position_offset: int,
     **options: Any,
 ) -> None:
-    """Adapt a drafter to a fine-tuned target, on the target's own answers to prompts.
+    """Train a drafter for a fine-tuned target.
 
-    What the target says stays as it is, whatever the drafter; more drafts are accepted. Writes a drafter's checkpoint,
-    which `export --drafter` and transformers take.
+    It learns from the target's own answers to prompts. The target accepts more drafts of the new drafter. Its output
+    stays the same: it never depends on the drafter. The result is a drafter checkpoint, which `export --drafter` and
+    transformers read.
     """
     check_torch_device(device)
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output")
-    with working("loading") as tell:
+    with working("loading") as show:
         from mtp_calibration.choose.calibration_texts import calibration_texts
         from mtp_calibration.drafter.adapt import Adaptation, Watch, adapt
         from mtp_export.check.prompts import read_prompts
@@ -69,7 +79,7 @@ def command(
             shares.append(step.agreement)
             recent = shares[-20:]
             share = sum(recent) / len(recent)
-            tell(f"step {step.number} of {options['steps']}, {share:.0%} of first drafts are the target's choice")
+            show(f"step {step.number} of {options['steps']}, {share:.0%} of first drafts are the target's choice")
 
         adapt(
             pair,
@@ -77,7 +87,7 @@ def command(
             output,
             Adaptation(**options, position_offset=drafter_position_offset, device=device),
             resume=resume,
-            watch=Watch(on_stage=tell, on_step=on_step),
+            watch=Watch(on_stage=show, on_step=on_step),
         )
     name = click.format_filename(output)
     click.echo(f"{name}: a drafter for this target; next: mtp-export export --drafter {name} with its --checkpoint")

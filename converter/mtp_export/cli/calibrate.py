@@ -9,7 +9,20 @@ from typing import Any
 
 import click
 
-from mtp_export.cli.options import check_bundle_options
+from mtp_export.cli.exit_codes import FAILED, OK
+from mtp_export.cli.options import (
+    adapter_option,
+    bundle_argument,
+    check_bundle_options,
+    checkpoint_options,
+    debug_option,
+    json_option,
+    limit_option,
+    max_new_tokens_option,
+    output_option,
+    prompts_option,
+    threads_option,
+)
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
@@ -18,25 +31,18 @@ _PROMPTS = 16
 
 
 @click.command("calibrate")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", metavar="DIR|ID", help="Target checkpoint that it was made from.  [model's own]")
-@click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]")
-@click.option(
-    "--adapter", "adapters", metavar="DIR", multiple=True, type=click.Path(path_type=Path), help="Merged LoRA adapter."
-)
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="JSONL with a text, or messages and tools, per line.  [32 in four kinds]",
-)
-@click.option("--limit", type=int, default=_PROMPTS, show_default=True, help="Use so many, of all kinds in turn.")
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
-@click.option("--max-kl", type=float, help="Bar for KL(float || bundle) per token, in nats.  [the recipe's]")
-@click.option("--min-agreement", type=float, help="Bar for the share of equal first choices.  [the recipe's]")
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Write calibration.json there.  [the bundle]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@bundle_argument
+@checkpoint_options("The target that the bundle was made from.", "The drafter that the bundle was made from.")
+@adapter_option
+@prompts_option("JSONL: a text, or messages and tools, in each line.  [32 of the package, in four kinds]")
+@limit_option(_PROMPTS)
+@max_new_tokens_option(64, help_text="Longest answer, in tokens.")
+@click.option("--max-kl", type=float, help="Largest KL(float || bundle) per token that passes, in nats.  [by recipe]")
+@click.option("--min-agreement", type=float, help="Smallest share of equal first choices that passes.  [by recipe]")
+@threads_option(1)
+@output_option("Write calibration.json to this folder.  [the bundle]")
+@json_option("the measurements")
+@debug_option
 def command(
     bundle: Path,
     checkpoint: str | None,
@@ -52,13 +58,14 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure whether a bundle is still the model that it was made from, hop by hop and as a whole.
+    """Check that a bundle is still the model that it was made from.
 
-    Ends with exit code 1 if a bar is missed or something is wrong, with the diagnosis.
+    Every stored weight, every part of the graphs and the whole answers are compared with the checkpoint in float32.
+    The exit code is 1 if a bar is missed or a part is wrong; the message then names the part.
     """
     check_bundle_options(bundle, {"--limit": limit, "--max-new-tokens": max_new_tokens, "--threads": threads})
-    with working("loading") as tell:
-        found = _calibrate(
+    with working("loading") as show:
+        calibration = _calibrate(
             bundle,
             (checkpoint, drafter, adapters),
             prompts,
@@ -66,23 +73,23 @@ def command(
             (max_kl, min_agreement),
             threads=threads,
             max_new_tokens=max_new_tokens,
-            on_stage=tell,
+            on_stage=show,
         )
     folder = output or bundle
     path = folder / "calibration.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, found.to_json())
+        write_atomically(path, calibration.to_json())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}: choose another --output") from error
     if as_json:
-        click.echo(found.to_json(), nl=False)
+        click.echo(calibration.to_json(), nl=False)
     else:
-        _print(found)
+        _print(calibration)
         click.echo(f"written: {click.format_filename(path)}")
-    if not found.passed:
-        click.echo(f"mtp-export: error: {found.verdict.summary}", err=True)
-    sys.exit(0 if found.passed else 1)
+    if not calibration.passed:
+        click.echo(f"mtp-export: error: {calibration.verdict.summary}", err=True)
+    sys.exit(OK if calibration.passed else FAILED)
 
 
 def _calibrate(
@@ -109,14 +116,16 @@ def _calibrate(
     checkpoint, drafter, adapters = inputs
     pair = open_made_from(manifest.model, checkpoint, drafter, adapters)
     check_inputs(pair, manifest)
-    given = {name: bar for name, bar in zip(("kl_per_token", "top1_agreement"), bars, strict=True) if bar is not None}
-    bars_of_recipe = msgspec.structs.replace(bars_for(manifest.recipe), **given)
-    how = CalibrationOptions(bars=bars_of_recipe, threads=threads, max_new_tokens=max_new_tokens)
-    return calibrate(bundle, pair, chosen, how, on_stage=on_stage)
+    names = ("kl_per_token", "top1_agreement")
+    own_bars = {name: bar for name, bar in zip(names, bars, strict=True) if bar is not None}
+    recipe_bars = msgspec.structs.replace(bars_for(manifest.recipe), **own_bars)
+    calibration_options = CalibrationOptions(bars=recipe_bars, threads=threads, max_new_tokens=max_new_tokens)
+    return calibrate(bundle, pair, chosen, calibration_options, on_stage=on_stage)
 
 
-def _print(found: Any) -> None:
-    quality, bars = found.quality, found.verdict.bars
+def _print(calibration: Any) -> None:
+    quality, verdict = calibration.quality, calibration.verdict
+    bars = verdict.bars
     drafter, structured = quality.drafter, quality.structured
     parted = [d for d in quality.divergences if d.first is not None]
     rows = (
@@ -142,9 +151,9 @@ def _print(found: Any) -> None:
         ("valid structured answers", f"{structured.valid}, float {structured.float_valid} of {structured.prompts}", ""),
         ("worst layers", ", ".join(f"{e.layer} {e.kl:.3g}" for e in quality.layers[:3]), ""),
     )
-    click.echo(f"{found.model}, {found.recipe}: {quality.texts} texts, {quality.tokens} tokens")
+    click.echo(f"{calibration.model}, {calibration.recipe}: {quality.texts} texts, {quality.tokens} tokens")
     for name, value, bar in rows:
         click.echo(f"  {name:30} {value:52} {bar}".rstrip())
-    for finding in found.verdict.findings:
+    for finding in verdict.findings:
         click.echo(f"  {finding.part}: {finding.diagnosis}")
-    click.echo("PASSED" if found.passed else "FAILED: " + "; ".join(found.verdict.missed or ("see above",)))
+    click.echo("PASSED" if calibration.passed else "FAILED: " + "; ".join(verdict.missed or ("see above",)))

@@ -6,33 +6,46 @@ from pathlib import Path
 
 import click
 
-from mtp_export.cli.options import check_torch_device
+from mtp_export.cli.options import (
+    check_torch_device,
+    debug_option,
+    drafter_position_offset_option,
+    max_new_tokens_option,
+    output_option,
+    prompts_option,
+    seed_option,
+    torch_device_option,
+)
 from mtp_export.cli.output import working
 from mtp_runtime.errors import UserError
 
 
 @click.command("cluster")
 @click.argument("drafter", metavar="DIR|ID")
-@click.option("--checkpoint", metavar="DIR|ID", required=True, help="The target that it drafts for.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the drafter to.")
+@click.option("--checkpoint", metavar="DIR|ID", required=True, help="The target: a folder or Hugging Face id.")
+@output_option("Folder to write the drafter to.", required=True)
 @click.option(
-    "--clusters", type=click.IntRange(1), default=2048, show_default=True, help="A divisor of the vocabulary."
+    "--clusters",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Number of clusters. It must divide the size of the vocabulary.",
 )
-@click.option("--top-k", type=click.IntRange(1), help="Clusters that are scored for a draft.  [an eighth of them]")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]")
+@click.option("--top-k", type=click.IntRange(1), help="Clusters whose tokens are scored.  [an eighth of the clusters]")
+@prompts_option("JSONL, as for `calibrate`.  [55 of the package]")
 @click.option(
     "--beginnings",
     type=click.IntRange(0),
     default=512,
     show_default=True,
-    help="Single tokens that are prompts as well.",
+    help="Number of further prompts that are a single token.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(8), default=192, show_default=True, help="Of each answer.")
-@click.option("--steps", type=click.IntRange(1), default=1500, show_default=True, help="Of training the centroids.")
-@click.option("--drafter-position-offset", type=click.IntRange(0, 1), default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="For the models: cpu or cuda.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@max_new_tokens_option(192, least=8, help_text="Longest answer of the target.")
+@click.option("--steps", type=click.IntRange(1), default=1500, show_default=True, help="Steps of training.")
+@drafter_position_offset_option
+@seed_option
+@torch_device_option
+@debug_option
 def command(
     drafter: str,
     checkpoint: str,
@@ -48,15 +61,17 @@ def command(
     device: str,
     debug: bool,
 ) -> None:
-    """Give a drafter with a dense head the clusters of a two-stage lookup, which `export` needs.
+    """Give a drafter a clustered head.
 
-    Writes a drafter's checkpoint with ordered embeddings, which `export --drafter` and transformers take.
+    `export` needs one and some drafters have a dense head. The vocabulary is cut into clusters. A draft then scores the
+    clusters first, and the tokens of the best ones only. The result is a drafter checkpoint, which `export --drafter`
+    and transformers read.
     """
     check_torch_device(device)
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output")
     few = max(1, clusters // 8) if top_k is None else top_k
-    with working("loading") as tell:
+    with working("loading") as show:
         import torch
 
         from mtp_calibration.choose.calibration_texts import calibration_texts, tuning_prompts
@@ -77,12 +92,12 @@ def command(
         check_dense(dense, clusters, few)
         target = Checkpoint(locate(checkpoint), "target")
         spec = read_target_spec(target.config, str(target.folder / "config.json"))
-        asked = calibration_texts(target, spec, tuning_prompts(prompts))
+        texts = calibration_texts(target, spec, tuning_prompts(prompts))
         model = load(target.folder, torch.device(device))
-        tell("answers of the target")
+        show("answers of the target")
         answers = drawn_answers(
             model,
-            asked,
+            texts,
             stop_token_ids(target, spec),
             beginnings=beginnings,
             max_new_tokens=max_new_tokens,
@@ -93,7 +108,7 @@ def command(
             load(dense.folder, torch.device(device), trained=True),
             answers,
             Clustering(count=clusters, top_k=few, steps=steps, position_offset=drafter_position_offset),
-            on_stage=tell,
+            on_stage=show,
         )
         write_clustered(dense, ordering, centroids, few, output)
     click.echo(

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtp_export.bundle.staging import check_output
-from mtp_export.cli.output import print_notes
+from mtp_export.cli.options import (
+    adapter_option,
+    by_model,
+    checkpoint_options,
+    combined,
+    debug_option,
+    json_option,
+    model_option,
+    output_option,
+    prompts_option,
+)
+from mtp_export.cli.output import export_progress, print_notes
 from mtp_export.config import (
+    EXPORT_FORMATS,
     ExportConfig,
     FormatConfig,
     GraphConfig,
@@ -24,94 +33,139 @@ from mtp_export.config import (
     RefinementConfig,
     SourceConfig,
 )
-from mtp_export.weights.recipes import RECIPES
+from mtp_export.weights.recipes import RECIPES, Recipe, WeightFormat
 from mtp_runtime.errors import UserError
 
 if TYPE_CHECKING:
     from mtp_export.refinement import Refinement
 
 
-def export_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say what to export; `config_of` takes them."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def _one_format(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str:
+    """Return the one export format that `--format` and its older name `--target` give.
+
+    Raises:
+        UserError: they give several.
+    """
+    if len(set(values)) > 1:
+        raise UserError(f"--format (or --target, its older name) has the values {', '.join(values)}: give one")
+    return values[0]
 
 
-_OPTIONS = (
-    click.option("--model", default="nano", show_default=True, help="nano (embedded), e2b or e4b."),
+# What to export. `config_of` takes these options.
+export_options = combined(
+    model_option,
     click.option(
-        "--target", "export_format", default="tflite", show_default=True, help="Export format: tflite or onnx."
-    ),
-    click.option(
-        "--checkpoint", metavar="DIR|ID", help="Target checkpoint: a folder or Hugging Face id.  [model's own]"
-    ),
-    click.option(
-        "--adapter",
-        "adapters",
-        metavar="DIR",
+        "--format",
+        "--target",
+        "export_format",
         multiple=True,
-        type=click.Path(path_type=Path),
-        help="LoRA adapter of the target, as PEFT saves it, to be merged; several add up.",
+        default=("tflite",),
+        show_default=True,
+        callback=_one_format,
+        metavar="|".join(EXPORT_FORMATS),
+        help="Export format. --target is the older name of this option.",
     ),
+    checkpoint_options("The target: a folder or Hugging Face id.", "The drafter: a folder or Hugging Face id."),
+    adapter_option,
     click.option(
         "--chat-template",
         type=click.Path(path_type=Path),
-        help="Jinja file in place of the checkpoint's chat template.  [its own]",
+        help="Jinja file to use instead of the checkpoint's chat template.",
     ),
-    click.option("--drafter", metavar="DIR|ID", help="Drafter checkpoint, likewise.  [model's own]"),
     click.option(
-        "--recipe", default="int8", show_default=True, help=f"Quantisation of the target: {', '.join(RECIPES)}."
+        "--recipe",
+        default="int8",
+        show_default=True,
+        help="Quantisation of the target: a recipe of the list below.",
     ),
     click.option("--drafter-recipe", help="Quantisation of the drafter.  [f32 with f32, else int8]"),
+    click.option(
+        "--embedder-recipe", help="Quantisation of the tables of token embeddings.  [the recipe of the target]"
+    ),
     click.option(
         "--rounding",
         default="nearest",
         show_default=True,
-        help="Of the target's matrices: nearest, or gptq, which keeps what they give on --prompts.",
+        help="Rounding of the target's matrices: nearest, or gptq, which keeps their outputs on --prompts.",
     ),
     click.option(
-        "--max-size", help="Of what ships, as 2.4GB: fewer bits than the recipe's where --prompts suffer least."
+        "--max-size",
+        help="Largest size of the bundle, as 2.4GB. Parts get fewer bits where --prompts suffer least.",
     ),
-    click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [55 of the package]"),
-    click.option("--embedder-recipe", help="Quantisation of the look-up tables of token embeddings.  [the target's]"),
-    click.option("--cache-length", type=int, help="Slots of the KV cache.  [nano 1024, e2b and e4b 4096]"),
+    prompts_option("JSONL, as for `calibrate`: for gptq, --max-size and auto.  [55 of the package]"),
+    click.option(
+        "--cache-length",
+        type=int,
+        help=f"Slots of the KV cache, in tokens.  [{by_model(lambda pair: pair.cache_length)}]",
+    ),
     click.option(
         "--num-draft-tokens",
         type=int,
-        help="Most tokens drafted in a round, K.  [e2b and e4b 3, nano 4]",
+        help=f"K, the most tokens drafted in a round.  [{by_model(lambda pair: pair.num_draft_tokens)}]",
     ),
     click.option(
         "--drafter-position-offset",
         default="1",
         show_default=True,
-        help="Position convention of the drafter: 1 transformers', 0 vLLM's, auto the better on --prompts. Changes "
-        "acceptance only.",
+        help="Position of the drafter: 1 as in transformers, 0 as in vLLM, auto for the better on --prompts. It "
+        "changes how many drafts are accepted, never the output.",
     ),
     click.option(
         "--centroid-top-k",
-        help="Clusters that the drafter's head scores; auto: as few as keep its drafts on --prompts.  [its own]",
+        help="Clusters whose tokens the drafter scores. auto: as few as keep its drafts on --prompts.  [the drafter's]",
     ),
     click.option(
         "--delegate",
         default="cpu",
         show_default=True,
-        help="TFLite: gpu for a bundle that a GPU takes too; slower on the CPU.",
+        help="TFLite: cpu, or gpu for a bundle that a GPU runs too. It is slower on a CPU.",
     ),
     click.option(
         "--composites",
         is_flag=True,
-        help="With --delegate gpu: norms as LiteRT-LM's own operator; faster, and MTP less alike plain output.",
+        help="With --delegate gpu: norms as LiteRT-LM's own operator. Faster, but MTP equals plain output less often.",
     ),
-    click.option("--portable", is_flag=True, help="ONNX: standard operations only; slower with long caches."),
+    click.option("--portable", is_flag=True, help="ONNX: standard operations only. Slower with long caches."),
     click.option(
-        "--batch-size", type=int, default=1, show_default=True, help="ONNX: also graphs for so many sequences at once."
+        "--batch-size",
+        type=int,
+        default=1,
+        show_default=True,
+        help="ONNX: write further graphs for this many sequences at once.",
     ),
-    click.option("--gate", is_flag=True, help="Keep the bundle only if `calibrate` finds it to be the same model."),
-    click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [./<model>-<target>]"),
+    click.option("--gate", is_flag=True, help="Run `calibrate` on the bundle, and keep it only if that passes."),
+    output_option("Folder to write.  [./<model>-<format>]"),
     click.option("--force", is_flag=True, help="Replace an existing bundle."),
     click.option("--workers", type=int, help="Conversion processes.  [number of CPUs, at most 4]"),
 )
+
+
+def recipe_list() -> str:
+    """Return the recipes as lines for a help page, made from their formats."""
+    lines = (f"  {name:12} {_recipe_line(recipe)}" for name, recipe in RECIPES.items())
+    return "\n".join(("\b", "Recipes, with the bits of a weight:", *lines))
+
+
+def _recipe_line(recipe: Recipe) -> str:
+    others = {
+        "head": recipe.head,
+        "embedding": recipe.embedding,
+        "per-layer embedding": recipe.per_layer_embedding,
+    }
+    names: dict[int, list[str]] = {}
+    for name, form in others.items():
+        if form.bits != recipe.linear.bits:
+            names.setdefault(form.bits, []).append(name)
+    if recipe.linear_int8:
+        names.setdefault(8, []).append(f"{len(recipe.linear_int8)} kinds of projections")
+    exceptions = [f"; {', '.join(parts)} {bits}" for bits, parts in names.items()]
+    return _form(recipe.linear) + "".join(exceptions)
+
+
+def _form(form: WeightFormat) -> str:
+    blocks = f" in blocks of {form.block_size}" if form.block_size else ""
+    lattice = ", for QAT checkpoints of llama.cpp's q4_0" if form.scale == "q4_0" else ""
+    return f"{form.bits}{blocks}{lattice}"
 
 
 # What may be auto, and what it is where nothing else is clearly better.
@@ -171,31 +225,34 @@ def _count(name: str, text: str | None) -> int | None:
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", size)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", size)
+    if match is None:
         raise UserError(f"--max-size is {size!r}, expected a number with MB, GB, MiB or GiB, as 2.4GB")
-    return int(float(found[1]) * {"MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]])
+    return int(float(match[1]) * {"MB": 1e6, "GB": 1e9, "MiB": 1 << 20, "GiB": 1 << 30}[match[2]])
 
 
-@click.command("export")
+@click.command("export", epilog=recipe_list())
 @export_options
-@click.option("--dry-run", is_flag=True, help="Only say what would be written and needed, as `plan` does.")
-@click.option("--resume", is_flag=True, help="Go on where a killed export of the same output was.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--dry-run", is_flag=True, help="Print the plan instead, as `plan` does.")
+@click.option("--resume", is_flag=True, help="Continue an export that was killed; it had the same --output.")
+@json_option("the result")
+@debug_option
 def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: Any) -> None:
-    """Write a bundle: target, drafter and embedders as TFLite files and in one .litertlm, or as ONNX files."""
+    """Write a bundle.
+
+    It holds target, drafter and embedders, as TFLite files and as one .litertlm, or as ONNX files.
+    """
     config = config_of(options)
     if dry_run:
         from mtp_export.cli.plan import show_plan
 
         show_plan(config, as_json=as_json)
         return
-    with _Bars() as bars:
-        bars.start("loading", 0)
+    with export_progress() as progress:
+        progress.start("loading", 0)
         from mtp_export.export import export
 
-        result = export(config, bars, refinement_of(config.refinement), resume=resume)
+        result = export(config, progress, refinement_of(config.refinement), resume=resume)
     left = _left_to_cpu(config) if config.format.delegate == "gpu" else {}
     if as_json:
         click.echo(json.dumps(_as_json(result) | {"left_to_cpu": left}))
@@ -220,50 +277,6 @@ def _left_to_cpu(config: ExportConfig) -> dict[str, dict[str, int]]:
             name, count = refusal.form.partition("(")[0], sum(refusal.signatures.values())
             left.setdefault(role, {})[name] = left.get(role, {}).get(name, 0) + count
     return left
-
-
-class _Bars:
-    """Progress on standard error, a bar a stage; nothing where that is no terminal."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self.bars = Progress(
-            TextColumn("{task.description:>20}"),
-            BarColumn(bar_width=10),  # a line is to fit 80 columns
-            TaskProgressColumn(),
-            TextColumn("{task.fields[done]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._open("", 0)
-
-    def __enter__(self) -> _Bars:
-        self.bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.bars.stop()
-
-    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
-        self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
-        self._open(stage, total, of_bytes=of_bytes)
-
-    def _open(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
-        self.task = self.bars.add_task(stage, total=total or None, visible=bool(stage), done="")
-        self.of_bytes, self.names = of_bytes, set[str]()
-
-    def advance(self, done: int, name: str = "") -> None:
-        self.names.add(name)
-        self.bars.advance(self.task, done)
-        task = self.bars.tasks[self.task]
-        if self.of_bytes:
-            counted = f"{len(self.names)} tensors {task.completed / 1e9:.2f}/{(task.total or 0) / 1e9:.2f} GB"
-        else:
-            counted = f"{task.completed:.0f}/{task.total or 0:.0f}"
-        self.bars.update(self.task, done=counted)
 
 
 def _sizes(result: Any) -> Mapping[str, int]:

@@ -9,19 +9,22 @@ from typing import Any
 
 import click
 
+from mtp_export.cli.exit_codes import FAILED
+from mtp_export.cli.options import bundle_argument, debug_option, json_option
 from mtp_export.config import DELEGATES, one_of
 
 
 @click.command("inspect")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--delegate", default="gpu", show_default=True, help="Backend that is to take the graphs: gpu.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@bundle_argument
+@click.option("--delegate", default="gpu", show_default=True, help="The backend to check the operators for: gpu.")
+@json_option("the metadata and the operators")
+@debug_option
 def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
-    """Print the metadata that a bundle has for LiteRT-LM, and the operators that a backend would not take.
+    """Print a bundle's metadata, and what a GPU does not take.
 
-    A GPU backend runs target and drafter only if it takes every operator of theirs. Ends with exit code 1 if it does
-    not. The verdict rests on operators that were run on a real one (docs/gpu.md).
+    The metadata is what LiteRT-LM reads. A GPU backend runs target and drafter only if it takes each of their
+    operators. The exit code is 1 if it does not. No GPU is needed: the answer comes from a table of operators that were
+    run on a real GPU (docs/gpu.md).
     """
     one_of("--delegate", delegate, [name for name in DELEGATES if name != "cpu"])
     from mtp_export.formats.tflite.gpu_table import delegate_table, inspect_bundle
@@ -49,7 +52,7 @@ def command(bundle: Path, delegate: str, as_json: bool, debug: bool) -> None:
         machine = table.learnt["machine"]
         click.echo(f"learnt on {machine['gpu']}, driver {machine['driver']}, {table.learnt['forms']} forms")
     if not whole:
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def _metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

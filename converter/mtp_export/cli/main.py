@@ -1,4 +1,7 @@
-"""The command line: options → values, values → text, errors → one line. Nothing heavy is imported here."""
+"""The command line: options become values, values become text, errors become one line.
+
+Nothing heavy is imported here: a command's module is imported when it is called.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from typing import Any, NoReturn
 
 import click
 
+from mtp_export.arch.published import PAIRS
+from mtp_export.cli.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK
+from mtp_export.cli.options import EMBEDDED_MODEL
 from mtp_runtime.errors import MtpError
 
 _COMMANDS = {
@@ -30,6 +36,12 @@ _COMMANDS = {
 }
 _DEFAULT = "export"
 _MAX_LINE = 1000  # characters of an error; names from damaged files can be of any length
+_HELP = f"""Export Gemma 4 with its multi-token-prediction (MTP) drafter for LiteRT-LM and ONNX Runtime.
+
+    Models: {", ".join(PAIRS)}. Without a command, the options are those of `export`:
+
+        mtp-export --model {EMBEDDED_MODEL} --format tflite
+    """
 
 
 class _LazyGroup(click.Group):
@@ -61,59 +73,58 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_LazyGroup,
+    help=_HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="mtp-export")
 def cli() -> None:
-    """Export Gemma 4 E2B/E4B with its multi-token-prediction drafter, run it, and prove it.
-
-    Without a command, options are those of `export`:
-
-        mtp-export --model nano --target tflite
-    """
+    pass
 
 
 def main() -> NoReturn:
-    """Run the command line; every outcome is an exit code: 2 for the user's mistake, 1 for ours, 130 for Ctrl-C."""
+    """Run the command line and end the process with a code of `exit_codes.EXIT_CODES`."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C does
     try:
         code = _invoke()
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it can still be told that it fails
+            sys.stdout.flush()  # here, where a failure can still be reported
         sys.exit(code)
     except MtpError as error:
         _fail(str(error), error.exit_code)
     except click.UsageError as error:
         message = error.format_message()
         see = f" See '{error.ctx.command_path} --help'." if error.ctx and "Did you mean" not in message else ""
-        _fail(message + see, 2)
+        _fail(message + see, MISTAKE)
     except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        _fail(error.format_message(), MISTAKE)
     except (click.Abort, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice, it has been heard
-        _fail("interrupted; nothing half-written is left", 130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+        _fail("interrupted; nothing half-written is left", INTERRUPTED)
     except BrokenPipeError:
-        _give_up_output()  # whoever read our output has seen enough
-        sys.exit(1)
-    except Exception as error:  # noqa: BLE001  the last resort: a traceback is for those who ask for it
+        _give_up_output()  # the reader of the output has left
+        sys.exit(FAILED)
+    except Exception as error:  # noqa: BLE001  the last resort: a traceback is shown with --debug
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _give_up_output()  # a command answers for its files, so this is the output, or a temporary file
-            _fail("no space left to write to: free some space", 2)
-        _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug and report it)", 1)
+            _fail("no space left to write to: free some space", MISTAKE)
+        _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug and report it)", FAILED)
 
 
 def _invoke() -> int:
-    """Run the command; returns its exit code, whichever way it gives it."""
+    """Run the command and return its exit code."""
     try:
         result: Any = cli.main(standalone_mode=False)
     except SystemExit as ended:
         result = ended.code
-    return result if isinstance(result, int) else 0
+    return result if isinstance(result, int) else OK
 
 
 def _give_up_output() -> None:
-    """Let what is still to be written go nowhere; Python would try once more at its end, and fail aloud."""
+    """Discard the rest of the output; else Python writes it once more at its end, and prints an error."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 

@@ -9,20 +9,23 @@ from typing import Any
 
 import click
 
-from mtp_export.cli.export import config_of, export_options
+from mtp_export.cli.exit_codes import FAILED
+from mtp_export.cli.export import config_of, export_options, recipe_list
+from mtp_export.cli.options import debug_option, json_option
 from mtp_export.cli.output import print_notes, working
 from mtp_export.config import ExportConfig
 
 
-@click.command("plan")
+@click.command("plan", epilog=recipe_list())
 @export_options
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@json_option("the plan")
+@debug_option
 def command(as_json: bool, debug: bool, **options: Any) -> None:
-    """Say what `export` with the same options would write and need; nothing is written, no weight is read.
+    """Print what `export` would write and need.
 
-    Sizes are exact to 1 %, memory and time are estimates. Of published checkpoints, config.json and the headers of the
-    weights are fetched. Ends with exit code 1 if the bundle does not fit on the disk.
+    The options are the same. Nothing is written and no weight is read. Of a published checkpoint only config.json and
+    the headers of the weights are downloaded. Sizes are exact to 1 %; memory and time are estimates. The exit code is 1
+    if the bundle does not fit on the disk.
     """
     show_plan(config_of(options), as_json=as_json)
 
@@ -32,15 +35,15 @@ def show_plan(config: ExportConfig, *, as_json: bool) -> None:
     with working("planning"):
         from mtp_export.plan import plan
 
-        found = plan(config)
+        result = plan(config)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found) | {"fits": not found.remedy, "remedy": found.remedy}))
+        click.echo(json.dumps(dataclasses.asdict(result) | {"fits": not result.remedy, "remedy": result.remedy}))
     else:
-        _print(found)
-        print_notes(found.notes)
-    if found.remedy:
-        click.echo(f"mtp-export: error: {found.remedy}", err=True)
-        sys.exit(1)
+        _print(result)
+        print_notes(result.notes)
+    if result.remedy:
+        click.echo(f"mtp-export: error: {result.remedy}", err=True)
+        sys.exit(FAILED)
 
 
 def _print(plan: Any) -> None:
@@ -73,7 +76,7 @@ def _print(plan: Any) -> None:
 
 
 def _use(plan: Any, name: str) -> str:
-    """What a graph's file is for, and where it runs."""
+    """Return the runtime and the signatures of a graph's file."""
     role = name.partition(".")[0]
     if role not in plan.signatures or name.endswith(".data"):
         return ""
@@ -81,5 +84,5 @@ def _use(plan: Any, name: str) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes as MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

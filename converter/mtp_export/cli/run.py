@@ -10,61 +10,73 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
+from mtp_export.cli.options import bundle_argument, debug_option, json_option, max_new_tokens_option, threads_option
 from mtp_runtime.errors import UserError
 
 
-def _depth(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+def _num_drafts(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
     return value if value in (None, "auto") else click.INT(value, parameter, context)
 
 
 @click.command("run")
-@click.argument("bundle", type=click.Path())
+@bundle_argument
 @click.argument("prompt", required=False)
-@click.option("--chat", is_flag=True, help="Put the prompt into the bundle's chat template as a user's turn.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message, through the bundle's chat template.")
 @click.option(
     "--tools",
     type=click.Path(),
     metavar="FILE",
-    help="With --chat: functions that the model may call, a JSON list of declarations as OpenAI's API takes them.",
+    help="With --chat: functions that the model may call, a JSON list of declarations as in OpenAI's API.",
 )
-@click.option("--no-mtp", is_flag=True, help="Decode plainly, one token a pass.")
+@click.option("--no-mtp", is_flag=True, help="Decode without drafts, one token in each pass.")
 @click.option(
     "--num-draft-tokens",
-    callback=_depth,
+    callback=_num_drafts,
     metavar="INTEGER|auto",
-    help="Tokens drafted in a round, up to the bundle's K; auto: as many as pay, none where none do.  [K]",
+    help="Tokens drafted in a round, at most the bundle's K. auto measures which number is fastest.  [K]",
 )
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@max_new_tokens_option(256, help_text="Longest output, in tokens.")
 @click.option(
     "--sampling",
     type=click.Choice(("checkpoint",)),
-    help="Choose tokens as the checkpoint's generation_config.json says, greedily where it does not draw.",
+    help="Sample as the checkpoint's generation_config.json says; greedy if it does not sample.",
 )
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; above, tokens are drawn.")
-@click.option("--top-k", type=int, help="Draw from the k most likely tokens only.")
-@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens, up to this probability.  [1]")
-@click.option("--seed", type=int, default=0, help="The same seed draws the same tokens.  [0]")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; above 0 it samples.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="Sample from the most likely tokens, up to this probability.  [1]",
+)
+@click.option("--seed", type=int, default=0, help="The same seed gives the same tokens.  [0]")
 @click.option(
     "--sampling-method",
     type=click.Choice(("match", "speculative")),
     default="match",
-    help="What accepts a draft: that the target draws it too, or the ratio of probabilities.  [match]",
+    help="How a sampled draft is accepted: match, if the target samples the same token; speculative, by the ratio of "
+    "probabilities.  [match]",
 )
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 against repetition.  [1]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End where TEXT begins; may be given several times.")
-@click.option("--threads", type=int, default=2, show_default=True)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    help="Above 1, tokens of the text become less likely.  [1]",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT. May be repeated.")
+@threads_option(2)
 @click.option(
     "--provider",
     type=click.Choice(("cpu", "webgpu")),
     default="cpu",
-    help="ONNX: where graphs run; webgpu is a GPU, and takes mtp-export[webgpu].  [cpu]",
+    help="ONNX: where the graphs run. webgpu is a GPU and needs mtp-export[webgpu].  [cpu]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON: tokens, origins, statistics.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@json_option("tokens, origins and statistics")
+@debug_option
 @click.pass_context
 def command(
     context: click.Context,
-    bundle: str,
+    bundle: Path,
     prompt: str | None,
     chat: bool,
     tools: str | None,
@@ -84,18 +96,20 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Continue PROMPT (or standard input) with the reference runtime, greedily unless there is a --temperature or
-    --sampling."""
+    """Continue PROMPT, or standard input, with the reference runtime.
+
+    Decoding is greedy unless --temperature or --sampling is given.
+    """
     from mtp_runtime import Sampling, Session
     from mtp_runtime.text.stop_strings import check_stop_strings
 
-    # Mistakes are told before standard input is read and the bundle is opened, which may take long.
+    # Mistakes are reported before standard input is read and the bundle is opened, which may take long.
     if no_mtp and num_draft_tokens:
         raise UserError("--no-mtp and --num-draft-tokens contradict each other: give one")
     if tools is not None and not chat:
         raise UserError("--tools is for the chat template: give --chat too")
-    declared = None if tools is None else _declarations(Path(tools))
-    asked = Sampling(
+    tool_list = None if tools is None else _declarations(Path(tools))
+    chosen = Sampling(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -114,14 +128,14 @@ def command(
         prompt = sys.stdin.read()
     with Session.open(bundle, threads=threads, provider=provider) as session:
         if sampling is not None:
-            asked = session.checkpoint_sampling(seed=seed, method=sampling_method)
-        text = session.chat_prompt(prompt, tools=declared) if chat else prompt
+            chosen = session.checkpoint_sampling(seed=seed, method=sampling_method)
+        text = session.chat_prompt(prompt, tools=tool_list) if chat else prompt
         generation = session.generate(
             text,
             max_new_tokens=max_new_tokens,
             num_draft_tokens=0 if no_mtp else num_draft_tokens,
             stop=stop,
-            sampling=asked,
+            sampling=chosen,
         )
         if as_json:
             trace = generation.finish()
@@ -134,7 +148,7 @@ def command(
 
 
 def _declarations(path: Path) -> list[dict[str, Any]]:
-    """The functions of a file, each with a name at least.
+    """Return the functions of a file; each has at least a name.
 
     Raises:
         UserError: the file cannot be read or declares something else.

@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pty
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from mtp_export.arch.published import PAIRS
 from mtp_export.source.embedded import EMBEDDED
-from tests.conftest import Export, printed_by, run_cli
+from mtp_export.weights.recipes import RECIPES
+from tests.conftest import Export, printed_by, run_cli, without_progress
 from tests.support.places import ROOT
 from tests.support.tiny_files import pair_arguments
 
 SCRIPT = str(Path(sys.executable).parent / "mtp-export")
 HEAVY = {"torch", "tensorflow", "transformers", "litert_torch", "litert_lm", "ai_edge_litert", "jax"}
-TIMEOUT_S = 120.0
 
 
 def refused(*arguments: str) -> str:
-    """Run a command that must end as the user's mistake; returns its one line without the beginning."""
+    """Run a command that must end as the user's mistake; return its one line without the beginning."""
     return refusal_of(run_cli(*arguments, check=False))
 
 
 def refusal_of(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """Check exit code, silence on standard output and the one line on standard error; returns the line."""
+    """Check the exit code, that standard output is empty, and that there is one line of error; return that line."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()  # a line break may close the ^C of a terminal
+    lines = without_progress(done.stderr).strip().splitlines()  # a line break may close the ^C of a terminal
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("mtp-export: error: ")
     return lines[0].removeprefix("mtp-export: error: ")
 
 
 def packages_imported(arguments: list[str]) -> tuple[int, set[str]]:
-    """Run a command; returns its exit code and the packages that it imported."""
+    """Run a command; return its exit code and the packages that it imported."""
     command = [sys.executable, "-X", "importtime", SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -52,7 +50,12 @@ def packages_imported(arguments: list[str]) -> tuple[int, set[str]]:
 
 class TestHelp:
     @pytest.mark.parametrize(
-        "command", ["--help", "--version", "export --help", "run --help", "parity --help", "xport"]
+        "command",
+        [
+            *("--help", "--version", "xport"),
+            *(f"{name} --help" for name in ("adapt", "calibrate", "cluster", "device parity", "export", "inspect")),
+            *(f"{name} --help" for name in ("parity", "plan", "report", "run")),
+        ],
     )
     def test_nothing_heavy_is_imported(self, command: str) -> None:
         """Not even when the command does not exist."""
@@ -71,14 +74,30 @@ class TestHelp:
 
 class TestMistakes:
     def test_options_alone_go_to_export(self, tmp_path: Path) -> None:
-        """`mtp-export --model nano --target tflite` is `mtp-export export …`."""
+        """`mtp-export --model nano --target tflite` means `mtp-export export …`."""
         arguments = ("--model", "nano", "--target", "tflite", "--output", str(tmp_path))
         assert refused(*arguments) == refused("export", *arguments)
         assert refused(*arguments).startswith(f"{tmp_path} exists: ")
 
+    def test_format_and_target_are_two_names_of_one_option(self, tmp_path: Path) -> None:
+        output = ("--output", str(tmp_path))
+        for arguments in (("--format", "onnx"), ("--format", "onnx", "--target", "onnx")):
+            assert refused(*arguments, *output).startswith(f"{tmp_path} exists: ")
+        for name in ("--target", "--format"):
+            assert "--portable is for " in refused("--portable", name, "tflite", *output)
+
+    def test_the_package_runs_as_a_module(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "mtp_export", "--output", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refusal_of(done).startswith(f"{tmp_path} exists: ")
+
     @pytest.mark.parametrize(
         ("command", "message"),
         [
+            (
+                "--format onnx --target tflite",
+                "--format (or --target, its older name) has the values onnx, tflite: give one",
+            ),
             ("exprot", "No such command 'exprot'. Did you mean 'export'?"),
             ("--modle nano", "No such option '--modle'. Did you mean '--model'?"),
             ("export --outptu x", "No such option '--outptu'. Did you mean '--output'?"),
@@ -87,20 +106,14 @@ class TestMistakes:
             ("run", "Missing argument 'BUNDLE'. See 'mtp-export run --help'."),
             ("export nano", "Got unexpected extra argument (nano) See 'mtp-export export --help'."),
             ("--cache-length long", "Invalid value for '--cache-length': 'long' is not a valid integer."),
-            ("--model e3b", "--model is 'e3b', expected one of: e2b, e4b, nano"),
+            ("--model e3b", f"--model is 'e3b', expected one of: {', '.join(sorted(PAIRS))}"),
             ("--target gguf", "--target is 'gguf', expected one of: onnx, tflite"),
             ("--portable", "--portable is for --target onnx, got --target tflite"),
             ("--batch-size 2", "--batch-size is for --target onnx, got --target tflite"),
             ("--target onnx --batch-size 9", "--batch-size is 9, expected 1 to 8"),
             ("--target onnx --batch-size 2 --portable", "--batch-size needs ONNX Runtime's own attention: leave"),
-            (
-                "--recipe q4",
-                "--recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
-            ),
-            (
-                "--drafter-recipe q4",
-                "--drafter-recipe is 'q4', expected one of: f32, int4, int4-block, int8, mobile, mobile-plus, q4_0",
-            ),
+            ("--recipe q4", f"--recipe is 'q4', expected one of: {', '.join(sorted(RECIPES))}"),
+            ("--drafter-recipe q4", f"--drafter-recipe is 'q4', expected one of: {', '.join(sorted(RECIPES))}"),
             ("--num-draft-tokens 0", "--num-draft-tokens is 0, expected 1 to 16"),
             ("--num-draft-tokens 17", "--num-draft-tokens is 17, expected 1 to 16"),
             ("--cache-length 31", "--cache-length is 31, expected 32 to"),
@@ -114,22 +127,22 @@ class TestMistakes:
         assert refused(*command.split(), *place).startswith(message)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_mistaken_option_is_told_before_torch_is_loaded(self, tmp_path: Path) -> None:
+    def test_a_mistaken_option_is_reported_before_torch_is_loaded(self, tmp_path: Path) -> None:
         for arguments in (["--model", "e3b"], ["--output", str(tmp_path)]):
             code, imported = packages_imported(arguments)
             assert code == 2
             assert not HEAVY & imported
 
-    def test_debug_shows_where_it_came_from(self, tmp_path: Path) -> None:
+    def test_debug_shows_a_traceback(self, tmp_path: Path) -> None:
         done = run_cli("--debug", "--output", str(tmp_path), check=False)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
         assert "exists" in done.stderr.splitlines()[-1]
 
-    def test_an_endless_name_is_cut(self, tmp_path: Path) -> None:
+    def test_a_very_long_name_is_cut(self, tmp_path: Path) -> None:
         assert len(refused("--model", "x" * 100_000, "--output", str(tmp_path / "out"))) < 1100
 
-    def test_a_hub_id_that_is_not_cached_is_told_at_once_when_offline(
+    def test_a_hub_id_that_is_not_cached_is_refused_at_once_when_offline(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -157,7 +170,7 @@ class TestBadPlaces:
             ("{folder}/{long}", "file name too long"),
         ],
     )
-    def test_where_nothing_can_be_written(self, place: str, reason: str, tmp_path: Path) -> None:
+    def test_a_place_where_nothing_can_be_written_is_refused(self, place: str, reason: str, tmp_path: Path) -> None:
         """Root may write past permission bits, but not here."""
         (tmp_path / "file").touch()
         output = place.format(file=tmp_path / "file", folder=tmp_path, long="x" * 300)
@@ -165,7 +178,7 @@ class TestBadPlaces:
         assert re.fullmatch(rf"cannot write {re.escape(output)}: ({reason}): choose another --output", message)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
-    def test_without_write_permission(self, tmp_path: Path) -> None:
+    def test_a_folder_without_write_permission_is_refused(self, tmp_path: Path) -> None:
         parent = tmp_path / "read-only"
         parent.mkdir(mode=0o555)
         command = [SCRIPT, "--output", str(parent / "out")]
@@ -195,7 +208,7 @@ class TestBadPlaces:
         assert "is not a bundle, so --force does not replace it" in refused("--force", "--output", str(out))
         assert sorted(tmp_path.rglob("*")) == before
 
-    def test_a_small_disk_is_noticed_before_the_conversion(self, tmp_path: Path) -> None:
+    def test_a_small_disk_is_refused_before_the_conversion(self, tmp_path: Path) -> None:
         """A tmpfs of 2 MB, in a mount namespace of its own."""
         script = f"mount -t tmpfs -o size=2m tmpfs {tmp_path} && {SCRIPT} --output {tmp_path}/a/out; "
         script += f"code=$?; ls -A {tmp_path}; exit $code"
@@ -212,146 +225,16 @@ def namespace(flags: str) -> list[str]:
     return command
 
 
-@dataclasses.dataclass(frozen=True)
-class Started:
-    """An export that is running, by default until its conversion has begun."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-
-    def workers(self) -> set[int]:
-        """Conversion processes that are running now."""
-        return {pid for pid in children_of(self.process.pid) if "spawn_main" in command_of(pid)}
-
-    def wait_for_workers(self) -> set[int]:
-        wait_until(lambda: bool(self.workers()) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.process.communicate()
-        return self.workers()
-
-    def ended(self) -> subprocess.CompletedProcess[str]:
-        stdout, stderr = self.process.communicate(timeout=TIMEOUT_S)
-        return subprocess.CompletedProcess([], self.process.returncode, stdout, stderr)
-
-    def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
-
-
-def children_of(pid: int) -> set[int]:
-    found: set[int] = set()
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found |= {int(child) for child in file.read_text().split()}
-        except OSError:
-            continue  # the thread has ended
-    return found
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def read_some(terminal: int) -> bytes:
-    """What a terminal is shown next; nothing once every process has let go of it."""
+    """Return what a terminal shows next; nothing once every process has closed it."""
     try:
         return os.read(terminal, 4096)
     except OSError:
         return b""
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Started]]:
-    """Return a function that starts an export of nano into `tmp_path`/out, in a process group of its own."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start_one() -> Started:
-        process = subprocess.Popen(
-            [SCRIPT, "--output", str(tmp_path / "out"), "--workers", "2"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return Started(process, tmp_path)
-
-    yield start_one
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        process.communicate()
-
-
-@pytest.mark.usefixtures("hears_ctrl_c", "no_segments")
-class TestInterruption:
-    @pytest.mark.parametrize(
-        ("delay_s", "presses"), [(0.0, 1), (3.0, 1), (3.0, 3)], ids=["workers start", "converting", "pressed thrice"]
-    )
-    def test_ctrl_c_leaves_nothing(self, start: Callable[[], Started], delay_s: float, presses: int) -> None:
-        """A terminal sends Ctrl-C to the whole process group: workers must not answer in their own words."""
-        export = start()
-        workers = export.wait_for_workers()
-        time.sleep(delay_s)
-        workers |= export.workers()
-        for _ in range(presses):
-            os.killpg(export.process.pid, signal.SIGINT)
-            time.sleep(0.05)
-        pressed = time.monotonic()
-        done = export.ended()
-        assert time.monotonic() - pressed < 15, "it waited for conversions that nobody wants any more"
-        assert refusal_of(done, 130) == "interrupted; nothing half-written is left"
-        assert export.names() == []
-        assert not any(is_alive(pid) for pid in workers)
-
-    def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(self, start: Callable[[], Started]) -> None:
-        killed = start()
-        workers = killed.wait_for_workers()
-        (leftover,) = killed.names()
-        killed.process.kill()
-        killed.ended()
-        assert leftover.startswith(".out.partial-")
-        assert killed.names() == [leftover]
-        wait_until(lambda: not any(is_alive(pid) for pid in workers), 30)
-
-        second = start()
-        workers = second.wait_for_workers()
-        (own,) = second.names()
-        assert own != leftover
-        second.process.send_signal(signal.SIGTERM)
-        done = second.ended()
-        assert refusal_of(done, 130) == "interrupted; nothing half-written is left"
-        assert second.names() == []
-        assert not any(is_alive(pid) for pid in workers)
-
-    def test_a_worker_that_dies_is_our_failure(self, start: Callable[[], Started]) -> None:
-        """As the kernel does when memory runs out."""
-        export = start()
-        os.kill(min(export.wait_for_workers()), signal.SIGKILL)
-        message = refusal_of(export.ended(), 1)
-        assert message.startswith("a conversion process died, most likely for want of memory")
-        assert export.names() == []
-
-
 class TestOutput:
-    def test_json_is_all_that_is_printed(self, export_nano: Export) -> None:
+    def test_an_export_prints_json_alone(self, export_nano: Export) -> None:
         bundle = export_nano("int8")
         stdout, stderr = json.loads(printed_by(bundle).read_text())
         result = json.loads(stdout)
@@ -366,14 +249,14 @@ class TestOutput:
         assert len(json.loads(done.stdout)["tokens"]) == 4
         assert done.stderr == ""
 
-    def test_a_run_with_a_k_that_adapts_says_the_same(self, export_nano: Export) -> None:
+    def test_a_run_with_an_adaptive_k_gives_the_same_tokens(self, export_nano: Export) -> None:
         command = ("run", str(export_nano("int8")), "def", "--max-new-tokens", "40", "--json", "--num-draft-tokens")
         fixed, adapted = (json.loads(run_cli(*command, k).stdout) for k in ("4", "auto"))
         assert adapted["tokens"] == fixed["tokens"]
         assert adapted["stats"]["decode_steps"] > fixed["stats"]["decode_steps"], "it compares with plain decoding"
 
     @pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "def", "--max-new-tokens", "40"]])
-    def test_a_reader_that_leaves_is_no_error(self, arguments: list[str], export_nano: Export) -> None:
+    def test_a_reader_that_leaves_causes_no_message(self, arguments: list[str], export_nano: Export) -> None:
         """As `| head -1`, but gone before the first byte, so that the pipe is closed for certain."""
         reader, writer = os.pipe()
         os.close(reader)
@@ -383,13 +266,13 @@ class TestOutput:
         assert done.returncode == 1
         assert done.stderr == ""
 
-    def test_into_head(self, export_nano: Export) -> None:
+    def test_output_can_be_piped_into_head(self, export_nano: Export) -> None:
         script = f"{SCRIPT} run {export_nano('int8')} def --json --max-new-tokens 40 | head -n 1"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
 
-    def test_a_terminal_is_shown_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
+    def test_a_terminal_shows_tensors_bytes_and_time_left(self, export_nano: Export, tmp_path: Path) -> None:
         export_nano("int8")  # its segments are kept
         terminal, screen = pty.openpty()
         command = [SCRIPT, "export", "--output", str(tmp_path / "out")]
@@ -404,16 +287,17 @@ class TestOutput:
         )
         lines = [text.strip() for text in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).splitlines()]
         assert any(line.fullmatch(text) for text in lines), lines
+        assert "mtp-export: working: " not in shown.decode(), "lines are for what is no terminal"
         assert max(len(text) for text in lines if "━" in text) <= 80
 
-    def test_an_output_that_is_full_is_told(self) -> None:
+    def test_a_full_output_is_reported(self) -> None:
         with open("/dev/full", "w") as full:
             done = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr == "mtp-export: error: no space left to write to: free some space\n"
 
     @pytest.mark.usefixtures("no_segments")
-    def test_a_disk_that_fills_up_on_the_way(self, tiny_source: Path, tmp_path: Path) -> None:
+    def test_a_disk_that_fills_up_during_the_export_is_reported(self, tiny_source: Path, tmp_path: Path) -> None:
         """A tmpfs with room enough to begin; something else fills it while the graphs are being converted."""
         disk = tmp_path / "disk"
         disk.mkdir()
