@@ -17,6 +17,7 @@ from transformers import (
 from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_embedder, trace_target
+from mtp_runtime.bundle.contract import CacheName
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -195,9 +196,9 @@ class StaticTarget:
         # Garbage, not zeros: what is not filled must not matter.
         generator = torch.Generator().manual_seed(9)
         self.caches = {
-            f"kv_cache_{part}_{i}": torch.randn(spec.cache_shape(i, cache_length), generator=generator)
+            str(name): torch.randn(spec.cache_shape(i, cache_length), generator=generator)
             for i in range(spec.num_caches)
-            for part in "kv"
+            for name in CacheName.pair(i)
         }
 
     def embed(self, token: torch.Tensor) -> list[torch.Tensor]:
@@ -217,5 +218,5 @@ class StaticTarget:
             "mask": causal_mask(self.cache_length, position, len(ids)),
         }
         values = run_signature(graph, traced, self.weights, inputs | self.caches)
-        self.caches = {cache: values[f"{cache}_next"] for cache in self.caches}
+        self.caches = {cache: values[CacheName.parse(cache).next] for cache in self.caches}
         return values

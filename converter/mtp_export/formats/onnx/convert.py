@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mtp_export.formats.segment_cache import cached_results
 from mtp_export.graph.ir import Call, Segment, TracedGraph
 from mtp_export.models import ops
-from mtp_runtime.bundle.contract import TensorSpec
+from mtp_runtime.bundle.contract import TensorSpec, output_name
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the first with opset 23
@@ -286,7 +286,7 @@ class _Chain:
             self.nodes,
             traced.role,
             [value_info(spec, spec.name) for spec in signature.signature.inputs],
-            [value_info(spec, output_name(spec)) for spec in signature.signature.outputs],
+            [value_info(spec, output_name(spec.name)) for spec in signature.signature.outputs],
             initializer=self.initializers,
         )
         domains = sorted({node.domain for node in self.nodes})
@@ -348,12 +348,7 @@ def _scope(call: Call) -> str:
 def _renamed_output(output: str | None, inner: str) -> str:
     if output is None:
         return inner
-    return f"{output}_next" if output.startswith("kv_cache_") else output
-
-
-def output_name(spec: TensorSpec) -> str:
-    """Name of an output in the graph: a cache goes in and out, and a graph's values have one name each."""
-    return f"{spec.name}_next" if spec.is_cache else spec.name
+    return output_name(output)
 
 
 def value_info(spec: TensorSpec, name: str) -> onnx.ValueInfoProto:

@@ -29,12 +29,15 @@ from mtp_runtime.bundle.contract import (
     GRAPH_ROLES,
     ROW_COUNTS,
     TOKEN_COUNTS,
+    CacheName,
     GraphSignature,
     Manifest,
     TensorSpec,
     batch_role,
+    cache_of_output,
     for_sequences,
     of_sequence,
+    output_name,
 )
 from mtp_runtime.errors import BackendError, BundleError, UserError
 from mtp_runtime.generate.backend import Draft, FloatArray, Provider, TargetPass
@@ -209,7 +212,7 @@ class OnnxGraphs:
     @property
     def cache_values(self) -> tuple[Mapping[str, ort.OrtValue], ...]:
         """The very objects that every pass binds, by the name of the cache tensor, of each sequence."""
-        return tuple({n: value for n, value in own.items() if n.startswith("kv_cache_")} for own in self._own)
+        return tuple({n: value for n, value in own.items() if CacheName.in_name(n)} for own in self._own)
 
     def target_run(self, num_tokens: int, num_rows: int, sequences: tuple[int, ...]) -> TargetRun:
         """Bind the target for passes of some sequences: over so many tokens in all, with logits of `num_rows`."""
@@ -239,8 +242,9 @@ class OnnxGraphs:
         present apart from the past is a copy."""
         buffers = {}
         for spec in self._specs[role].outputs:
-            own = self._own_buffer(spec.name.partition(".")[0], sequences)
-            buffers[f"{spec.name}_next" if own else spec.name] = own or self._buffer(f"{role}/{spec.name}", spec, sizes)
+            cache = cache_of_output(spec.name)
+            own = None if cache is None else self._own_buffer(cache, sequences)
+            buffers[output_name(spec.name)] = own or self._buffer(f"{role}/{spec.name}", spec, sizes)
         return buffers
 
     def output_spec(self, role: str, name: str) -> TensorSpec:
@@ -492,11 +496,11 @@ def _window(manifest: Manifest) -> int:
 
 def _check_graph(session: ort.InferenceSession, role: str, spec: GraphSignature) -> None:
     """Check that a graph has the signature `spec`, tensor by tensor."""
-    for stated, details, suffix in (
-        (spec.inputs, session.get_inputs(), ""),
-        (spec.outputs, session.get_outputs(), "_next"),
+    for stated, details, name_of in (
+        (spec.inputs, session.get_inputs(), str),
+        (spec.outputs, session.get_outputs(), output_name),
     ):
-        expected = {t.name + (suffix if t.is_cache else ""): (t.dtype, list(t.shape)) for t in stated}
+        expected = {name_of(t.name): (t.dtype, list(t.shape)) for t in stated}
         found = {t.name: (_DTYPES.get(t.type, t.type), list(t.shape)) for t in details}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):

@@ -11,13 +11,14 @@ product over slots last.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.formats.tflite.rewriting import CODES, Rewriting, rewrite
-from mtp_runtime.bundle.contract import PARAM_TENSOR
+from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName
 
 CACHE_UPDATE = "odml.cache_update"
 RUNTIME_BMM = "odml.runtime_bmm"
@@ -35,9 +36,9 @@ class _Caches(Rewriting):
         params = inputs[PARAM_TENSOR]
         starts: tuple[int, int] | None = None
         for name, keys in inputs.items():
-            if not name.startswith("kv_cache_k_"):
+            if not CacheName.in_name(name) or (own := CacheName.parse(name)).part != "k":
                 continue
-            values = inputs[name.replace("_k_", "_v_")]
+            values = inputs[str(dataclasses.replace(own, part="v"))]
             writes = [self._using(cache, CODES.DYNAMIC_UPDATE_SLICE) for cache in (keys, values)]
             read = (keys, values)
             if any(writes):
