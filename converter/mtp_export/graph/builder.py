@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from mtp_export.graph.ir import Call, Segment, TracedGraph, TracedSignature
-from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
+from mtp_runtime.bundle.contract import (
+    PARAM_COUNT,
+    PARAM_TENSOR,
+    CacheName,
+    Dtype,
+    GraphSignature,
+    SignatureKind,
+    TensorSpec,
+)
+
+# The inputs of a signature: their shapes and dtypes.
+Inputs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class GraphBuilder:
@@ -22,7 +33,7 @@ class GraphBuilder:
         self._values: dict[str, Tensor] = {}
         self._calls: list[Call] = []
 
-    def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def start(self, inputs: Inputs) -> None:
         """Begin a signature from its inputs' shapes and dtypes."""
         if self.single_buffer:
             inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}
@@ -74,7 +85,7 @@ class GraphBuilder:
         tensor = self._values[value]
         dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
         shape = tuple(tensor.shape)
-        if self.single_buffer and name.startswith("kv_cache_v_"):
+        if self.single_buffer and CacheName.in_name(name) and CacheName.parse(name).part == "v":
             shape = (*shape[:2], shape[3], shape[2])  # as single_buffer.py makes them
         return TensorSpec(name=name, shape=shape, dtype=dtype)
 
