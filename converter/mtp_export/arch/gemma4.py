@@ -52,11 +52,11 @@ class _Config(JsonObject):
         return bool(self.as_kind(key, self.value(key), bool))
 
     def check_one_value(self) -> None:
-        for key, (expected, what) in ONE_VALUE.items():
+        for key, (expected, other) in ONE_VALUE.items():
             # transformers takes a null here for false; of the others it is as good as left out.
             value = self.values.get(key, expected) if key == "is_causal" else self.value(key)
             if type(value) is not type(expected) or value != expected:  # 0 is not false
-                raise self.fail(key, value, f"{expected!r}: no export of {what}")
+                raise self.fail(key, value, f"{expected!r}: no export of {other}")
 
 
 def read_target_spec(values: Any, where: str) -> TargetSpec:
@@ -72,7 +72,7 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
     vocab = fields["vocab_size"]
 
     def ids(key: str) -> tuple[int, ...]:
-        """The whole config's, the text config's where that says nothing, or else the default."""
+        """Return the whole config's, the text config's where it has none, or else the default."""
         value = text.value(key) if outer.values.get(key) is None else outer.values[key]
         return token_ids(value, vocab, f"{where}: {key}")
 
@@ -151,12 +151,12 @@ def _check_model_type(config: JsonObject, expected: Sequence[str]) -> None:
     if model_type in expected:
         return
     other = OTHER_MODELS.get(model_type) if isinstance(model_type, str) else None
-    what = f": this is {other}, and E2B and E4B alone are exported" if other else ""
-    raise config.fail("model_type", model_type, " or ".join(map(repr, expected)) + what)
+    hint = f": this is {other}, and E2B and E4B alone are exported" if other else ""
+    raise config.fail("model_type", model_type, " or ".join(map(repr, expected)) + hint)
 
 
 def _text_of(outer: _Config) -> _Config:
-    """The text config within a whole one, or the one that stands alone."""
+    """Return the text config within a whole one, or the one that stands alone."""
     if outer.values["model_type"] == "gemma4_text":
         return outer
     if outer.values.get("is_causal") not in (None, True):  # a flag of any model in transformers, beside its parts too
@@ -204,7 +204,7 @@ def _layers(text: _Config) -> list[LayerSpec]:
 
 
 def _layer_types(text: _Config) -> tuple[LayerType, ...]:
-    """The stated ones, or every sixth with full attention; transformers makes the last one full in any case."""
+    """Read the stated ones, or every sixth with full attention; transformers makes the last one full in any case."""
     count = text.size("num_hidden_layers")
     if count > _MAX_LAYERS:
         raise text.fail("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
@@ -238,7 +238,7 @@ def _head_dims(text: _Config, layer_types: Sequence[LayerType]) -> list[int]:
 
 
 def _layer_overrides(text: _Config, num_layers: int) -> dict[int, int]:
-    """The head size of each layer that has one of its own; its other values must be the model's."""
+    """Read the head size of each layer that has one of its own; its other values must be the model's."""
     if text.values["per_layer_config"] is None:
         return {}
     layers = text.child("per_layer_config")
@@ -257,7 +257,7 @@ def _layer_overrides(text: _Config, num_layers: int) -> dict[int, int]:
 
 
 def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
-    """The rotary embedding of a layer type, as transformers' rope functions of the two types compute it."""
+    """Read the rotary embedding of a layer type, as transformers' rope functions of the two types compute it."""
     ropes = _Config(
         {**DEFAULT_ROPES} if text.value("rope_parameters") is None else text.values["rope_parameters"],
         f"{text.where}: rope_parameters",
@@ -279,7 +279,9 @@ def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
 
 
 def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    """One id or a list of ids, as config files write either; those that are no token's, as -1 for none, are left out.
+    """Return the ids of a value that is one id or a list of them.
+
+    Those that are no token's, as -1 for none, are left out.
 
     Raises:
         CheckpointError: it is neither.
@@ -291,7 +293,7 @@ def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
 
 
 def read_image_settings(config: Mapping[str, Any]) -> ImageSettings | None:
-    """How images are cut, None where there is no vision tower or it does not say."""
+    """Read how images are cut, None where there is no vision tower or it does not say."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return None

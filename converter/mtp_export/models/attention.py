@@ -26,7 +26,7 @@ _LANES = 64
 
 
 def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The slots that queries at consecutive positions see through a window, their own included.
+    """Return the slots that queries at consecutive positions see through a window, their own included.
 
     Shapes: input_pos [T] int32 -> [min(S, window - 1 + T)] int32
     """
@@ -36,7 +36,7 @@ def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
 
 
 def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The same, and the slots before them down to a multiple of _LANES.
+    """Return the slots of `sliding_slots`, and those before them down to a multiple of _LANES.
 
     Shapes: input_pos [T] int32 -> [min(S, window - 1 + T, rounded up so that any start fits)] int32
     """
@@ -49,7 +49,7 @@ def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
 
 
 def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) -> Tensor:
-    """The mask's columns at `slots`, with what lies beyond each query's window hidden.
+    """Return the mask's columns at `slots`, with all beyond each query's window hidden.
 
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
@@ -61,7 +61,7 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
 
 
 def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
-    """What each layer type sees of a whole cache.
+    """Return what each layer type sees of a whole cache.
 
     Float16 has all integers up to 2048, so positions count from the middle of caches of up to twice that; in longer
     ones a window's edge may be a slot or more off there. Integers themselves a GPU compares wrongly (docs/gpu.md).
@@ -102,7 +102,7 @@ class KeyValueProjection(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, spec.rms_norm_eps, scale=False)
 
     def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
+        """Return key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
         keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope)
         values = self.v_norm(self.v_proj(x).reshape(shape))

@@ -63,8 +63,10 @@ class FeedForward(nn.Module):
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
-    """Inverse frequencies of the rotated pairs, zeros for the unrotated ones ("proportional" RoPE: the exponent's
-    denominator stays the whole head size, as in transformers' `_compute_proportional_rope_parameters`).
+    """Return inverse frequencies of the rotated pairs, zeros for the unrotated ones.
+
+    In "proportional" RoPE the exponent's denominator stays the whole head size, as in transformers'
+    `_compute_proportional_rope_parameters`.
 
     Computed in float32, as transformers does; a list, so that they enter a traced graph as a constant.
 
@@ -77,7 +79,7 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
 
 
 def rope_tables(positions: Tensor, frequencies: list[float]) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine for positions: the sine of the first half is negated, so that a rotation is
+    """Return cosine and signed sine for positions: the sine of the first half is negated, so that a rotation is
     x * cos + swap_halves(x) * sin.
 
     Shapes: positions [B,T] int32, frequencies [D/2] -> two of [B,T,1,D]

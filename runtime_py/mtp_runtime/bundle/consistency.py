@@ -211,14 +211,14 @@ def _check_sizes(role: str, spec: GraphSignature, tokens: int, manifest: Manifes
 
 def _compare(role: str, name: str, side: str, stated: Iterable[TensorSpec], expected: Tensors) -> None:
     tensors = list(stated)
-    found: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    for key in sorted(found.keys() | expected.keys()):
-        if found.get(key) != expected.get(key):
+    actual: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    for key in sorted(actual.keys() | expected.keys()):
+        if actual.get(key) != expected.get(key):
             raise _error(
-                f"{role} {name}: among its {side}, {key} is {found.get(key, 'absent')}, "
+                f"{role} {name}: among its {side}, {key} is {actual.get(key, 'absent')}, "
                 f"expected {expected.get(key, 'absent')}"
             )
-    if len(tensors) != len(found):
+    if len(tensors) != len(actual):
         raise _error(f"{role} {name} has two {side} of one name")
 
 

@@ -350,10 +350,10 @@ class _Chain:
 def _scope(call: Call) -> str:
     """Where a call belongs, as in the checkpoint: `layers.3/attn`, `head`."""
     parameter = next(iter(call.weights.values()), "")
-    _, found, rest = parameter.partition("layers.")
+    _, layers, rest = parameter.partition("layers.")
     part = call.segment.partition("_")[0]
     part = {"owner": "attn", "reader": "attn", "feed": "mlp"}.get(part, part)
-    return f"layers.{rest.partition('.')[0]}/{part}" if found else part
+    return f"layers.{rest.partition('.')[0]}/{part}" if layers else part
 
 
 def _renamed_output(output: str | None, inner: str) -> str:

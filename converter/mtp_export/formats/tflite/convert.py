@@ -56,7 +56,7 @@ class _SideBySide(nn.Module):
 
 
 def _placeholder(meta: Tensor) -> Tensor:
-    """A tensor of the shape of `meta` that occupies four bytes."""
+    """Return a tensor of the shape of `meta` that occupies four bytes."""
     return torch.zeros(1, dtype=meta.dtype).expand(meta.shape)
 
 
@@ -77,7 +77,7 @@ add_pre_lower_decomp(torch.ops.mtp.rms_norm.default, ops.decomposed_rms_norm)
 
 
 def _tfl(lctx: Any, name: str, operands: Sequence[Any], results: Sequence[Any] | None = None, **attributes: int) -> Any:
-    """A TFLite op by its MLIR name; stablehlo's custom call is the carrier that litert-torch's own lowerings use."""
+    """Append a TFLite op by its name; stablehlo's custom call is the carrier that litert-torch's own lowerings use."""
     i32 = ir.IntegerType.get_signless(32)
     config = ir.DictAttr.get(
         {k: ir.BoolAttr.get(v) if isinstance(v, bool) else ir.IntegerAttr.get(i32, v) for k, v in attributes.items()}
