@@ -156,7 +156,7 @@ def meaning(text: Any) -> Meaning:
         "heads": text.num_attention_heads,
         "kv_heads": [layer.num_key_value_heads for layer in per_layer],
         "head_dims": [layer.head_dim for layer in per_layer],
-        "window": text.sliding_window,
+        "windows": {text.sliding_window for kind in text.layer_types if kind == SLIDING},
         "frequencies": {kind: getattr(rotary, f"{kind}_inv_freq").tolist() for kind in kinds},
         "scaling": {kind: getattr(rotary, f"{kind}_attention_scaling") for kind in kinds},
         "eps": text.rms_norm_eps,
@@ -166,25 +166,25 @@ def meaning(text: Any) -> Meaning:
 
 
 def of_spec(spec: DecoderSpec) -> Meaning:
-    head_dims = [spec.head_dim_of(kind) for kind in spec.layer_types]
-    kinds = sorted(set(spec.layer_types))
-    frequencies = {kind: inverse_frequencies(spec.rope_of(kind), spec.head_dim_of(kind)) for kind in kinds}
+    frequencies = {kind: inverse_frequencies(layer.rope, layer.head_dim) for kind, layer in spec.kinds.items()}
+    windows = {layer.window for layer in spec.layers if layer.kind == SLIDING}
+    assert all(layer.window is None for layer in spec.layers if layer.kind == FULL)
     return {
         "plain": True,
         "vocab": spec.vocab_size,
         "hidden": spec.hidden_size,
         "layer_types": spec.layer_types,
-        "intermediate": list(spec.intermediate_sizes),
+        "intermediate": [layer.intermediate_size for layer in spec.layers],
         "heads": spec.num_heads,
-        "kv_heads": [spec.num_kv_heads] * spec.num_layers,
-        "head_dims": head_dims,
-        "window": spec.sliding_window,
+        "kv_heads": [layer.num_kv_heads for layer in spec.layers],
+        "head_dims": [layer.head_dim for layer in spec.layers],
+        "windows": windows,
         "frequencies": {
             kind: torch.tensor(values, dtype=torch.float32).tolist() for kind, values in frequencies.items()
         },
-        "scaling": dict.fromkeys(kinds, 1.0),
+        "scaling": dict.fromkeys(spec.kinds, 1.0),
         "eps": spec.rms_norm_eps,
-        "shared": spec.num_kv_shared_layers if isinstance(spec, TargetSpec) else spec.num_layers,
+        "shared": spec.num_layers - spec.num_caches if isinstance(spec, TargetSpec) else spec.num_layers,
         "per_layer": spec.per_layer_size if isinstance(spec, TargetSpec) else 0,
     }
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, Gemma4ForCausalLM
 
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_drafter
-from mtp_runtime.bundle.contract import PARAM_TENSOR
+from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName
 from tests.support.tiny import PARAMS, StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
 
 # Reordered float32 sums over at most a hundred terms of order one differ by some 1e-6; 1e-4 leaves no room for a
@@ -58,8 +58,8 @@ def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tenso
     model(ids[None], past_key_values=rows, use_cache=True)
     for i in range(ours.spec.num_caches):
         layer: Any = rows.layers[i]  # a union in transformers, of which only one kind has rows
-        for part, theirs in (("k", layer.keys), ("v", layer.values)):
-            filled = ours.rows_of(f"kv_cache_{part}_{i}")[:, :, : len(ids)]
+        for name, theirs in zip(CacheName.pair(i), (layer.keys, layer.values), strict=True):
+            filled = ours.rows_of(str(name))[:, :, : len(ids)]
             torch.testing.assert_close(filled, theirs, atol=TOLERANCE, rtol=0)
 
 

@@ -82,7 +82,7 @@ def test_a_published_config_is_planned(hollow: dict[str, Path], model: str, targ
     done = CliRunner().invoke(command, [*pair, *options], catch_exceptions=False)
     plan = json.loads(done.stdout)
     assert plan["model"] == model
-    unused = 3 * PAIRS[model].target.num_kv_shared_layers
+    unused = 3 * PAIRS[model].target.values()["num_kv_shared_layers"]
     assert plan["left_aside"] == [phrase.format(unused) for phrase in LEFT_ASIDE]
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from mtp_export.check.parity import has_same_bits
 from mtp_runtime import BackendError, ContextFullError, Conversation, GenerationTrace, MtpError, Session
+from mtp_runtime.bundle.contract import CacheName
 from mtp_runtime.generate.backend import FloatArray
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'
@@ -137,7 +138,7 @@ class BackendTests:
             assert np.abs(session.backend.verify((7,)).logits - logits).max() > 1e-3, name
             if np.abs(session.backend.draft(7, activations).activations - draft).max() > 1e-4:
                 seen.add(name)
-        assert seen == {f"kv_cache_{part}_{i}" for part in "kv" for i in (3, 4)}, "the last cache of each layer type"
+        assert seen == {str(name) for i in (3, 4) for name in CacheName.pair(i)}, "the last cache of each layer type"
 
     def test_candidates_are_scored_and_the_best_is_one_of_them(self, session: Session) -> None:
         start(session, tokens_of(session, 40))

@@ -24,7 +24,7 @@ def feed_forward_graph() -> TracedGraph:
     builder.start({"x": (shape, torch.float32), "attended": (shape, torch.float32)})
     builder.call(
         "feed_forward",
-        lambda: FeedForward(spec, 256),
+        lambda: FeedForward(spec, spec.layers[0]),
         {"x": "x", "attended": "attended"},
         {"x": "out"},
         prefix="layer.",

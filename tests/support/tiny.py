@@ -14,10 +14,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mtp_export.arch.spec import ClusteredHeadSpec, DrafterSpec, RopeSpec, TargetSpec
+from mtp_export.arch.spec import (
+    FULL,
+    SLIDING,
+    ClusteredHeadSpec,
+    DrafterSpec,
+    LayerSpec,
+    LayerType,
+    RopeSpec,
+    TargetSpec,
+    with_caches,
+)
 from mtp_export.graph.ir import run_signature
 from mtp_export.graph.static import GraphShape, trace_embedder, trace_target
-from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR
+from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, CacheName
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -36,22 +46,15 @@ class Tiny:
 
     @property
     def target_spec(self) -> TargetSpec:
-        wide = 96 if self.double_wide else 48
+        widths = (48, 48, 48) + (96 if self.double_wide else 48,) * 3
+        kinds = (SLIDING, SLIDING, FULL) * 2
+        layers = [self._layer(kind, width, per_layer=8) for kind, width in zip(kinds, widths, strict=True)]
         return TargetSpec(
             vocab_size=128,
             hidden_size=32,
-            layer_types=("sliding_attention", "sliding_attention", "full_attention") * 2,
-            intermediate_sizes=(48, 48, 48, wide, wide, wide),
+            layers=with_caches(layers, 3),
             num_heads=4,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=16,
-            global_head_dim=32,
-            sliding_window=self.sliding_window,
-            sliding_rope=RopeSpec(theta=1e4, partial_rotary_factor=1.0),
-            full_rope=RopeSpec(theta=1e6, partial_rotary_factor=0.25),
             rms_norm_eps=1e-6,
-            num_kv_shared_layers=3,
-            per_layer_size=8,
             vocab_size_per_layer_input=128,
             final_logit_softcapping=30.0,
             max_position_embeddings=1024,
@@ -62,22 +65,31 @@ class Tiny:
 
     @property
     def drafter_spec(self) -> DrafterSpec:
-        target = self.target_spec
+        kinds = (SLIDING, SLIDING, SLIDING, FULL)
         return DrafterSpec(
             vocab_size=128,
             hidden_size=24,
-            layer_types=("sliding_attention",) * 3 + ("full_attention",),
-            intermediate_sizes=(40,) * 4,
+            layers=tuple(self._layer(kind, 40, per_layer=None) for kind in kinds),
             num_heads=4,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=16,
-            global_head_dim=32,
-            sliding_window=self.sliding_window,
-            sliding_rope=target.sliding_rope,
-            full_rope=target.full_rope,
             rms_norm_eps=1e-6,
             backbone_hidden_size=32,
             head=ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128),
+        )
+
+    def _layer(self, kind: LayerType, width: int, *, per_layer: int | None) -> LayerSpec:
+        sliding = kind == SLIDING
+        return LayerSpec(
+            kind=kind,
+            intermediate_size=width,
+            head_dim=16 if sliding else 32,
+            num_kv_heads=self.num_kv_heads,
+            rope=RopeSpec(theta=1e4 if sliding else 1e6, partial_rotary_factor=1.0 if sliding else 0.25),
+            window=self.sliding_window if sliding else None,
+            cache=None,
+            owns_cache=False,
+            per_layer=per_layer,
+            experts=None,
+            keys_are_values=False,
         )
 
 
@@ -87,14 +99,14 @@ def _text_config(spec: TargetSpec | DrafterSpec, **extra: Any) -> Gemma4TextConf
     config: Gemma4TextConfig = make(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_sizes[0],
+        intermediate_size=spec.layers[0].intermediate_size,
         num_hidden_layers=spec.num_layers,
         layer_types=list(spec.layer_types),
         num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        global_head_dim=spec.global_head_dim,
-        sliding_window=spec.sliding_window,
+        num_key_value_heads=spec.kinds[FULL].num_kv_heads,
+        head_dim=spec.kinds[SLIDING].head_dim,
+        global_head_dim=spec.kinds[FULL].head_dim,
+        sliding_window=spec.kinds[SLIDING].window,
         max_position_embeddings=1024,
         rope_parameters=ROPE,
         **extra,
@@ -120,7 +132,7 @@ def hf_target(tiny: Tiny, seed: int = 0) -> Gemma4ForCausalLM:
     spec = tiny.target_spec
     config = _text_config(
         spec,
-        num_kv_shared_layers=spec.num_kv_shared_layers,
+        num_kv_shared_layers=spec.num_layers - spec.num_caches,
         use_double_wide_mlp=tiny.double_wide,
         hidden_size_per_layer_input=spec.per_layer_size,
         vocab_size_per_layer_input=spec.vocab_size_per_layer_input,
@@ -200,9 +212,9 @@ class StaticTarget:
         # Garbage, not zeros: what is not filled must not matter.
         generator = torch.Generator().manual_seed(9)
         self.caches = {
-            f"kv_cache_{part}_{i}": torch.randn(spec.cache_shape(i, cache_length), generator=generator)
+            str(name): torch.randn(spec.cache_shape(i, cache_length), generator=generator)
             for i in range(spec.num_caches)
-            for part in "kv"
+            for name in CacheName.pair(i)
         }
         self.swapped = tiny.single_buffer  # values [1,G,D,S]
         if self.swapped:
@@ -211,7 +223,7 @@ class StaticTarget:
     def rows_of(self, name: str) -> torch.Tensor:
         """A cache as rows. Shapes: -> [1,G,S,D]"""
         cache = self.caches[name]
-        return cache.transpose(2, 3) if self.swapped and "_v_" in name else cache
+        return cache.transpose(2, 3) if self.swapped and CacheName.parse(name).part == "v" else cache
 
     def embed(self, token: torch.Tensor) -> list[torch.Tensor]:
         """Shapes: scalar -> [1,1,H] and [1,1,L,P]"""
@@ -232,5 +244,5 @@ class StaticTarget:
         if self.swapped:
             inputs[PARAM_TENSOR] = PARAMS
         values = run_signature(graph, traced, self.weights, inputs | self.caches)
-        self.caches = {cache: values[f"{cache}_next"] for cache in self.caches}
+        self.caches = {cache: values[CacheName.parse(cache).next] for cache in self.caches}
         return values

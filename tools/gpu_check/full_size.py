@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import ROOT
 from mtp_export.arch import published
-from mtp_export.arch.spec import DrafterSpec, PairSpec
+from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerSpec, PairSpec
 from mtp_export.bundle.litertlm import write_litertlm
 from mtp_export.config import ExportConfig, FormatConfig, QuantisationConfig, SourceConfig
 from mtp_export.export import export
@@ -91,13 +91,17 @@ def two_kv_heads() -> Iterator[None]:
     nano = pairs["nano"]
     pairs["nano"] = dataclasses.replace(
         nano,
-        target=dataclasses.replace(nano.target, num_kv_heads=2),
-        drafter=dataclasses.replace(nano.drafter, num_kv_heads=2),
+        target=dataclasses.replace(nano.target, layers=_with_two_kv_heads(nano.target)),
+        drafter=dataclasses.replace(nano.drafter, layers=_with_two_kv_heads(nano.drafter)),
     )
     try:
         yield
     finally:
         pairs["nano"] = nano
+
+
+def _with_two_kv_heads(spec: DecoderSpec) -> tuple[LayerSpec, ...]:
+    return tuple(dataclasses.replace(layer, num_kv_heads=2) for layer in spec.layers)
 
 
 def exported(config: ExportConfig) -> Path:

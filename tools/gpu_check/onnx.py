@@ -26,7 +26,7 @@ from mtp_runtime.backends.onnx.errors import REFUSED
 from mtp_runtime.backends.onnx.opening import pooled_options
 from mtp_runtime.backends.onnx.runs import BoundGraph, TargetRun
 from mtp_runtime.backends.onnx.webgpu import DeviceRows, open_session
-from mtp_runtime.bundle.contract import BATCH_ROLES
+from mtp_runtime.bundle.contract import BATCH_ROLES, CacheName, output_name
 from mtp_runtime.errors import MtpError
 from mtp_runtime.generate.stats import overall_acceptance_rate, overall_tokens_per_second
 from mtp_runtime.measure.parity import Comparison, compare_tokens
@@ -82,7 +82,7 @@ def placement(path: Path) -> dict[str, Any]:
     return {
         "nodes": {provider: dict(counts.most_common()) for provider, counts in found.items()},
         "copies": [{"kind": kind, "value": value} for kind, value in copied],
-        "copies_of_caches": sum(value.startswith("kv_cache_") for _, value in copied),
+        "copies_of_caches": sum(CacheName.in_name(value) for _, value in copied),
     }
 
 
@@ -196,7 +196,7 @@ def _copying_graph(backend: OnnxBackend) -> BoundGraph:
     """A pass over two tokens, as a quantised target decodes, that returns the caches apart from those it was given."""
     graph = TargetRun(backend.graphs.opened, 2, 2, (0,)).graph
     for name, value in backend.graphs.cache_values[0].items():
-        graph.binding.bind_ortvalue_output(f"{name}_next", DeviceRows(tuple(value.shape())).value)
+        graph.binding.bind_ortvalue_output(output_name(name), DeviceRows(tuple(value.shape())).value)
     return graph
 
 

@@ -19,13 +19,15 @@ import litert_lm
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName
+
 _GPU = 2  # LiteRtHwAccelerators
 _PRECISIONS = {"fp16": 1, "fp32": 2}
 _READ, _WRITE = 0, 1  # LiteRtTensorBufferLockMode
 _ACTIVE_WAIT = 2
 _DTYPES = {1: np.dtype(np.float32), 2: np.dtype(np.int32)}  # by LiteRtElementType
 # Tensors that the delegate takes as they lie in memory, as LiteRT-LM has it for the caches.
-_AS_THEY_LIE = (b"kv_cache_", b"param_tensor")
+_AS_THEY_LIE = (CacheName.PREFIX.encode(), PARAM_TENSOR.encode())
 
 
 class _Layout(ctypes.Structure):

@@ -10,7 +10,7 @@ import math
 from fractions import Fraction
 from typing import Literal
 
-from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.arch.spec import DecoderSpec, DrafterSpec, TargetSpec, with_caches
 
 TARGET_PREFIX = "model.language_model."
 TOKEN_ORDERING = "masked_embedding.token_ordering"
@@ -61,14 +61,9 @@ def at_depth(spec: TargetSpec, depth: Fraction) -> TargetSpec:
     """The target with a fraction of its layers, every width as it was: the last layers of those that own a cache, at
     least one of each type, and the last ones of those that share."""
     own = max(2, round(spec.num_caches * depth))
-    shared = max(1, round(spec.num_kv_shared_layers * depth))
+    shared = max(1, round((spec.num_layers - spec.num_caches) * depth))
     kept = [*range(spec.num_caches - own, spec.num_caches), *range(spec.num_layers - shared, spec.num_layers)]
-    return dataclasses.replace(
-        spec,
-        layer_types=tuple(spec.layer_types[i] for i in kept),
-        intermediate_sizes=tuple(spec.intermediate_sizes[i] for i in kept),
-        num_kv_shared_layers=shared,
-    )
+    return dataclasses.replace(spec, layers=with_caches([spec.layers[i] for i in kept], shared))
 
 
 def target_tensors(spec: TargetSpec, *, unused_caches: bool) -> list[StoredTensor]:
@@ -115,8 +110,8 @@ def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
 
 def _layer(spec: DecoderSpec, layer: int, branch: float) -> list[StoredTensor]:
     """What every layer of target and drafter has."""
-    hidden, inner, name = spec.hidden_size, spec.intermediate_sizes[layer], f"layers.{layer}"
-    head_dim = spec.head_dim_of(spec.layer_types[layer])
+    hidden, inner, name = spec.hidden_size, spec.layers[layer].intermediate_size, f"layers.{layer}"
+    head_dim = spec.layers[layer].head_dim
     queries = spec.num_heads * head_dim
     return [
         vector(f"{name}.input_layernorm", hidden),
@@ -134,11 +129,11 @@ def _layer(spec: DecoderSpec, layer: int, branch: float) -> list[StoredTensor]:
 
 
 def _keys_and_values(spec: DecoderSpec, layer: int) -> list[StoredTensor]:
-    layer_type: LayerType = spec.layer_types[layer]
-    head_dim, name = spec.head_dim_of(layer_type), f"layers.{layer}.self_attn"
+    head_dim, name = spec.layers[layer].head_dim, f"layers.{layer}.self_attn"
+    rows = spec.layers[layer].num_kv_heads * head_dim
     return [
-        matrix(f"{name}.k_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
-        matrix(f"{name}.v_proj", spec.num_kv_heads * head_dim, spec.hidden_size),
+        matrix(f"{name}.k_proj", rows, spec.hidden_size),
+        matrix(f"{name}.v_proj", rows, spec.hidden_size),
         # The scores are not scaled by D^-0.5, so the norms do it; without that, random attention is chaotic.
         vector(f"{name}.k_norm", head_dim, head_dim**-0.5),
     ]

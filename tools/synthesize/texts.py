@@ -62,12 +62,12 @@ def _embedded(name: str) -> dict[str, Any]:
 
 def target_config(spec: TargetSpec, towers: Towers | None = None) -> dict[str, Any]:
     """config.json of a multimodal target; without towers, only what their absence leaves."""
-    narrow, wide = spec.intermediate_sizes[0], spec.intermediate_sizes[-1]
+    narrow, wide = spec.layers[0].intermediate_size, spec.layers[-1].intermediate_size
     of_target = {
         "final_logit_softcapping": spec.final_logit_softcapping,
         "hidden_size_per_layer_input": spec.per_layer_size,
         "intermediate_size": narrow,
-        "num_kv_shared_layers": spec.num_kv_shared_layers,
+        "num_kv_shared_layers": spec.num_layers - spec.num_caches,
         "use_double_wide_mlp": wide == 2 * narrow,
         "vocab_size_per_layer_input": spec.vocab_size_per_layer_input,
     }
@@ -92,7 +92,7 @@ def drafter_config(spec: DrafterSpec, max_position_embeddings: int) -> dict[str,
     of_drafter = {
         "final_logit_softcapping": None,
         "hidden_size_per_layer_input": 0,
-        "intermediate_size": spec.intermediate_sizes[0],
+        "intermediate_size": spec.layers[0].intermediate_size,
         "num_kv_shared_layers": spec.num_layers,
         "use_double_wide_mlp": False,
         "vocab_size_per_layer_input": 0,
@@ -122,6 +122,7 @@ def published_drafter_config(spec: DrafterSpec, max_position_embeddings: int, *,
 
 def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, Any]:
     """What target and drafter say alike."""
+    sliding, full = spec.kinds[SLIDING], spec.kinds[FULL]
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -130,8 +131,8 @@ def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, A
         "dtype": "bfloat16",
         "enable_moe_block": False,
         "eos_token_id": 1,
-        "global_head_dim": spec.global_head_dim,
-        "head_dim": spec.head_dim,
+        "global_head_dim": full.head_dim,
+        "head_dim": sliding.head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": spec.hidden_size,
         "initializer_range": 0.02,
@@ -142,18 +143,18 @@ def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, A
         "num_experts": None,
         "num_global_key_value_heads": None,
         "num_hidden_layers": spec.num_layers,
-        "num_key_value_heads": spec.num_kv_heads,
+        "num_key_value_heads": full.num_kv_heads,
         "pad_token_id": 0,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_parameters": {
             FULL: {
-                "partial_rotary_factor": spec.full_rope.partial_rotary_factor,
-                "rope_theta": spec.full_rope.theta,
+                "partial_rotary_factor": full.rope.partial_rotary_factor,
+                "rope_theta": full.rope.theta,
                 "rope_type": "proportional",
             },
-            SLIDING: {"rope_theta": spec.sliding_rope.theta, "rope_type": "default"},
+            SLIDING: {"rope_theta": sliding.rope.theta, "rope_type": "default"},
         },
-        "sliding_window": spec.sliding_window,
+        "sliding_window": sliding.window,
         "tie_word_embeddings": True,
         "top_k_experts": None,
         "use_bidirectional_attention": None,

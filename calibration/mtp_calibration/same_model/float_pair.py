@@ -29,6 +29,7 @@ from mtp_export.weights import mapping
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.quantise import quantise
 from mtp_export.weights.recipes import FLOAT32, RECIPES, WeightFormat
+from mtp_runtime.bundle.contract import CacheName
 
 Values = Mapping[str, Parameter]
 # Called with the leaf of a segment that a matrix is, and the rows that it is multiplied with: [T, columns].
@@ -112,7 +113,11 @@ class FloatTarget:
             yield TargetOutputs(
                 running["logits"][0, :count].numpy(),
                 running["activations"][0, :count].numpy(),
-                {n.removesuffix("_next"): v[:, :, :count] for n, v in running.items() if n.endswith("_next")},
+                {
+                    n.removesuffix(CacheName.NEXT): v[:, :, :count]
+                    for n, v in running.items()
+                    if n.endswith(CacheName.NEXT)
+                },
             )
             running.clear()
 
@@ -142,9 +147,9 @@ class FloatTarget:
         tokens = _token_rows(values[lookup_name("embedder")], padded) * math.sqrt(spec.hidden_size)
         layers = _token_rows(values[lookup_name("per_layer_embedder")], padded) * math.sqrt(spec.per_layer_size)
         caches = {
-            f"kv_cache_{part}_{i}": torch.zeros(spec.cache_shape(i, self.length))
+            str(name): torch.zeros(spec.cache_shape(i, self.length))
             for i in range(spec.num_caches)
-            for part in "kv"
+            for name in CacheName.pair(i)
         }
         by_layer = layers.reshape(1, self.length, spec.num_layers, spec.per_layer_size)
         return caches | {"embeddings": tokens[None], "per_layer_embeddings": by_layer}
@@ -191,7 +196,7 @@ def _spent_after(body: Sequence[Call], head: Call) -> list[set[str]]:
     spent: list[set[str]] = []
     for call in reversed(body):
         taken = set(call.inputs.values())
-        spent.append({v for v in (taken | set(call.outputs.values())) - needed if not v.endswith("_next")})
+        spent.append({v for v in (taken | set(call.outputs.values())) - needed if not v.endswith(CacheName.NEXT)})
         needed |= taken
     return spent[::-1]
 
@@ -220,7 +225,8 @@ class FloatDrafter:
         self._graphs = [
             trace_drafter(spec, target, shape, position_offset=offset, row_scales=False) for offset in (0, 1)
         ]
-        self.read = [f"kv_cache_{part}_{target.shared_cache_index(kind)}" for kind in (SLIDING, FULL) for part in "kv"]
+        owners = [target.shared_cache_index(kind) for kind in (SLIDING, FULL)]
+        self.read = [str(name) for owner in owners for name in CacheName.pair(owner)]
         of_graph = mapping.drafter_parameters(pair.drafter, self._graphs[0], spec, RECIPES["f32"])
         self._weights = {name: _whole(p) for name, p in of_graph.items()}
         self._target_embedding, self._scale = embedding, math.sqrt(target.hidden_size)

@@ -18,9 +18,11 @@ from mtp_export.arch.spec import (
     ClusteredHeadSpec,
     DecoderSpec,
     DrafterSpec,
+    LayerSpec,
     LayerType,
     RopeSpec,
     TargetSpec,
+    with_caches,
 )
 from mtp_export.errors import CheckpointError
 from mtp_runtime.bundle.contract import ImageSettings
@@ -50,11 +52,11 @@ class _Config(JsonObject):
         return bool(self.as_kind(key, self.value(key), bool))
 
     def check_one_value(self) -> None:
-        for key, (expected, what) in ONE_VALUE.items():
+        for key, (expected, other) in ONE_VALUE.items():
             # transformers takes a null here for false; of the others it is as good as left out.
             value = self.values.get(key, expected) if key == "is_causal" else self.value(key)
             if type(value) is not type(expected) or value != expected:  # 0 is not false
-                raise self.fail(key, value, f"{expected!r}: no export of {what}")
+                raise self.fail(key, value, f"{expected!r}: no export of {other}")
 
 
 def read_target_spec(values: Any, where: str) -> TargetSpec:
@@ -67,15 +69,10 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
     _check_model_type(outer, ("gemma4", "gemma4_text"))
     text = _text_of(outer)
     fields = _decoder_fields(text)
-    layers, width = len(fields["layer_types"]), text.size("intermediate_size")
-    shared = text.as_kind("num_kv_shared_layers", text.value("num_kv_shared_layers"), int)
-    if not 0 < shared < layers or not {SLIDING, FULL} <= set(fields["layer_types"][: layers - shared]):
-        raise text.fail("num_kv_shared_layers", shared, f"1 to {layers - 1}, with both layer types before them")
-    wide = 2 * width if text.flag("use_double_wide_mlp") else width
     vocab = fields["vocab_size"]
 
     def ids(key: str) -> tuple[int, ...]:
-        """The whole config's, the text config's where that says nothing, or else the default."""
+        """Return the whole config's, the text config's where it has none, or else the default."""
         value = text.value(key) if outer.values.get(key) is None else outer.values[key]
         return token_ids(value, vocab, f"{where}: {key}")
 
@@ -84,9 +81,7 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
 
     return TargetSpec(
         **fields,
-        intermediate_sizes=(width,) * (layers - shared) + (wide,) * shared,
-        num_kv_shared_layers=shared,
-        per_layer_size=text.size("hidden_size_per_layer_input"),
+        layers=_target_layers(text),
         vocab_size_per_layer_input=text.size("vocab_size_per_layer_input"),
         final_logit_softcapping=text.number("final_logit_softcapping"),
         max_position_embeddings=text.size("max_position_embeddings"),
@@ -94,6 +89,23 @@ def read_target_spec(values: Any, where: str) -> TargetSpec:
         bos_token_id=one_id("bos_token_id"),
         eos_token_ids=ids("eos_token_id"),
     )
+
+
+def _target_layers(text: _Config) -> tuple[LayerSpec, ...]:
+    """Read the layers of a target: the last ones share the caches of others, and may be twice as wide."""
+    layers, per_layer = _layers(text), text.size("hidden_size_per_layer_input")
+    shared = text.as_kind("num_kv_shared_layers", text.value("num_kv_shared_layers"), int)
+    own = len(layers) - shared
+    if not 0 < shared < len(layers) or {layer.kind for layer in layers[:own]} != {SLIDING, FULL}:
+        raise text.fail("num_kv_shared_layers", shared, f"1 to {len(layers) - 1}, with both layer types before them")
+    times = 2 if text.flag("use_double_wide_mlp") else 1
+    sized = [
+        dataclasses.replace(
+            layer, intermediate_size=layer.intermediate_size * (1 if i < own else times), per_layer=per_layer
+        )
+        for i, layer in enumerate(layers)
+    ]
+    return with_caches(sized, shared)
 
 
 def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
@@ -110,9 +122,9 @@ def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
         )
     text = _text_of(outer)
     fields = _decoder_fields(text)
-    layers = len(fields["layer_types"])
+    layers = _layers(text)
     needed = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "use_double_wide_mlp": False}
-    shared = {"num_kv_shared_layers": layers} if text.value("num_kv_shared_layers") else {}  # 0 means all, here
+    shared = {"num_kv_shared_layers": len(layers)} if text.value("num_kv_shared_layers") else {}  # 0 means all, here
     for key, expected in (needed | shared).items():
         if text.value(key) != expected:
             raise text.fail(key, text.value(key), f"{expected!r}, which a drafter has")
@@ -124,7 +136,7 @@ def read_drafter_spec(values: Any, where: str) -> DrafterSpec:
         raise outer.fail("centroid_intermediate_top_k", top_k, f"at most num_centroids = {clusters}")
     return DrafterSpec(
         **fields,
-        intermediate_sizes=(text.size("intermediate_size"),) * layers,
+        layers=tuple(layers),
         backbone_hidden_size=outer.size("backbone_hidden_size"),
         head=ClusteredHeadSpec(num_centroids=clusters, top_k=top_k, vocab_size=vocab),
     )
@@ -139,12 +151,12 @@ def _check_model_type(config: JsonObject, expected: Sequence[str]) -> None:
     if model_type in expected:
         return
     other = OTHER_MODELS.get(model_type) if isinstance(model_type, str) else None
-    what = f": this is {other}, and E2B and E4B alone are exported" if other else ""
-    raise config.fail("model_type", model_type, " or ".join(map(repr, expected)) + what)
+    hint = f": this is {other}, and E2B and E4B alone are exported" if other else ""
+    raise config.fail("model_type", model_type, " or ".join(map(repr, expected)) + hint)
 
 
 def _text_of(outer: _Config) -> _Config:
-    """The text config within a whole one, or the one that stands alone."""
+    """Return the text config within a whole one, or the one that stands alone."""
     if outer.values["model_type"] == "gemma4_text":
         return outer
     if outer.values.get("is_causal") not in (None, True):  # a flag of any model in transformers, beside its parts too
@@ -157,25 +169,42 @@ def _text_of(outer: _Config) -> _Config:
 
 
 def _decoder_fields(text: _Config) -> dict[str, Any]:
-    """What target and drafter read alike from a text_config."""
+    """Read what target and drafter have alike in a text_config, but for their layers."""
     text.check_one_value()
-    layer_types = _layer_types(text)
     return {
         "vocab_size": text.size("vocab_size"),
         "hidden_size": text.size("hidden_size"),
-        "layer_types": layer_types,
         "num_heads": text.size("num_attention_heads"),
-        "num_kv_heads": text.size("num_key_value_heads"),
-        **_head_dims(text, layer_types),
-        "sliding_window": text.size("sliding_window"),
-        "sliding_rope": _rope(text, SLIDING),
-        "full_rope": _rope(text, FULL),
         "rms_norm_eps": text.number("rms_norm_eps"),
     }
 
 
+def _layers(text: _Config) -> list[LayerSpec]:
+    """Read the layers of a text_config, as a drafter has them: without inputs and caches of their own."""
+    kinds = _layer_types(text)
+    num_kv_heads, head_dims = text.size("num_key_value_heads"), _head_dims(text, kinds)
+    window, width = text.size("sliding_window"), text.size("intermediate_size")
+    ropes = {kind: _rope(text, kind) for kind in (SLIDING, FULL)}
+    return [
+        LayerSpec(
+            kind=kind,
+            intermediate_size=width,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            rope=ropes[kind],
+            window=window if kind == SLIDING else None,
+            cache=None,
+            owns_cache=False,
+            per_layer=None,
+            experts=None,
+            keys_are_values=False,
+        )
+        for kind, head_dim in zip(kinds, head_dims, strict=True)
+    ]
+
+
 def _layer_types(text: _Config) -> tuple[LayerType, ...]:
-    """The stated ones, or every sixth with full attention; transformers makes the last one full in any case."""
+    """Read the stated ones, or every sixth with full attention; transformers makes the last one full in any case."""
     count = text.size("num_hidden_layers")
     if count > _MAX_LAYERS:
         raise text.fail("num_hidden_layers", count, f"at most {_MAX_LAYERS}")
@@ -190,27 +219,26 @@ def _layer_types(text: _Config) -> tuple[LayerType, ...]:
     return (*values[:-1], FULL)
 
 
-def _head_dims(text: _Config, layer_types: Sequence[LayerType]) -> dict[str, int]:
-    """Head sizes by layer type. Published files say `global_head_dim`; transformers (5.18 and later) overrides head_dim
-    layer by layer, and then that alone counts."""
+def _head_dims(text: _Config, layer_types: Sequence[LayerType]) -> list[int]:
+    """Read the head size of each layer. Published files say `global_head_dim`; transformers (5.18 and later) overrides
+    head_dim layer by layer, and then that alone counts."""
     base = text.size("head_dim")
     if "per_layer_config" in text.values:
         overrides = _layer_overrides(text, len(layer_types))
     else:
         overrides = {i: text.size("global_head_dim") for i, kind in enumerate(layer_types) if kind == FULL}
-    sizes: dict[LayerType, set[int]] = {SLIDING: set(), FULL: set()}
-    for layer, layer_type in enumerate(layer_types):
-        sizes[layer_type].add(overrides.get(layer, base))
-    for layer_type, of_type in sizes.items():
+    sizes = [overrides.get(layer, base) for layer in range(len(layer_types))]
+    for layer_type in (SLIDING, FULL):
+        of_type = {size for size, kind in zip(sizes, layer_types, strict=True) if kind == layer_type}
         if any(size % 2 for size in of_type):
             raise text.fail("head_dim", max(of_type), "an even size: rotary embeddings turn pairs")
         if len(of_type) > 1:
             raise text.fail("per_layer_config", sorted(of_type), f"one head_dim for all layers of {layer_type}")
-    return {"head_dim": next(iter(sizes[SLIDING]), base), "global_head_dim": next(iter(sizes[FULL]), base)}
+    return sizes
 
 
 def _layer_overrides(text: _Config, num_layers: int) -> dict[int, int]:
-    """The head size of each layer that has one of its own; its other values must be the model's."""
+    """Read the head size of each layer that has one of its own; its other values must be the model's."""
     if text.values["per_layer_config"] is None:
         return {}
     layers = text.child("per_layer_config")
@@ -229,7 +257,7 @@ def _layer_overrides(text: _Config, num_layers: int) -> dict[int, int]:
 
 
 def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
-    """The rotary embedding of a layer type, as transformers' rope functions of the two types compute it."""
+    """Read the rotary embedding of a layer type, as transformers' rope functions of the two types compute it."""
     ropes = _Config(
         {**DEFAULT_ROPES} if text.value("rope_parameters") is None else text.values["rope_parameters"],
         f"{text.where}: rope_parameters",
@@ -251,7 +279,9 @@ def _rope(text: _Config, layer_type: LayerType) -> RopeSpec:
 
 
 def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    """One id or a list of ids, as config files write either; those that are no token's, as -1 for none, are left out.
+    """Return the ids of a value that is one id or a list of them.
+
+    Those that are no token's, as -1 for none, are left out.
 
     Raises:
         CheckpointError: it is neither.
@@ -263,7 +293,7 @@ def token_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
 
 
 def read_image_settings(config: Mapping[str, Any]) -> ImageSettings | None:
-    """How images are cut, None where there is no vision tower or it does not say."""
+    """Read how images are cut, None where there is no vision tower or it does not say."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return None
@@ -286,15 +316,16 @@ def check_pair(target: TargetSpec, drafter: DrafterSpec) -> None:
             f"the drafter does not fit: its backbone_hidden_size is {drafter.backbone_hidden_size}, "
             f"the target's hidden_size is {target.hidden_size}"
         )
-    for name in ("vocab_size", "num_kv_heads", "head_dim", "global_head_dim", "sliding_rope", "full_rope"):
-        ours, theirs = getattr(drafter, name), getattr(target, name)
-        if ours != theirs:
-            raise CheckpointError(f"the drafter does not fit: its {name} is {ours}, the target's is {theirs}")
-    if set(drafter.layer_types) != {SLIDING, FULL}:
+    if drafter.kinds.keys() != {SLIDING, FULL}:
         raise CheckpointError(
-            f"the drafter does not fit: its layer_types are {sorted(set(drafter.layer_types))}, "
-            f"expected {sorted({SLIDING, FULL})}"
+            f"the drafter does not fit: its layer_types are {sorted(drafter.kinds)}, expected {sorted({SLIDING, FULL})}"
         )
+    ours, theirs = drafter.values(), target.values()
+    for name in ("vocab_size", "num_kv_heads", "head_dim", "global_head_dim", "sliding_rope", "full_rope"):
+        if ours[name] != theirs[name]:
+            raise CheckpointError(
+                f"the drafter does not fit: its {name} is {ours[name]}, the target's is {theirs[name]}"
+            )
 
 
 # A fine-tune may move these without becoming another model; and a drafter's vocabulary may be clustered anew.
@@ -314,19 +345,19 @@ def check_model(model: str, part: str, expected: DecoderSpec, got: DecoderSpec) 
         if pair.name != model and not _differing(getattr(pair, part), got):
             raise CheckpointError(f"the {part} is {pair.name}, and --model is {model}: give --model {pair.name}")
     field = differing[0]
-    want, have = getattr(expected, field), getattr(got, field)
     if set(differing) <= {"vocab_size", "vocab_size_per_layer_input"}:
         raise CheckpointError(
             f"the {part}'s vocabulary has {got.vocab_size} tokens and that of {model} {expected.vocab_size}: one of "
             f"the pair was resized: call resize_token_embeddings({expected.vocab_size}) and save it again"
         )
     raise CheckpointError(
-        f"the {part}'s config.json has {field} = {shortened(have)}, but {model} has {shortened(want)}: "
+        f"the {part}'s config.json has {field} = {shortened(got.values()[field])}, "
+        f"but {model} has {shortened(expected.values()[field])}: "
         f"this is none of {', '.join(PAIRS)}, and models of other sizes are not exported"
     )
 
 
 def _differing(expected: DecoderSpec, got: DecoderSpec) -> list[str]:
-    """Names of the fields in which a spec is another model's."""
-    names = (field.name for field in dataclasses.fields(expected) if field.name not in _FREE_FIELDS)
-    return [name for name in names if getattr(expected, name) != getattr(got, name)]
+    """Return the names of the values in which a spec is another model's."""
+    values = got.values()
+    return [name for name, value in expected.values().items() if name not in _FREE_FIELDS and values[name] != value]

@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mtp_export.arch.spec import (
     FULL,
     SLIDING,
     ClusteredHeadSpec,
     DrafterSpec,
+    LayerSpec,
     LayerType,
     PairSpec,
     RopeSpec,
     TargetSpec,
+    with_caches,
 )
 
-_SLIDING_ROPE = RopeSpec(theta=1e4, partial_rotary_factor=1.0)
-_FULL_ROPE = RopeSpec(theta=1e6, partial_rotary_factor=0.25)
+_SLIDING_LAYER = LayerSpec(
+    kind=SLIDING,
+    intermediate_size=6144,
+    head_dim=256,
+    num_kv_heads=1,
+    rope=RopeSpec(theta=1e4, partial_rotary_factor=1.0),
+    window=512,
+    cache=None,
+    owns_cache=False,
+    per_layer=256,
+    experts=None,
+    keys_are_values=False,
+)
+_FULL_LAYER = dataclasses.replace(
+    _SLIDING_LAYER, kind=FULL, head_dim=512, rope=RopeSpec(theta=1e6, partial_rotary_factor=0.25), window=None
+)
 _DRAFTER_LAYERS: tuple[LayerType, ...] = (SLIDING, SLIDING, SLIDING, FULL)
 
 
 def _pattern(num_layers: int, period: int) -> tuple[LayerType, ...]:
-    """Every `period`-th layer has full attention."""
+    """Return the layer types of a model in which every `period`-th layer has full attention."""
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
+
+
+def _layers(kinds: Sequence[LayerType], widths: Sequence[int], **changes: Any) -> list[LayerSpec]:
+    """Return layers of these types and intermediate sizes that otherwise differ from E2B's by `changes`."""
+    of_kind = {SLIDING: _SLIDING_LAYER, FULL: _FULL_LAYER}
+    pairs = zip(kinds, widths, strict=True)
+    return [dataclasses.replace(of_kind[kind], intermediate_size=width, **changes) for kind, width in pairs]
+
+
+def _at_nano_size(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Return layers with nano's heads and window."""
+    return [
+        dataclasses.replace(
+            layer,
+            head_dim=64 if layer.kind == SLIDING else 128,
+            window=128 if layer.kind == SLIDING else None,
+        )
+        for layer in layers
+    ]
 
 
 _E2B_TARGET = TargetSpec(
     vocab_size=262144,
     hidden_size=1536,
-    layer_types=_pattern(35, 5),
-    intermediate_sizes=(6144,) * 15 + (12288,) * 20,
+    layers=with_caches(_layers(_pattern(35, 5), (6144,) * 15 + (12288,) * 20), num_shared=20),
     num_heads=8,
-    num_kv_heads=1,
-    head_dim=256,
-    global_head_dim=512,
-    sliding_window=512,
-    sliding_rope=_SLIDING_ROPE,
-    full_rope=_FULL_ROPE,
     rms_norm_eps=1e-6,
-    num_kv_shared_layers=20,
-    per_layer_size=256,
     vocab_size_per_layer_input=262144,
     final_logit_softcapping=30.0,
     max_position_embeddings=131072,
@@ -51,15 +78,8 @@ _E2B_TARGET = TargetSpec(
 _E2B_DRAFTER = DrafterSpec(
     vocab_size=262144,
     hidden_size=256,
-    layer_types=_DRAFTER_LAYERS,
-    intermediate_sizes=(2048,) * 4,
+    layers=tuple(_layers(_DRAFTER_LAYERS, (2048,) * 4, per_layer=None)),
     num_heads=4,
-    num_kv_heads=1,
-    head_dim=256,
-    global_head_dim=512,
-    sliding_window=512,
-    sliding_rope=_SLIDING_ROPE,
-    full_rope=_FULL_ROPE,
     rms_norm_eps=1e-6,
     backbone_hidden_size=1536,
     head=ClusteredHeadSpec(num_centroids=2048, top_k=32, vocab_size=262144),
@@ -80,12 +100,13 @@ E4B = PairSpec(
     target=dataclasses.replace(
         _E2B_TARGET,
         hidden_size=2560,
-        layer_types=_pattern(42, 6),
-        intermediate_sizes=(10240,) * 42,
-        num_kv_heads=2,
-        num_kv_shared_layers=18,
+        layers=with_caches(_layers(_pattern(42, 6), (10240,) * 42, num_kv_heads=2), num_shared=18),
     ),
-    drafter=dataclasses.replace(_E2B_DRAFTER, num_kv_heads=2, backbone_hidden_size=2560),
+    drafter=dataclasses.replace(
+        _E2B_DRAFTER,
+        layers=tuple(_layers(_DRAFTER_LAYERS, (2048,) * 4, num_kv_heads=2, per_layer=None)),
+        backbone_hidden_size=2560,
+    ),
     target_id="google/gemma-4-E4B-it",
     drafter_id="google/gemma-4-E4B-it-assistant",
     cache_length=4096,
@@ -99,14 +120,10 @@ NANO = PairSpec(
         _E2B_TARGET,
         vocab_size=4096,
         hidden_size=256,
-        layer_types=_pattern(10, 5),
-        intermediate_sizes=(512,) * 5 + (1024,) * 5,
+        layers=with_caches(
+            _at_nano_size(_layers(_pattern(10, 5), (512,) * 5 + (1024,) * 5, per_layer=32)), num_shared=5
+        ),
         num_heads=4,
-        head_dim=64,
-        global_head_dim=128,
-        sliding_window=128,
-        num_kv_shared_layers=5,
-        per_layer_size=32,
         vocab_size_per_layer_input=4096,
         max_position_embeddings=4096,
     ),
@@ -114,10 +131,7 @@ NANO = PairSpec(
         _E2B_DRAFTER,
         vocab_size=4096,
         hidden_size=128,
-        intermediate_sizes=(256,) * 4,
-        head_dim=64,
-        global_head_dim=128,
-        sliding_window=128,
+        layers=tuple(_at_nano_size(_layers(_DRAFTER_LAYERS, (256,) * 4, per_layer=None))),
         backbone_hidden_size=256,
         head=ClusteredHeadSpec(num_centroids=128, top_k=24, vocab_size=4096),
     ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 LayerType = Literal["sliding_attention", "full_attention"]
 SLIDING: LayerType = "sliding_attention"
@@ -19,41 +20,143 @@ class RopeSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """A mixture of experts in the place of one feed-forward block. No graph has one yet."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer.
+
+    window: positions that a query sees, its own included; None: all of them.
+    cache: index of the KV cache that the layer writes, if `owns_cache`, or else reads; None in a drafter, which reads
+        the target's.
+    per_layer: size of the layer's own input; None: it has none.
+    experts: None: the layer has one feed-forward block.
+    keys_are_values: one projection gives both. No graph has such a layer yet.
+    """
+
+    kind: LayerType
+    intermediate_size: int
+    head_dim: int
+    num_kv_heads: int
+    rope: RopeSpec
+    window: int | None
+    cache: int | None
+    owns_cache: bool
+    per_layer: int | None
+    experts: ExpertsSpec | None
+    keys_are_values: bool
+
+    @property
+    def attention(self) -> tuple[object, ...]:
+        """What layers of one kind have in common."""
+        return self.head_dim, self.num_kv_heads, self.rope, self.window, self.keys_are_values
+
+
+def with_caches(layers: Sequence[LayerSpec], num_shared: int) -> tuple[LayerSpec, ...]:
+    """Return layers with their caches: the last `num_shared` own none, and read that of the last layer of their kind
+    before them.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    owners = range(len(layers) - num_shared)
+    last = {layers[i].kind: i for i in owners}
+    if missing := {layer.kind for layer in layers} - last.keys():
+        raise ValueError(f"no cache for layers of {sorted(missing)}: all of them share one")
+    return tuple(
+        dataclasses.replace(layer, cache=i if i in owners else last[layer.kind], owns_cache=i in owners)
+        for i, layer in enumerate(layers)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
     """What target and drafter have in common: a stack of Gemma 4 decoder layers."""
 
     vocab_size: int
     hidden_size: int
-    layer_types: tuple[LayerType, ...]
-    intermediate_sizes: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    global_head_dim: int
-    sliding_window: int
-    sliding_rope: RopeSpec
-    full_rope: RopeSpec
     rms_norm_eps: float
+
+    def __post_init__(self) -> None:
+        """Check that layers of one kind attend alike: they share their part of a graph.
+
+        Raises:
+            ValueError: two differ.
+        """
+        kinds = self.kinds
+        for number, layer in enumerate(self.layers):
+            first = kinds[layer.kind]
+            if layer.attention != first.attention:
+                raise ValueError(f"layer {number} attends as {layer.attention}, the first one as {first.attention}")
 
     @property
     def num_layers(self) -> int:
-        return len(self.layer_types)
+        return len(self.layers)
 
-    def head_dim_of(self, layer_type: LayerType) -> int:
-        """Head size of a layer type: full-attention layers have their own."""
-        return self.global_head_dim if layer_type == FULL else self.head_dim
+    @property
+    def layer_types(self) -> tuple[LayerType, ...]:
+        return tuple(layer.kind for layer in self.layers)
 
-    def rope_of(self, layer_type: LayerType) -> RopeSpec:
-        return self.full_rope if layer_type == FULL else self.sliding_rope
+    @property
+    def kinds(self) -> Mapping[LayerType, LayerSpec]:
+        """The first layer of each kind, in the order of their names: all of a kind attend as it does."""
+        first = {layer.kind: layer for layer in reversed(self.layers)}
+        return {kind: first[kind] for kind in sorted(first)}
+
+    def visible(self, layer: LayerSpec) -> int | None:
+        """Return how many positions a query of `layer` sees, its own included; None: all of them."""
+        return layer.window
+
+    def values(self) -> dict[str, Any]:
+        """Return the model's sizes by the names that manifests and messages have for them.
+
+        Those of a kind of layers that the model does not have are None.
+        """
+        sliding, full = self.kinds.get(SLIDING), self.kinds.get(FULL)
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "layer_types": self.layer_types,
+            "intermediate_sizes": tuple(layer.intermediate_size for layer in self.layers),
+            "num_heads": self.num_heads,
+            "num_kv_heads": self._one("num_kv_heads"),
+            "head_dim": sliding and sliding.head_dim,
+            "global_head_dim": full and full.head_dim,
+            "sliding_window": sliding and sliding.window,
+            "sliding_rope": sliding and sliding.rope,
+            "full_rope": full and full.rope,
+            "rms_norm_eps": self.rms_norm_eps,
+        }
+
+    def as_manifest(self) -> dict[str, Any]:
+        """Return what a manifest holds of the model, in plain values."""
+        values = self.values().items()
+        return {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in values}  # type: ignore[arg-type]
+
+    def _one(self, name: str) -> Any:
+        """Return the value that all layers have.
+
+        Raises:
+            ValueError: they differ.
+        """
+        values = {getattr(layer, name) for layer in self.layers}
+        if len(values) != 1:
+            raise ValueError(f"{name} is {sorted(values)}, expected one value for all layers")
+        return values.pop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetSpec(DecoderSpec):
-    """The big model. The last `num_kv_shared_layers` layers own no KV cache; they read the cache of the last layer
-    of their own type before them."""
+    """The big model. The layers that own a KV cache come first, so a cache has the number of its layer."""
 
-    num_kv_shared_layers: int
-    per_layer_size: int
     vocab_size_per_layer_input: int
     final_logit_softcapping: float
     max_position_embeddings: int
@@ -67,23 +170,37 @@ class TargetSpec(DecoderSpec):
         return dataclasses.replace(self, max_position_embeddings=0, pad_token_id=0, bos_token_id=0, eos_token_ids=())
 
     @property
+    def per_layer_size(self) -> int:
+        """Size of each layer's own input."""
+        size: int = self._one("per_layer")
+        return size
+
+    @property
     def num_caches(self) -> int:
         """Number of layers that own a KV cache: the first ones."""
-        return self.num_layers - self.num_kv_shared_layers
-
-    def cache_index(self, layer: int) -> int:
-        """Index of the KV cache that `layer` reads: its own, or the last one of its type."""
-        if layer < self.num_caches:
-            return layer
-        return self.shared_cache_index(self.layer_types[layer])
+        return sum(layer.owns_cache for layer in self.layers)
 
     def shared_cache_index(self, layer_type: LayerType) -> int:
-        """Index of the last cache of a layer type: what KV-shared layers and the drafter read."""
-        return max(i for i in range(self.num_caches) if self.layer_types[i] == layer_type)
+        """Return the index of the last cache of a layer type: what KV-shared layers and the drafter read."""
+        return max(i for i in range(self.num_caches) if self.layers[i].kind == layer_type)
 
     def cache_shape(self, index: int, cache_length: int) -> tuple[int, int, int, int]:
-        """Shape [1, KV heads, S, D] of each of the two tensors of cache `index`."""
-        return (1, self.num_kv_heads, cache_length, self.head_dim_of(self.layer_types[index]))
+        """Return the shape [1,G,S,D] of each of the two tensors of cache `index`."""
+        layer = self.layers[index]
+        return (1, layer.num_kv_heads, cache_length, layer.head_dim)
+
+    def values(self) -> dict[str, Any]:
+        """Return the model's sizes, as for any decoder, and what a target alone has."""
+        return super().values() | {
+            "num_kv_shared_layers": self.num_layers - self.num_caches,
+            "per_layer_size": self.per_layer_size,
+            "vocab_size_per_layer_input": self.vocab_size_per_layer_input,
+            "final_logit_softcapping": self.final_logit_softcapping,
+            "max_position_embeddings": self.max_position_embeddings,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": self.eos_token_ids,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +227,17 @@ class DrafterSpec(DecoderSpec):
 
     backbone_hidden_size: int
     head: ClusteredHeadSpec
+
+    def visible(self, layer: LayerSpec) -> int | None:
+        """Return how many positions a query of `layer` sees; None: all of them.
+
+        That is one more than in the target: transformers' bidirectional mask is inclusive.
+        """
+        return None if layer.window is None else layer.window + 1
+
+    def values(self) -> dict[str, Any]:
+        """Return the model's sizes, as for any decoder, and what a drafter alone has."""
+        return super().values() | {"backbone_hidden_size": self.backbone_hidden_size, "head": self.head}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,9 @@ from mtp_export.graph.ir import Call, Segment, TracedGraph, TracedSignature
 from mtp_export.models.layers import use_composites
 from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, Dtype, GraphSignature, SignatureKind, TensorSpec
 
+# The inputs of a signature: their shapes and dtypes.
+Inputs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 class GraphBuilder:
     """Collects segments and calls; evaluates on the meta device, so shapes are known and nothing is computed."""
@@ -23,7 +26,7 @@ class GraphBuilder:
         self._values: dict[str, Tensor] = {}
         self._calls: list[Call] = []
 
-    def start(self, inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def start(self, inputs: Inputs) -> None:
         """Begin a signature from its inputs' shapes and dtypes."""
         if self.single_buffer:
             inputs = {**inputs, PARAM_TENSOR: ((1, 1, 1, PARAM_COUNT), torch.int32)}

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
-from mtp_export.graph.builder import GraphBuilder
+from mtp_export.arch.spec import FULL, SLIDING, DrafterSpec, LayerType, TargetSpec
+from mtp_export.graph.builder import GraphBuilder, Inputs
 from mtp_export.graph.ir import TracedGraph
+from mtp_export.graph.walk import Place, drafter_places, target_places, walk
 from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
 from mtp_export.models.drafter import DrafterHead, DrafterPrologue
 from mtp_export.models.gpu_attention import DelegatedAttend, DelegatedOwnerRows
-from mtp_export.models.layers import FeedForward
-from mtp_export.models.target import EMBEDDERS, TargetFeedForward, TargetHead, TargetPrologue
-from mtp_runtime.bundle.contract import PARAM_TENSOR, SignatureKind
+from mtp_export.models.target import EMBEDDERS, TargetHead, TargetPrologue
+from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName, SignatureKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,140 +49,154 @@ class GraphShape:
         return (self.cache_length, *shorter)
 
 
-def _rope(layer_type: LayerType) -> dict[str, str]:
-    return {name: f"{name}_{layer_type}" for name in ("cos", "sin")}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What one signature of the target computes: so many tokens, of whose cache full attention reads `length` slots."""
+
+    kind: SignatureKind
+    num_tokens: int
+    length: int
+
+    def name(self, shape: GraphShape) -> str:
+        if self.kind == "prefill":
+            return f"prefill_{self.num_tokens}"
+        return self.kind if self.length == shape.cache_length else f"{self.kind}_{self.length}"
 
 
-def _cache_shapes(
-    builder: GraphBuilder, spec: TargetSpec, owners: Iterable[int], length: int
-) -> dict[str, tuple[int, ...]]:
-    """The caches of some layers of the target, and their shapes: keys [1,G,S,D], values too, or [1,G,D,S]."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in owners:
-        batch, groups, slots, size = shapes[f"kv_cache_k_{i}"] = spec.cache_shape(i, length)
-        value = (batch, groups, size, slots) if builder.single_buffer else (batch, groups, slots, size)
-        shapes[f"kv_cache_v_{i}"] = value
-    return shapes
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StaticAttention:
+    """Attention in three segments: rows, query, and the product with what is read of a cache.
+
+    `reads` keeps the values that were read of each cache: once per pass.
+    """
+
+    builder: GraphBuilder
+    length: int
+    segment_suffix: str
+    value_suffix: str = ""
+    reads: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def own(self, place: Place, x: str) -> str:
+        self.write(place, x)
+        self.read(place, [cache.next for cache in place.caches])
+        return self.shared(place, x)
+
+    def write(self, place: Place, x: str) -> None:
+        """Append the new rows of a layer's cache."""
+        spec, layer = place.spec, place.layer
+        keys, values = place.caches
+        module, inputs = OwnerRows, {"x": x, "input_pos": "input_pos", **_rope(layer.kind)}
+        if self.builder.single_buffer:
+            starts = {name: name for name in ("key_start", "value_start")}
+            module, inputs = DelegatedOwnerRows, {"x": x, **starts, "params": PARAM_TENSOR, **_rope(layer.kind)}
+        self.builder.call(
+            f"rows_{layer.kind}{self.segment_suffix}",
+            lambda: module(spec, layer),
+            {**inputs, "key_cache": str(keys), "value_cache": str(values)},
+            {"key_cache": keys.next, "value_cache": values.next},
+            prefix=place.prefix,
+        )
+
+    def read(self, place: Place, caches: Sequence[str]) -> None:
+        """Append what layers of a kind read of a cache, whose keys and values have the names `caches`: keys, values
+        and mask, as an Attend takes them."""
+        kind, (keys, values) = place.layer.kind, caches
+        if self.builder.single_buffer:
+            self.reads[place.cache] = {"keys": keys, "values": values, "mask": f"mask_{kind}", "params": PARAM_TENSOR}
+            return
+        read = {"keys": f"{keys}_read", "values": f"{values}_read"}
+        key, length = f"{kind}{self.segment_suffix}", self.length
+        if kind == SLIDING:
+            inputs = {"slots": "slots", "keys": keys, "values": values}
+            self.builder.call(f"window_{key}", ReadWindow, inputs, read)
+            read["mask"] = f"mask_{SLIDING}"
+        elif self.builder.shape_of(keys)[2] == length:
+            read = {"keys": keys, "values": values, "mask": "mask"}
+        else:
+            read["mask"] = f"mask_{FULL}"
+            inputs = {"mask": "mask", "keys": keys, "values": values}
+            self.builder.call(f"prefix_{key}_{length}", lambda: ReadPrefix(length), inputs, read)
+        self.reads[place.cache] = read
+
+    def shared(self, place: Place, x: str) -> str:
+        spec, layer, number = place.spec, place.layer, place.number
+        key, prefix = f"{layer.kind}{self.segment_suffix}", place.prefix
+        query, attended = f"query_{number}", f"attended_{number}"
+        inputs = {"x": x, **_rope(layer.kind)}
+        self.builder.call(f"query_{key}", lambda: ReaderQuery(spec, layer), inputs, {"query": query}, prefix=prefix)
+        attend = f"attend_{key}" + (f"_{self.length}" if layer.kind == FULL else "")  # a window has one length
+        inputs = {"query": query, **self.reads[place.cache]}
+        module = DelegatedAttend if self.builder.single_buffer else Attend
+        self.builder.call(attend, lambda: module(spec, layer), inputs, {"attended": attended}, prefix=prefix)
+        return attended
 
 
-def _read(
-    builder: GraphBuilder, layer_type: LayerType, keys: str, values: str, key: str, length: int
-) -> dict[str, str]:
-    """Append what a layer type reads of a cache; returns the values that an Attend takes: keys, values and mask."""
-    if builder.single_buffer:
-        return {"keys": keys, "values": values, "mask": f"mask_{layer_type}", "params": PARAM_TENSOR}
-    read = {"keys": f"{keys}_read", "values": f"{values}_read"}
-    if layer_type == SLIDING:
-        builder.call(f"window_{key}", ReadWindow, {"slots": "slots", "keys": keys, "values": values}, read)
-        return read | {"mask": f"mask_{SLIDING}"}
-    if builder.shape_of(keys)[2] == length:
-        return {"keys": keys, "values": values, "mask": "mask"}
-    read["mask"] = f"mask_{FULL}"
-    inputs = {"mask": "mask", "keys": keys, "values": values}
-    builder.call(f"prefix_{key}_{length}", lambda: ReadPrefix(length), inputs, read)
-    return read
+def _rope(kind: LayerType) -> dict[str, str]:
+    return {name: f"{name}_{kind}" for name in ("cos", "sin")}
+
+
+def _caches(target: TargetSpec, indices: Iterable[int], shape: GraphShape) -> Inputs:
+    """Return the caches that a signature takes: keys [1,G,S,D], values too, or in a single buffer [1,G,D,S]."""
+    caches = {}
+    for i in indices:
+        keys, values = CacheName.pair(i)
+        of_keys = target.cache_shape(i, shape.cache_length)
+        batch, groups, slots, size = of_keys
+        caches[str(keys)] = (of_keys, torch.float32)
+        of_values = (batch, groups, size, slots) if shape.single_buffer else of_keys
+        caches[str(values)] = (of_values, torch.float32)
+    return caches
 
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
-    """The target's graph: prefill of every length, then decode and verify, whole first, then the shorter variants."""
+    """Return the target's graph: prefill of every length, then decode and verify, whole first, then the shorter
+    variants."""
     builder = GraphBuilder("target", single_buffer=shape.single_buffer, composites=shape.composites)
-    passes: list[tuple[SignatureKind, int, int]] = [("prefill", n, shape.cache_length) for n in shape.prefill_lengths]
+    passes = [_Pass(kind="prefill", num_tokens=n, length=shape.cache_length) for n in shape.prefill_lengths]
     for length in shape.attention_lengths:
-        passes += [("decode", 1, length), ("verify", shape.num_draft_tokens + 1, length)]
-    for kind, num_tokens, length in passes:
-        _target_pass(builder, spec, shape.cache_length, kind, num_tokens, length)
+        passes.append(_Pass(kind="decode", num_tokens=1, length=length))
+        passes.append(_Pass(kind="verify", num_tokens=shape.num_draft_tokens + 1, length=length))
+    for one in passes:
+        _target_pass(builder, spec, shape, one)
     return builder.graph()
 
 
-def _target_pass(
-    builder: GraphBuilder,
-    spec: TargetSpec,
-    cache_length: int,
-    kind: SignatureKind,
-    num_tokens: int,
-    length: int,
-) -> None:
-    caches = _cache_shapes(builder, spec, range(spec.num_caches), cache_length)
+def _target_pass(builder: GraphBuilder, spec: TargetSpec, shape: GraphShape, one: _Pass) -> None:
+    num_tokens, prefill = one.num_tokens, one.kind == "prefill"
+    caches = _caches(spec, range(spec.num_caches), shape)
     builder.start(
         {
             "embeddings": ((1, num_tokens, spec.hidden_size), torch.float32),
             "per_layer_embeddings": ((1, num_tokens, spec.num_layers, spec.per_layer_size), torch.float32),
             "input_pos": ((num_tokens,), torch.int32),
-            "mask": ((1, 1, num_tokens, cache_length), torch.float32),
-            **{name: (cache, torch.float32) for name, cache in caches.items()},
+            "mask": ((1, 1, num_tokens, shape.cache_length), torch.float32),
+            **caches,
         }
     )
-    prefill = kind == "prefill"
-    num_layers = spec.num_caches if prefill else spec.num_layers
-    given = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
-    key = f"prologue_{num_layers}_{num_tokens}"
-    prologue = functools.partial(TargetPrologue, spec, num_layers, single_buffer=builder.single_buffer)
-    builder.call(key, prologue, {n: n for n in given})
-    x = "embeddings"
-    reads: dict[int, dict[str, str]] = {}
-    for i in range(num_layers):
-        x = _target_layer(builder, spec, i, x, num_tokens, length, reads, rows_only=prefill and i == num_layers - 1)
-    outputs = {name: f"{name}_next" for name in caches}
-    if not prefill:
+    places = target_places(spec)[: spec.num_caches if prefill else spec.num_layers]
+    inputs = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
+    prologue = functools.partial(TargetPrologue, spec, len(places), single_buffer=builder.single_buffer)
+    builder.call(f"prologue_{len(places)}_{num_tokens}", prologue, {n: n for n in inputs})
+    attention = _StaticAttention(builder=builder, length=one.length, segment_suffix=f"_{num_tokens}")
+    outputs = {name: CacheName.parse(name).next for name in caches}
+    if prefill:  # of the last layer with a cache, only what it writes there is needed
+        x = walk(builder, places[:-1], "embeddings", attention)
+        attention.write(places[-1], x)
+    else:
+        x = walk(builder, places, "embeddings", attention)
         builder.call(f"head_{num_tokens}", lambda: TargetHead(spec), {"x": x})
         outputs |= {"logits": "logits", "activations": "activations"}
-    name = f"prefill_{num_tokens}" if prefill else kind if length == cache_length else f"{kind}_{length}"
-    builder.finish(name, kind, outputs, num_tokens=num_tokens, attention_length=length)
+    builder.finish(one.name(shape), one.kind, outputs, num_tokens=num_tokens, attention_length=one.length)
 
 
-def _target_layer(
-    builder: GraphBuilder,
-    spec: TargetSpec,
-    i: int,
-    x: str,
-    num_tokens: int,
-    length: int,
-    reads: dict[int, dict[str, str]],
-    *,
-    rows_only: bool,
-) -> str:
-    """Append layer i; returns the name of its output. `reads` keeps what was read of each cache: once per pass."""
-    kind, width, cache = spec.layer_types[i], spec.intermediate_sizes[i], spec.cache_index(i)
-    key, prefix = f"{kind}_{num_tokens}", f"layers.{i}."
-    if i == cache:
-        names = {"key_cache": f"kv_cache_k_{i}", "value_cache": f"kv_cache_v_{i}"}
-        written = {n: f"{v}_next" for n, v in names.items()}
-        places, rows = {"input_pos": "input_pos"}, OwnerRows
-        if builder.single_buffer:
-            places = {"key_start": "key_start", "value_start": "value_start", "params": PARAM_TENSOR}
-            rows = DelegatedOwnerRows
-        inputs = {"x": x, **places, **_rope(kind), **names}
-        builder.call(f"rows_{key}", lambda: rows(spec, kind), inputs, written, prefix=prefix)
-        if rows_only:
-            return x
-        reads[cache] = _read(builder, kind, written["key_cache"], written["value_cache"], key, length)
-    attended = _attention(builder, spec, kind, x, reads[cache], key, length, i, prefix)
-    inputs = {"x": x, "attended": attended, "per_layer_input": f"per_layer_input_{i}"}
-    feed_forward = f"feed_forward_{width}_{num_tokens}"
-    builder.call(feed_forward, lambda: TargetFeedForward(spec, width), inputs, {"x": f"x_{i}"}, prefix=prefix)
-    return f"x_{i}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Drafter:
+    """A drafter over the caches of its target; the rest as `trace_drafter` takes it."""
 
-
-def _attention(
-    builder: GraphBuilder,
-    spec: DecoderSpec,
-    kind: LayerType,
-    x: str,
-    read: Mapping[str, str],
-    key: str,
-    length: int,
-    i: int,
-    prefix: str,
-) -> str:
-    """Append query and attention of layer i; returns the name of the attended value."""
-    builder.call(
-        f"query_{key}", lambda: ReaderQuery(spec, kind), {"x": x, **_rope(kind)}, {"query": f"query_{i}"}, prefix=prefix
-    )
-    attend = f"attend_{key}" + (f"_{length}" if kind == FULL else "")  # a window has one length
-    inputs = {"query": f"query_{i}", **read}
-    module = DelegatedAttend if builder.single_buffer else Attend
-    builder.call(attend, lambda: module(spec, kind), inputs, {"attended": f"attended_{i}"}, prefix=prefix)
-    return f"attended_{i}"
+    spec: DrafterSpec
+    target: TargetSpec
+    position_offset: int
+    row_scales: bool
 
 
 def trace_drafter(
@@ -193,66 +207,50 @@ def trace_drafter(
     position_offset: int,
     row_scales: bool,
 ) -> TracedGraph:
-    """The drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0. For a GPU it keeps to
-    operations that one takes."""
+    """Return the drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0.
+
+    For a GPU it keeps to operations that one takes. `position_offset` is added to the positions that it is fed;
+    `row_scales` dequantise the rows of the clustered table.
+    """
     builder = GraphBuilder("drafter", single_buffer=shape.single_buffer, composites=shape.composites)
+    drafter = _Drafter(spec=spec, target=target, position_offset=position_offset, row_scales=row_scales)
     for length in shape.attention_lengths:
-        _draft_pass(builder, spec, target, shape.cache_length, length, position_offset, row_scales)
+        _draft_pass(builder, drafter, shape, length)
     return builder.graph()
 
 
-def _draft_pass(
-    builder: GraphBuilder,
-    spec: DrafterSpec,
-    target: TargetSpec,
-    cache_length: int,
-    length: int,
-    position_offset: int,
-    row_scales: bool,
-) -> None:
-    owners: dict[LayerType, int] = {kind: target.shared_cache_index(kind) for kind in (SLIDING, FULL)}
-    caches = _cache_shapes(builder, target, owners.values(), cache_length)
+def _draft_pass(builder: GraphBuilder, drafter: _Drafter, shape: GraphShape, length: int) -> None:
+    spec, places = drafter.spec, drafter_places(drafter.spec, drafter.target)
+    # One layer of each kind, sliding ones first: a cache is read once, before the layers.
+    readers = [next(place for place in places if place.layer.kind == kind) for kind in (SLIDING, FULL)]
     builder.start(
         {
             "activations": ((1, 1, 2 * spec.backbone_hidden_size), torch.float32),
             "input_pos": ((1,), torch.int32),
-            "mask": ((1, 1, 1, cache_length), torch.float32),
-            **{name: (cache, torch.float32) for name, cache in caches.items()},
+            "mask": ((1, 1, 1, shape.cache_length), torch.float32),
+            **_caches(drafter.target, [place.cache for place in readers], shape),
         }
     )
     inputs = {n: n for n in ("activations", "input_pos", "mask")}
-    prologue = functools.partial(DrafterPrologue, spec, position_offset, single_buffer=builder.single_buffer)
+    prologue = functools.partial(DrafterPrologue, spec, drafter.position_offset, single_buffer=builder.single_buffer)
     builder.call("prologue", prologue, inputs)
-    reads = {
-        kind: _read(builder, kind, f"kv_cache_k_{owner}", f"kv_cache_v_{owner}", kind, length)
-        for kind, owner in owners.items()
-    }
-    x = "x"
-    for i, (kind, width) in enumerate(zip(spec.layer_types, spec.intermediate_sizes, strict=True)):
-        prefix = f"model.layers.{i}."
-        attended = _attention(builder, spec, kind, x, reads[kind], kind, length, i, prefix)
-        feed_forward = {"x": x, "attended": attended}
-        _feed_forward(builder, spec, width, feed_forward, f"x_{i}", prefix)
-        x = f"x_{i}"
+    attention = _StaticAttention(builder=builder, length=length, segment_suffix="")
+    for place in readers:
+        attention.read(place, [str(cache) for cache in place.caches])
+    x = walk(builder, places, "x", attention)
     builder.call(
         "head",
-        lambda: DrafterHead(spec, row_scales=row_scales, delegated=builder.single_buffer),
+        lambda: DrafterHead(spec, row_scales=drafter.row_scales, delegated=builder.single_buffer),
         {"x": x},
         prefix={"norm": "model."},
     )
-    name = "draft" if length == cache_length else f"draft_{length}"
+    name = "draft" if length == shape.cache_length else f"draft_{length}"
     outputs = {n: n for n in ("logits", "projected_activations")}
     builder.finish(name, "draft", outputs, num_tokens=1, attention_length=length)
 
 
-def _feed_forward(
-    builder: GraphBuilder, spec: DecoderSpec, width: int, inputs: Mapping[str, str], output: str, prefix: str
-) -> None:
-    builder.call(f"feed_forward_{width}", lambda: FeedForward(spec, width), inputs, {"x": output}, prefix=prefix)
-
-
 def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
-    """The graph of one token's embedding (`embedder`), or of its per-layer embeddings (`per_layer_embedder`)."""
+    """Return the graph of one token's embedding (`embedder`), or of its per-layer embeddings (`per_layer_embedder`)."""
     builder = GraphBuilder(role)
     builder.start({"token_ids": ((1, 1), torch.int32)})
     builder.call("embed", lambda: EMBEDDERS[role](spec), {"token_ids": "token_ids"})

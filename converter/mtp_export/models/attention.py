@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, LayerType
+from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec, LayerSpec
 from mtp_export.models import ops
 from mtp_export.models.layers import Composable, RMSNorm, inverse_frequencies, rope_tables, rotate
 
@@ -26,7 +26,7 @@ _LANES = 64
 
 
 def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The slots that queries at consecutive positions see through a window, their own included.
+    """Return the slots that queries at consecutive positions see through a window, their own included.
 
     Shapes: input_pos [T] int32 -> [min(S, window - 1 + T)] int32
     """
@@ -36,7 +36,7 @@ def sliding_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
 
 
 def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
-    """The same, and the slots before them down to a multiple of _LANES.
+    """Return the slots of `sliding_slots`, and those before them down to a multiple of _LANES.
 
     Shapes: input_pos [T] int32 -> [min(S, window - 1 + T, rounded up so that any start fits)] int32
     """
@@ -49,7 +49,7 @@ def aligned_slots(input_pos: Tensor, window: int, cache_length: int) -> Tensor:
 
 
 def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) -> Tensor:
-    """The mask's columns at `slots`, with what lies beyond each query's window hidden.
+    """Return the mask's columns at `slots`, with all beyond each query's window hidden.
 
     Shapes: mask [1,1,T,S] additive, slots [N] int32, input_pos [T] int32 -> [1,1,T,N]
     """
@@ -61,7 +61,7 @@ def sliding_mask(mask: Tensor, slots: Tensor, input_pos: Tensor, window: int) ->
 
 
 def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor]:
-    """What each layer type sees of a whole cache.
+    """Return what each layer type sees of a whole cache.
 
     Float16 has all integers up to 2048, so positions count from the middle of caches of up to twice that; in longer
     ones a window's edge may be a slot or more off there. Integers themselves a GPU compares wrongly (docs/gpu.md).
@@ -79,9 +79,9 @@ def seen_slots(mask: Tensor, input_pos: Tensor, window: int) -> dict[str, Tensor
 class QueryProjection(Composable):
     """The projections of a layer that reads keys and values which another layer wrote."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim_of(layer_type)
+        self.num_heads, self.head_dim = spec.num_heads, layer.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
 
@@ -94,16 +94,16 @@ class QueryProjection(Composable):
 class KeyValueProjection(Composable):
     """The projections whose results a layer writes to its own cache."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
-        self.num_kv_heads, self.head_dim = spec.num_kv_heads, spec.head_dim_of(layer_type)
+        self.num_kv_heads, self.head_dim = layer.num_kv_heads, layer.head_dim
         self.k_proj = nn.Linear(spec.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(spec.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.k_norm = RMSNorm(self.head_dim, spec.rms_norm_eps)
         self.v_norm = RMSNorm(self.head_dim, spec.rms_norm_eps, scale=False)
 
     def rows(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
+        """Return key and value rows of the tokens of this pass. Shapes: x [B,T,H] -> two of [B,T,G,D]"""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
         keys = rotate(self.k_norm(self.k_proj(x).reshape(shape)), rope, by_lookup=self.composites)
         values = self.v_norm(self.v_proj(x).reshape(shape))
@@ -113,10 +113,10 @@ class KeyValueProjection(Composable):
 class ReaderQuery(nn.Module):
     """First segment of a layer without a cache: its query."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = QueryProjection(spec, layer_type)
+        self.self_attn = QueryProjection(spec, layer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
         """Shapes: x [1,T,H], cos and sin [1,T,1,D] -> query [1,T,heads,D]"""
@@ -126,10 +126,10 @@ class ReaderQuery(nn.Module):
 class OwnerRows(nn.Module):
     """First segment of a layer that owns a cache, as far as prefill needs it of the last one: the new rows."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = KeyValueProjection(spec, layer_type)
+        self.self_attn = KeyValueProjection(spec, layer)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, key_cache: Tensor, value_cache: Tensor
@@ -164,9 +164,9 @@ class ReadPrefix(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
-        self.o_proj = nn.Linear(spec.num_heads * spec.head_dim_of(layer_type), spec.hidden_size, bias=False)
+        self.o_proj = nn.Linear(spec.num_heads * layer.head_dim, spec.hidden_size, bias=False)
 
 
 class Attend(nn.Module):
@@ -175,9 +175,9 @@ class Attend(nn.Module):
     The scale is 1: the norms of query and key do its work.
     """
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
-        self.self_attn = OutputProjection(spec, layer_type)
+        self.self_attn = OutputProjection(spec, layer)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: query [1,T,heads,D], keys and values [1,G,N,D], mask [1,1,T,N] additive -> attended [1,T,H]"""
@@ -215,19 +215,13 @@ class PositionTables:
     """
 
     def __init__(
-        self,
-        spec: DecoderSpec,
-        window: int,
-        position_offset: int = 0,
-        *,
-        slots: Callable[[Tensor, int, int], Tensor] | None,
+        self, spec: DecoderSpec, position_offset: int = 0, *, slots: Callable[[Tensor, int, int], Tensor] | None
     ) -> None:
+        window = spec.visible(spec.kinds[SLIDING])
+        assert window is not None, "sliding layers have a window"
         self.window, self.position_offset, self.slots = window, position_offset, slots
         # Here and not in the call: values computed in float32 must not be part of what is traced.
-        self.frequencies = {
-            layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
-            for layer_type in sorted(set(spec.layer_types))
-        }
+        self.frequencies = {kind: inverse_frequencies(layer.rope, layer.head_dim) for kind, layer in spec.kinds.items()}
 
     def __call__(self, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: input_pos [T] int32, mask [1,1,T,S] -> per layer type `cos_…`, `sin_…` [1,T,1,D]; `slots` [N]
@@ -238,7 +232,7 @@ class PositionTables:
         else:
             slots = self.slots(input_pos, self.window, mask.shape[3])
             out = {"slots": slots, f"mask_{SLIDING}": sliding_mask(mask, slots, input_pos, self.window)}
-        for layer_type, frequencies in self.frequencies.items():
+        for kind, frequencies in self.frequencies.items():
             cos, sin = rope_tables((input_pos + self.position_offset)[None], frequencies)
-            out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = cos, sin
+            out[f"cos_{kind}"], out[f"sin_{kind}"] = cos, sin
         return out

@@ -29,7 +29,7 @@ class ClusteredHead(nn.Module):
         self.may_draft = nn.Parameter(torch.ones(clusters, size), requires_grad=False)
 
     def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids of the best clusters, their scores, and whether they may be drafted (1 or 0).
+        """Return token ids of the best clusters, their scores, and whether they may be drafted (1 or 0).
 
         Shapes: hidden [1,1,H] -> ids [top_k * cluster_size] int32, scores and may_draft likewise
         """
@@ -44,9 +44,10 @@ class ClusteredHead(nn.Module):
         return ids, scores, ops.gather(self.may_draft, clusters, 0).reshape(spec.num_candidates)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """A row as long as the vocabulary, for runtimes whose sampler wants one: candidates keep their differences,
-        the worst of them gets 1, every other token 0, and so does a candidate that may not be drafted. transformers
-        fills with min - 1, so this is the same row minus a constant.
+        """Return a row as long as the vocabulary, for runtimes whose sampler needs one.
+
+        Candidates keep their differences, the worst of them gets 1, every other token 0, and so does a candidate that
+        may not be drafted. transformers fills with min - 1, so this is the same row minus a constant.
 
         Shapes: hidden [1,1,H] -> [1,1,V]
         """
@@ -74,7 +75,7 @@ class BatchedClusteredHead(nn.Module):
         self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if quantised else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates of every sequence, and the winner among them.
+        """Return the candidates of every sequence, and the winner among them.
 
         Shapes: hidden [B,1,H] -> ids [B,top_k * cluster_size] int32, scores likewise, best [B,1] int32
         """

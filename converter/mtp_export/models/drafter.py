@@ -20,9 +20,7 @@ class DrafterPrologue(nn.Module):
 
     def __init__(self, spec: DrafterSpec, position_offset: int, *, single_buffer: bool = False) -> None:
         super().__init__()
-        # One slot more than the target sees: transformers' bidirectional mask is inclusive.
-        window = spec.sliding_window + 1
-        self.tables = PositionTables(spec, window, position_offset, slots=None if single_buffer else sliding_slots)
+        self.tables = PositionTables(spec, position_offset, slots=None if single_buffer else sliding_slots)
         self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
 
     def forward(self, activations: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:

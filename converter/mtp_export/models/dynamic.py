@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import SLIDING, DecoderSpec, DrafterSpec, LayerType, TargetSpec
+from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerSpec, TargetSpec
 from mtp_export.models import ops
 from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
 from mtp_export.models.clustered_head import BatchedClusteredHead
@@ -24,18 +24,14 @@ class RopeTables:
 
     def __init__(self, spec: DecoderSpec, position_offset: int = 0) -> None:
         self.position_offset = position_offset
-        self.frequencies = {
-            layer_type: inverse_frequencies(spec.rope_of(layer_type), spec.head_dim_of(layer_type))
-            for layer_type in sorted(set(spec.layer_types))
-        }
+        self.frequencies = {kind: inverse_frequencies(layer.rope, layer.head_dim) for kind, layer in spec.kinds.items()}
 
     def __call__(self, positions: Tensor) -> dict[str, Tensor]:
         """Shapes: positions [B,T] int32 -> `cos_…` and `sin_…` [B,T,1,D]"""
         out = {}
-        for layer_type, frequencies in self.frequencies.items():
-            out[f"cos_{layer_type}"], out[f"sin_{layer_type}"] = rope_tables(
-                positions + self.position_offset, frequencies
-            )
+        for kind, frequencies in self.frequencies.items():
+            cos, sin = rope_tables(positions + self.position_offset, frequencies)
+            out[f"cos_{kind}"], out[f"sin_{kind}"] = cos, sin
         return out
 
 
@@ -74,10 +70,10 @@ class _Projections(nn.Module):
 
     o_proj: nn.Linear
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType, *, owner: bool) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, *, owner: bool) -> None:
         super().__init__()
-        query, key_value = QueryProjection(spec, layer_type), KeyValueProjection(spec, layer_type)
-        parts = (query, OutputProjection(spec, layer_type), *((key_value,) if owner else ()))
+        query, key_value = QueryProjection(spec, layer), KeyValueProjection(spec, layer)
+        parts = (query, OutputProjection(spec, layer), *((key_value,) if owner else ()))
         for part in parts:
             for name, child in part.named_children():
                 self.add_module(name, child)
@@ -96,47 +92,39 @@ class _Projections(nn.Module):
 class OwnerAttention(nn.Module):
     """The attention of a layer that writes a cache."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
-        self.window = spec.sliding_window if layer_type == SLIDING else 0
+        self.window = spec.visible(layer) or 0
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = _Projections(spec, layer_type, owner=True)
+        self.self_attn = _Projections(spec, layer, owner=True)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor
-    ) -> dict[str, Tensor]:
-        """Shapes: x [B,T,H], cos and sin [B,T,1,D], caches [B,G,S,D], last [B] int32, total [] int32
-        -> attended [B,T,H], updated caches"""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **cache: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [B,T,H], cos and sin [B,T,1,D], cache as the fields of ops.Cache
+        -> attended [B,T,H], updated caches [B,G,S,D]"""
         x = self.input_layernorm(x)
         query = self.self_attn.query(x, (cos, sin)).flatten(2)
         keys, values = self.self_attn.rows(x, (cos, sin))
-        out, key_cache, value_cache = ops.write_and_attend(
-            query, keys.flatten(2), values.flatten(2), key_cache, value_cache, last, total, self.num_heads, self.window
-        )
+        rows = (keys.flatten(2), values.flatten(2))
+        out, key_cache, value_cache = ops.Cache(**cache).write_and_attend(query, rows, self.num_heads, self.window)
         return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 
 class ReaderAttention(nn.Module):
-    """The attention of a layer that reads what another layer wrote. The drafter's window is one row wider than the
-    target's: transformers' bidirectional mask is inclusive."""
+    """The attention of a layer that reads what another layer wrote."""
 
-    def __init__(self, spec: DecoderSpec, layer_type: LayerType) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
-        wider = 1 if isinstance(spec, DrafterSpec) else 0
-        self.window = spec.sliding_window + wider if layer_type == SLIDING else 0
+        self.window = spec.visible(layer) or 0
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = _Projections(spec, layer_type, owner=False)
+        self.self_attn = _Projections(spec, layer, owner=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor
-    ) -> dict[str, Tensor]:
-        """Shapes: as OwnerAttention -> attended [B,T,H], caches as they were"""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **cache: Tensor) -> dict[str, Tensor]:
+        """Shapes: x [B,T,H], cos and sin [B,T,1,D], cache as the fields of ops.Cache
+        -> attended [B,T,H], caches [B,G,S,D] as they were"""
         query = self.self_attn.query(self.input_layernorm(x), (cos, sin)).flatten(2)
-        out, key_cache, value_cache = ops.attend(
-            query, key_cache, value_cache, last, total, self.num_heads, self.window
-        )
+        out, key_cache, value_cache = ops.Cache(**cache).attend(query, self.num_heads, self.window)
         return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 

@@ -28,7 +28,7 @@ class DelegatedClusteredHead(nn.Module):
         self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if row_scales else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The row that ClusteredHead gives.
+        """Return the row that ClusteredHead gives.
 
         Shapes: hidden [1,1,H] -> [1,1,V]
         """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import DecoderSpec, RopeSpec
+from mtp_export.arch.spec import DecoderSpec, LayerSpec, RopeSpec
 from mtp_export.models import ops
 
 
@@ -32,7 +32,7 @@ class RMSNorm(Composable):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [..., size] -> [..., size]"""
+        """Shapes: x [...,N] -> [...,N]"""
         norm = ops.rms_norm_composite if self.composites else ops.rms_norm
         out: Tensor = norm(x, self.weight, self.eps)
         return out
@@ -48,18 +48,18 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [1,T,H] -> [1,T,H]"""
+        """Shapes: x [B,T,H] -> [B,T,H]"""
         out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
         return out
 
 
 class FeedForward(nn.Module):
-    """Last segment of a drafter's layer: residuals, gated MLP and the layer's scalar."""
+    """Last segment of a layer: residuals, gated MLP and the layer's scalar."""
 
-    def __init__(self, spec: DecoderSpec, intermediate_size: int) -> None:
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         hidden, eps = spec.hidden_size, spec.rms_norm_eps
-        self.mlp = GatedMLP(hidden, intermediate_size)
+        self.mlp = GatedMLP(hidden, layer.intermediate_size)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
@@ -77,12 +77,14 @@ class FeedForward(nn.Module):
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
-    """Inverse frequencies of the rotated pairs, zeros for the unrotated ones ("proportional" RoPE: the exponent's
-    denominator stays the whole head size, as in transformers' `_compute_proportional_rope_parameters`).
+    """Return inverse frequencies of the rotated pairs, zeros for the unrotated ones.
+
+    In "proportional" RoPE the exponent's denominator stays the whole head size, as in transformers'
+    `_compute_proportional_rope_parameters`.
 
     Computed in float32, as transformers does; a list, so that they enter a traced graph as a constant.
 
-    Shapes: -> [head_dim/2]
+    Shapes: -> [D/2]
     """
     rotated = int(rope.partial_rotary_factor * head_dim // 2)
     exponent = torch.arange(0, 2 * rotated, 2, dtype=torch.float32, device="cpu") / head_dim
@@ -91,7 +93,7 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
 
 
 def rope_tables(positions: Tensor, frequencies: list[float]) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine for positions: the sine of the first half is negated, so that a rotation is
+    """Return cosine and signed sine for positions: the sine of the first half is negated, so that a rotation is
     x * cos + swap_halves(x) * sin.
 
     Shapes: positions [B,T] int32, frequencies [D/2] -> two of [B,T,1,D]

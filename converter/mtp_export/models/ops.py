@@ -6,6 +6,7 @@ checks, copies and transpositions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def _like_the_first(x: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("mtp::gather", mutates_args=())
 def gather(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """Take whole slices of `x` along `axis`. Shapes: indices [N] int32 -> x with size N at `axis`."""
+    """Take whole slices of `x` along `axis`. Shapes: x [...], indices [N] int32 -> x with N at `axis`"""
     return x.index_select(axis, indices.long())
 
 
@@ -110,7 +111,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def decomposed_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The same in primitive operations, for formats that have none of its own."""
+    """Compute `rms_norm` in primitive operations, for formats without one of their own.
+
+    Shapes: x [...,N], weight [N] -> [...,N]
+    """
     x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
     return x if weight is None else x * weight
 
@@ -169,80 +173,105 @@ def _(x: Tensor, cache: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], cache.shape[-2]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """A layer's KV cache in a graph for any number of sequences, and how full it is.
+
+    Shapes: key_cache and value_cache [B,G,S,D], last [B] int32, the slot of each sequence's last row, total [] int32,
+    the largest last + 1.
+    """
+
+    key_cache: Tensor
+    value_cache: Tensor
+    last: Tensor
+    total: Tensor
+
+    def write_and_attend(
+        self, query: Tensor, rows: tuple[Tensor, Tensor], num_heads: int, window: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write T rows behind those of the cache and attend to all of them, each token to those up to its own.
+
+        The rows end at slot `last`. A window of 0 hides nothing; otherwise a token sees so many rows, its own included.
+
+        Shapes: query [B,T,heads*D], rows two of [B,T,G*D] -> [B,T,heads*D], caches [B,G,S,D]
+        """
+        caches, fill = [self.key_cache, self.value_cache], [self.last, self.total]
+        out: tuple[Tensor, Tensor, Tensor] = write_and_attend(query, [*rows], caches, fill, num_heads, window)
+        return out
+
+    def attend(self, query: Tensor, num_heads: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend alone, to rows that were written by others.
+
+        The caches are returned as they are: where the exported operation is not given a place to return them to, it
+        makes one, and copies them.
+
+        Shapes: query [B,T,heads*D] -> [B,T,heads*D], caches [B,G,S,D]
+        """
+        caches, fill = [self.key_cache, self.value_cache], [self.last, self.total]
+        out: tuple[Tensor, Tensor, Tensor] = attend(query, caches, fill, num_heads, window)
+        return out
+
+
 @torch.library.custom_op("mtp::write_and_attend", mutates_args=())
 def write_and_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    last: Tensor,
-    total: Tensor,
-    num_heads: int,
-    window: int,
+    query: Tensor, rows: list[Tensor], caches: list[Tensor], fill: list[Tensor], num_heads: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write T rows behind those of a cache and attend to all of them, each token to those up to its own.
+    """Cache.write_and_attend as an operation.
 
-    The rows end at slot `last[b]`; `total` is the largest last + 1. A window of 0 hides nothing; otherwise a token
-    sees so many rows, its own included.
-
-    Shapes: query [B,T,heads*D], key and value [B,T,G*D], caches [B,G,S,D], last [B] int32, total [] int32
+    Shapes: query [B,T,heads*D], rows two of [B,T,G*D], caches two of [B,G,S,D], fill [B] int32 and [] int32
         -> [B,T,heads*D], caches
     """
     batch, num_tokens, _ = query.shape
-    groups, size = key_cache.shape[1], key_cache.shape[3]
-    caches = []
-    for cache, rows in ((key_cache, key), (value_cache, value)):
+    groups, size = caches[0].shape[1], caches[0].shape[3]
+    written = []
+    for cache, new in zip(caches, rows, strict=True):
         cache = cache.clone()
         for b in range(batch):
-            stop = int(last[b]) + 1
-            cache[b, :, stop - num_tokens : stop] = rows[b].reshape(num_tokens, groups, size).transpose(0, 1)
-        caches.append(cache)
-    return attend_to_rows(query, caches[0], caches[1], last, num_heads, window), caches[0], caches[1]
+            stop = int(fill[0][b]) + 1
+            cache[b, :, stop - num_tokens : stop] = new[b].reshape(num_tokens, groups, size).transpose(0, 1)
+        written.append(cache)
+    return attend_to_rows(query, written, fill[0], num_heads, window), written[0], written[1]
 
 
 @write_and_attend.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object
+    query: Tensor, rows: list[Tensor], caches: list[Tensor], fill: list[Tensor], num_heads: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
+    return torch.empty_like(query), torch.empty_like(caches[0]), torch.empty_like(caches[1])
 
 
 @torch.library.custom_op("mtp::attend", mutates_args=())
 def attend(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, total: Tensor, num_heads: int, window: int
+    query: Tensor, caches: list[Tensor], fill: list[Tensor], num_heads: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of `write_and_attend` alone, over rows that were written by others.
+    """Cache.attend as an operation.
 
-    The caches are returned as they are: where the exported operation is not given a place to return them to, it makes
-    one, and copies them.
-
-    Shapes: query [B,T,heads*D], caches [B,G,S,D], last [B] int32, total [] int32 -> [B,T,heads*D], caches
+    Shapes: query [B,T,heads*D], caches two of [B,G,S,D], fill [B] int32 and [] int32 -> [B,T,heads*D], caches
     """
-    return (
-        attend_to_rows(query, key_cache, value_cache, last, num_heads, window),
-        key_cache.clone(),
-        value_cache.clone(),
-    )
+    return attend_to_rows(query, caches, fill[0], num_heads, window), caches[0].clone(), caches[1].clone()
 
 
 @attend.register_fake
-def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
+def _(
+    query: Tensor, caches: list[Tensor], fill: list[Tensor], num_heads: int, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(caches[0]), torch.empty_like(caches[1])
 
 
-def attend_to_rows(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, last: Tensor, num_heads: int, window: int
-) -> Tensor:
-    """softmax(query @ keys^T) @ values, in plain torch. Shapes: as `attend`."""
+def attend_to_rows(query: Tensor, caches: list[Tensor], last: Tensor, num_heads: int, window: int) -> Tensor:
+    """softmax(query @ keys^T) @ values, in plain torch.
+
+    Shapes: query [B,T,heads*D], caches two of [B,G,S,D], last [B] int32 -> [B,T,heads*D]
+    """
+    keys, values = caches
     batch, num_tokens, width = query.shape
-    groups, length, size = key_cache.shape[1:]
+    groups, length, size = keys.shape[1:]
     slots = torch.arange(length)
     at = last[:, None] - (num_tokens - 1) + torch.arange(num_tokens)  # slot of each token, [B,T]
     seen = slots <= at[..., None]
     if window:
         seen &= slots > at[..., None] - window
     heads = query.reshape(batch, num_tokens, groups, num_heads // groups, size)
-    scores = torch.einsum("btgqd,bgsd->bgqts", heads, key_cache)
+    scores = torch.einsum("btgqd,bgsd->bgqts", heads, keys)
     weights = torch.softmax(scores.masked_fill(~seen[:, None, None], float("-inf")), -1)
-    return torch.einsum("bgqts,bgsd->btgqd", weights, value_cache).reshape(batch, num_tokens, width)
+    return torch.einsum("bgqts,bgsd->btgqd", weights, values).reshape(batch, num_tokens, width)

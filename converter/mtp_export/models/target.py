@@ -1,5 +1,5 @@
 """The target, cut into the segments that are traced: what comes before the layers, the second half of a layer, the
-head, and the two embedders. `trace.py` says how they are chained; parameters carry the published names."""
+head, and the two embedders. `graph/` chains them; parameters carry the published names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import TargetSpec
+from mtp_export.arch.spec import DecoderSpec, LayerSpec, TargetSpec
 from mtp_export.models.attention import PositionTables, aligned_slots
 from mtp_export.models.gpu_attention import cache_starts
 from mtp_export.models.layers import FeedForward, RMSNorm
@@ -42,7 +42,7 @@ class TargetPrologue(PerLayerInputs):
 
     def __init__(self, spec: TargetSpec, num_layers: int, *, single_buffer: bool = False) -> None:
         super().__init__(spec, num_layers)
-        self.tables = PositionTables(spec, spec.sliding_window, slots=None if single_buffer else aligned_slots)
+        self.tables = PositionTables(spec, slots=None if single_buffer else aligned_slots)
         self.single_buffer = single_buffer
 
     def forward(
@@ -58,11 +58,12 @@ class TargetPrologue(PerLayerInputs):
 class TargetFeedForward(FeedForward):
     """Last segment of a layer: the feed-forward block, then the layer's own input gated into the residual."""
 
-    def __init__(self, spec: TargetSpec, intermediate_size: int) -> None:
-        super().__init__(spec, intermediate_size)
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
+        super().__init__(spec, layer)
+        assert layer.per_layer is not None, "a layer without an input of its own has a FeedForward"
         hidden = spec.hidden_size
-        self.per_layer_input_gate = nn.Linear(hidden, spec.per_layer_size, bias=False)
-        self.per_layer_projection = nn.Linear(spec.per_layer_size, hidden, bias=False)
+        self.per_layer_input_gate = nn.Linear(hidden, layer.per_layer, bias=False)
+        self.per_layer_projection = nn.Linear(layer.per_layer, hidden, bias=False)
         self.post_per_layer_input_norm = RMSNorm(hidden, spec.rms_norm_eps)
 
     def forward(self, x: Tensor, attended: Tensor, per_layer_input: Tensor) -> dict[str, Tensor]:  # type: ignore[override]

@@ -6,7 +6,6 @@ A backend then compares each signature with its graph, so that no number of a ma
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from mtp_runtime.bundle.contract import (
@@ -14,6 +13,7 @@ from mtp_runtime.bundle.contract import (
     MANIFEST_NAME,
     PARAM_COUNT,
     PARAM_TENSOR,
+    CacheName,
     GraphSignature,
     Manifest,
     TensorSpec,
@@ -26,7 +26,6 @@ Tensors = dict[str, tuple[str, tuple[int | str, ...]]]
 
 # How full a pool of caches is: slot of the last row of each sequence, and the largest number of rows.
 _FILL: tuple[tuple[str, tuple[str, ...]], ...] = (("last", ("batch",)), ("total", ()))
-_CACHE_NAME = re.compile(r"kv_cache_[kv]_\d{1,4}")
 # Kinds of signature that a graph must offer over the whole cache, whatever cheaper variants it has.
 _WHOLE = {"target": ("decode", "verify"), "drafter": ("draft",)}
 _KINDS = {
@@ -91,7 +90,7 @@ def _check_dynamic(manifest: Manifest) -> None:
     for name, (dtype, shape) in caches.items():
         pooled = len(shape) == 4 and shape[0] == "batch" and shape[2] in ("full_slots", "sliding_slots")
         fixed = pooled and all(isinstance(shape[i], int) and int(shape[i]) > 0 for i in (1, 3))
-        if not fixed or dtype != "float32" or not _CACHE_NAME.fullmatch(name):
+        if not fixed or dtype != "float32" or CacheName.parse(name).reader is not None:
             raise _error(f"{name} is {shape}, expected (batch, G, full_slots or sliding_slots, D)")
     if not caches:
         raise _error("the target has no KV caches")
@@ -131,8 +130,9 @@ def _check_dynamic(manifest: Manifest) -> None:
 
 def _as_read(spec: GraphSignature, caches: Tensors) -> Tensors:
     """The outputs by which layers that only read a cache give it back: `kv_cache_k_4.9` for layer 9."""
-    read = [t.name for t in spec.outputs if re.fullmatch(r"kv_cache_[kv]_\d{1,4}\.\d{1,4}", t.name)]
-    return {name: caches[base] for name in read if (base := name.partition(".")[0]) in caches}
+    names = [CacheName.parse(t.name) for t in spec.outputs if t.is_cache]
+    read = {str(name): str(name.shared) for name in names if name.reader is not None}
+    return {name: caches[cache] for name, cache in read.items() if cache in caches}
 
 
 def _caches(manifest: Manifest) -> Tensors:
@@ -143,7 +143,7 @@ def _caches(manifest: Manifest) -> Tensors:
         if tensor.is_cache:
             axis = slot_axis(decode, tensor.name)
             fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[axis] == manifest.cache_length
-            if not fits or tensor.dtype != "float32" or not _CACHE_NAME.fullmatch(tensor.name):
+            if not fits or tensor.dtype != "float32" or CacheName.parse(tensor.name).reader is not None:
                 length = manifest.cache_length
                 expected = f"(1, G, {length}, D)" if axis == 2 else f"(1, G, D, {length})"
                 raise _error(f"{tensor.name} is {tensor.shape}, expected {expected}")
@@ -211,14 +211,14 @@ def _check_sizes(role: str, spec: GraphSignature, tokens: int, manifest: Manifes
 
 def _compare(role: str, name: str, side: str, stated: Iterable[TensorSpec], expected: Tensors) -> None:
     tensors = list(stated)
-    found: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    for key in sorted(found.keys() | expected.keys()):
-        if found.get(key) != expected.get(key):
+    actual: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    for key in sorted(actual.keys() | expected.keys()):
+        if actual.get(key) != expected.get(key):
             raise _error(
-                f"{role} {name}: among its {side}, {key} is {found.get(key, 'absent')}, "
+                f"{role} {name}: among its {side}, {key} is {actual.get(key, 'absent')}, "
                 f"expected {expected.get(key, 'absent')}"
             )
-    if len(tensors) != len(found):
+    if len(tensors) != len(actual):
         raise _error(f"{role} {name} has two {side} of one name")
 
 

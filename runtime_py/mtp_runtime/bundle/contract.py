@@ -19,10 +19,12 @@ values are [1,G,D,S].
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -48,6 +50,62 @@ class _Version(msgspec.Struct):
 GRAPH_ROLES = ("target", "drafter", "embedder", "per_layer_embedder")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class CacheName:
+    """Name of a KV cache: `kv_cache_k_4` holds the keys of layer 4, `kv_cache_v_4` its values.
+
+    A layer of an ONNX graph that only reads a cache gives it back as an output: `reader` is its number, and
+    `kv_cache_k_4.9` are the keys of layer 4 as layer 9 leaves them.
+    """
+
+    PREFIX: ClassVar[str] = "kv_cache_"
+    NEXT: ClassVar[str] = "_next"  # ends the name of what a pass leaves in a cache's place
+    _FORM: ClassVar[re.Pattern[str]] = re.compile(
+        r"kv_cache_(?P<part>[kv])_(?P<index>0|[1-9][0-9]{0,3})(?:\.(?P<reader>0|[1-9][0-9]{0,3}))?"
+    )
+
+    part: Literal["k", "v"]
+    index: int
+    reader: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.PREFIX}{self.part}_{self.index}" + ("" if self.reader is None else f".{self.reader}")
+
+    @property
+    def next(self) -> str:
+        """Name of what a pass leaves in the cache's place."""
+        return f"{self}{self.NEXT}"
+
+    @property
+    def shared(self) -> CacheName:
+        """Name of the cache itself, whichever layer reads it."""
+        return dataclasses.replace(self, reader=None)
+
+    @classmethod
+    def pair(cls, index: int) -> tuple[CacheName, CacheName]:
+        """Return the names of the keys and the values of layer `index`."""
+        return cls(part="k", index=index), cls(part="v", index=index)
+
+    @classmethod
+    def parse(cls, name: str) -> CacheName:
+        """Return the cache name that `name` spells.
+
+        Raises:
+            BundleError: it spells none.
+        """
+        match = cls._FORM.fullmatch(name)
+        if match is None:
+            raise BundleError(f"{name!r} is no name of a KV cache, such as kv_cache_k_0: export the bundle again")
+        part: Literal["k", "v"] = "k" if match["part"] == "k" else "v"
+        reader = match["reader"]
+        return cls(part=part, index=int(match["index"]), reader=None if reader is None else int(reader))
+
+    @classmethod
+    def in_name(cls, name: str) -> bool:
+        """Return whether a tensor's name begins as a cache's does."""
+        return name.startswith(cls.PREFIX)
+
+
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Name, shape and dtype of a graph's input or output; a dimension that may vary is given by its name."""
 
@@ -70,7 +128,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def is_cache(self) -> bool:
         """Whether the tensor is one of the shared KV caches, or a sequence's own (`of_sequence`)."""
-        return self.name.startswith("kv_cache_") or "/kv_cache_" in self.name
+        return _is_cache(self.name)
 
 
 class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -276,8 +334,25 @@ def param_tensor(start: int, stop: int) -> NDArray[np.int32]:
 
 
 def slot_axis(signature: GraphSignature, cache: str) -> int:
-    """The axis of a cache of `signature` that counts slots."""
-    return 3 if signature.single_buffer and cache.startswith("kv_cache_v_") else 2
+    """Return the axis of a cache of `signature` that counts slots."""
+    return 3 if signature.single_buffer and CacheName.parse(cache).part == "v" else 2
+
+
+def output_name(name: str) -> str:
+    """Return the name of an output in an ONNX graph: a cache goes in and out, and a graph's values have one name
+    each."""
+    return f"{name}{CacheName.NEXT}" if _is_cache(name) else name
+
+
+def cache_of_output(name: str) -> str | None:
+    """Return the name of the cache that an output gives back, its sequence's own where it has one; None where the
+    output is no cache."""
+    sequence, slash, own = name.rpartition("/")
+    return f"{sequence}{slash}{CacheName.parse(own).shared}" if _is_cache(name) else None
+
+
+def _is_cache(name: str) -> bool:
+    return CacheName.in_name(name) or f"/{CacheName.PREFIX}" in name
 
 
 def of_sequence(name: str, sequence: int) -> str:

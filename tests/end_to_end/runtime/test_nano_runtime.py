@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_runtime import Session
+from mtp_runtime.bundle.contract import CacheName
 from mtp_runtime.generate.backend import FloatArray
 from mtp_runtime.measure.parity import compare_tokens
 from tests.conftest import Export
@@ -81,6 +82,6 @@ def test_the_drafter_reads_the_rows_that_the_target_writes(session: Session) -> 
         if np.abs(draft() - before).max() > 1e-4:
             seen.add(name)
     drafter_reads = {3, 4}  # the last cache of each kind of layer
-    assert seen == {f"kv_cache_{part}_{i}" for part in "kv" for i in drafter_reads}
+    assert seen == {str(name) for i in drafter_reads for name in CacheName.pair(i)}
     cache.restore(rows)
     np.testing.assert_array_equal(draft(), before)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mtp_runtime.bundle.contract import FORMAT_VERSION, FileEntry, Manifest, TensorSpec, read_manifest
+from mtp_runtime.bundle.contract import (
+    FORMAT_VERSION,
+    CacheName,
+    FileEntry,
+    Manifest,
+    TensorSpec,
+    cache_of_output,
+    of_sequence,
+    output_name,
+    read_manifest,
+)
 from mtp_runtime.errors import BundleError
 from tests.support.fake_backend import fake_manifest
 
@@ -123,3 +134,53 @@ def test_a_signature_is_found_by_role_and_name() -> None:
 def test_a_file_entry_is_frozen() -> None:
     with pytest.raises(AttributeError):
         FileEntry(path="x", sha256="", size_bytes=0).path = "y"  # type: ignore[misc]  # that is the point
+
+
+_NUMBERS = st.integers(0, 9999)
+
+
+@given(st.sampled_from(("k", "v")), _NUMBERS, st.none() | _NUMBERS)
+def test_a_cache_name_is_what_it_spells(part: Literal["k", "v"], index: int, reader: int | None) -> None:
+    name = CacheName(part=part, index=index, reader=reader)
+    assert CacheName.parse(str(name)) == name
+    assert CacheName.parse(str(name.shared)) == CacheName(part=part, index=index)
+    assert CacheName.in_name(str(name))
+    assert name.next == output_name(str(name)) == f"{name}_next"
+    assert cache_of_output(of_sequence(str(name), 3)) == of_sequence(str(name.shared), 3)
+
+
+def test_the_names_of_caches() -> None:
+    """LiteRT-LM and bundles that were written before know them by these."""
+    assert list(map(str, CacheName.pair(4))) == ["kv_cache_k_4", "kv_cache_v_4"]
+    assert str(CacheName(part="k", index=4, reader=9)) == "kv_cache_k_4.9"
+
+
+@given(
+    st.text(max_size=20)
+    | st.text("kv_cahe0123456789./x", max_size=20)
+    | st.from_regex(r"kv_cache_[kv]_[0-9]{1,6}(\.[0-9]{0,6})?.?", fullmatch=True)
+)
+@example("kv_cache_k_01")
+@example("kv_cache_k_²")
+@example("kv_cache_k_4\n")
+@example("kv_cache_k_4_next")
+@example("sequence_0/kv_cache_k_4")
+@example("kv_cache_x_4")
+@example("kv_cache_k_10000")
+@example("kv_cache_k_4.")
+def test_what_is_no_name_of_a_cache_is_refused(name: str) -> None:
+    """A name is refused, or it is spelt again as it was."""
+    if re.fullmatch(r"kv_cache_[kv]_(0|[1-9][0-9]{0,3})(\.(0|[1-9][0-9]{0,3}))?", name):
+        assert str(CacheName.parse(name)) == name
+        return
+    with pytest.raises(BundleError, match="is no name of a KV cache"):
+        CacheName.parse(name)
+
+
+def test_outputs_of_a_graph_have_names_of_their_own() -> None:
+    assert [output_name(name) for name in ("logits", "kv_cache_k_4.9", "sequence_2/kv_cache_v_0")] == [
+        "logits",
+        "kv_cache_k_4.9_next",
+        "sequence_2/kv_cache_v_0_next",
+    ]
+    assert cache_of_output("logits") is None

@@ -15,10 +15,12 @@ from ai_edge_litert import schema_py_generated as schema
 from litert_lm_builder.litertlm_builder import LitertLmFileBuilder, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
+from mtp_runtime.bundle.contract import CacheName
+
 STUB_CONTEXT = 64
 _PREFILL = 16
 _FLOAT, _INT = schema.TensorType.FLOAT32, schema.TensorType.INT32
-_CACHES = ("kv_cache_k_0", "kv_cache_v_0")
+_CACHES = tuple(map(str, CacheName.pair(0)))
 
 
 def write_stub(path: Path, template: str, tokenizer: Path) -> None:

@@ -13,8 +13,15 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from mtp_export.formats.onnx.convert import output_name, value_info
-from mtp_runtime.bundle.contract import ROW_COUNTS, TOKEN_COUNTS, GraphSignature, for_sequences, of_sequence
+from mtp_export.formats.onnx.convert import value_info
+from mtp_runtime.bundle.contract import (
+    ROW_COUNTS,
+    TOKEN_COUNTS,
+    GraphSignature,
+    for_sequences,
+    of_sequence,
+    output_name,
+)
 
 _INPUTS_OF_ROWS = 3  # query, key and value; what follows belongs to a sequence
 _BATCH, _TOKENS = 0, 1  # axes of rows
@@ -50,7 +57,7 @@ def _batched(model: onnx.ModelProto, signature: GraphSignature, sequences: int) 
             graph.node.append(node)
     del graph.input[:], graph.output[:]
     graph.input.extend(value_info(spec, spec.name) for spec in signature.inputs)
-    graph.output.extend(value_info(spec, output_name(spec)) for spec in signature.outputs)
+    graph.output.extend(value_info(spec, output_name(spec.name)) for spec in signature.outputs)
     return copy
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mtp_export.formats.segment_cache import cached_results
 from mtp_export.graph.ir import Call, Segment, TracedGraph
 from mtp_export.models import ops
-from mtp_runtime.bundle.contract import TensorSpec
+from mtp_runtime.bundle.contract import TensorSpec, output_name
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11  # the first with opset 23
@@ -194,17 +194,15 @@ def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
 
 
-def _write_and_attend(
-    query: Any, key: Any, value: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int
-) -> Any:
-    return _attention_in_place(query, key, value, keys, values, last, total, **_attributes(keys, num_heads, window))
+def _write_and_attend(query: Any, rows: Any, caches: Any, fill: Any, num_heads: int, window: int) -> Any:
+    return _attention_in_place(query, *rows, *caches, *fill, **_attributes(caches[0], num_heads, window))
 
 
-def _attend(query: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int) -> Any:
+def _attend(query: Any, caches: Any, fill: Any, num_heads: int, window: int) -> Any:
     # No rows of its own: the operation then only reads the caches.
-    groups, size = keys.shape[1], keys.shape[3]
+    groups, size = caches[0].shape[1], caches[0].shape[3]
     none = op.Slice(query, [0, 0], [0, groups * size], [1, 2])
-    return _attention_in_place(query, none, none, keys, values, last, total, **_attributes(keys, num_heads, window))
+    return _write_and_attend(query, (none, none), caches, fill, num_heads, window)
 
 
 def _attributes(keys: Any, num_heads: int, window: int) -> dict[str, Any]:
@@ -216,22 +214,33 @@ def _attributes(keys: Any, num_heads: int, window: int) -> dict[str, Any]:
     }
 
 
-def _portable_write_and_attend(
-    query: Any, key: Any, value: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int
-) -> Any:
-    slots, shape = _slots(query, last), (keys.shape[1], keys.shape[3])
-    keys, values = (_scatter(cache, rows, slots) for cache, rows in ((keys, key), (values, value)))
-    return _attention(query, keys, values, shape, slots, num_heads, window), keys, values
+def _portable_write_and_attend(query: Any, rows: Any, caches: Any, fill: Any, num_heads: int, window: int) -> Any:
+    slots, heads = _slots(query, fill[0]), _Heads.of(caches[0], num_heads)
+    keys, values = (_scatter(cache, new, slots) for cache, new in zip(caches, rows, strict=True))
+    return _attention(query, (keys, values), heads, slots, window), keys, values
 
 
-def _portable_attend(query: Any, keys: Any, values: Any, last: Any, total: Any, num_heads: int, window: int) -> Any:
-    shape = (keys.shape[1], keys.shape[3])
-    out = _attention(query, keys, values, shape, _slots(query, last), num_heads, window)
-    return out, op.Identity(keys), op.Identity(values)
+def _portable_attend(query: Any, caches: Any, fill: Any, num_heads: int, window: int) -> Any:
+    out = _attention(query, caches, _Heads.of(caches[0], num_heads), _slots(query, fill[0]), window)
+    return out, *(op.Identity(cache) for cache in caches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """How a row is split: `count` heads of a query over `groups` heads of keys and values, each of `size`."""
+
+    count: int
+    groups: int
+    size: int
+
+    @classmethod
+    def of(cls, cache: Any, count: int) -> _Heads:
+        """Return the heads over a cache [B,G,S,D]."""
+        return cls(count=count, groups=cache.shape[1], size=cache.shape[3])
 
 
 def _slots(query: Any, last: Any) -> Any:
-    """Slot of each token. Shapes: -> [B,T] int64"""
+    """Return the slot of each token. Shapes: query [B,T,heads*D], last [B] int32 -> [B,T] int64"""
     tokens = op.Squeeze(op.Shape(query, start=1, end=2))
     back = op.Range(op.Sub(op.Constant(value_int=1), tokens), op.Constant(value_int=1), op.Constant(value_int=1))
     return op.Add(op.Unsqueeze(op.Cast(last, to=TensorProto.INT64), [1]), back)
@@ -245,12 +254,14 @@ def _scatter(cache: Any, rows: Any, slots: Any) -> Any:
     return op.ScatterElements(cache, index, rows, axis=2)
 
 
-def _attention(
-    query: Any, keys: Any, values: Any, shape: tuple[int, int], slots: Any, num_heads: int, window: int
-) -> Any:
-    """softmax(query @ keys^T) @ values over the whole cache, what is not seen hidden; `shape` is (G, D)."""
-    groups, size = shape
-    folded = op.Transpose(op.Reshape(query, [0, 0, groups, num_heads // groups, size]), perm=[0, 2, 3, 1, 4])
+def _attention(query: Any, caches: Any, heads: _Heads, slots: Any, window: int) -> Any:
+    """softmax(query @ keys^T) @ values over the whole cache, what is not seen hidden.
+
+    Shapes: query [B,T,heads*D], caches two of [B,G,S,D], slots [B,T] -> [B,T,heads*D]
+    """
+    keys, values = caches
+    split = [0, 0, heads.groups, heads.count // heads.groups, heads.size]
+    folded = op.Transpose(op.Reshape(query, split), perm=[0, 2, 3, 1, 4])
     scores = op.MatMul(folded, op.Transpose(op.Unsqueeze(keys, [2]), perm=[0, 1, 2, 4, 3]))
     length = op.Squeeze(op.Shape(keys, start=2, end=3))
     slot = op.Range(op.Constant(value_int=0), length, op.Constant(value_int=1))
@@ -260,7 +271,7 @@ def _attention(
         seen = op.And(seen, op.Greater(slot, op.Sub(at, op.Constant(value_int=window))))
     scores = op.Where(seen, scores, op.Constant(value_float=-1e9))
     out = op.MatMul(op.Softmax(scores, axis=-1), op.Unsqueeze(values, [2]))
-    return op.Reshape(op.Transpose(out, perm=[0, 3, 1, 2, 4]), [0, 0, num_heads * size])
+    return op.Reshape(op.Transpose(out, perm=[0, 3, 1, 2, 4]), [0, 0, heads.count * heads.size])
 
 
 class _Chain:
@@ -286,7 +297,7 @@ class _Chain:
             self.nodes,
             traced.role,
             [value_info(spec, spec.name) for spec in signature.signature.inputs],
-            [value_info(spec, output_name(spec)) for spec in signature.signature.outputs],
+            [value_info(spec, output_name(spec.name)) for spec in signature.signature.outputs],
             initializer=self.initializers,
         )
         domains = sorted({node.domain for node in self.nodes})
@@ -339,21 +350,16 @@ class _Chain:
 def _scope(call: Call) -> str:
     """Where a call belongs, as in the checkpoint: `layers.3/attn`, `head`."""
     parameter = next(iter(call.weights.values()), "")
-    _, found, rest = parameter.partition("layers.")
+    _, layers, rest = parameter.partition("layers.")
     part = call.segment.partition("_")[0]
     part = {"owner": "attn", "reader": "attn", "feed": "mlp"}.get(part, part)
-    return f"layers.{rest.partition('.')[0]}/{part}" if found else part
+    return f"layers.{rest.partition('.')[0]}/{part}" if layers else part
 
 
 def _renamed_output(output: str | None, inner: str) -> str:
     if output is None:
         return inner
-    return f"{output}_next" if output.startswith("kv_cache_") else output
-
-
-def output_name(spec: TensorSpec) -> str:
-    """Name of an output in the graph: a cache goes in and out, and a graph's values have one name each."""
-    return f"{spec.name}_next" if spec.is_cache else spec.name
+    return output_name(output)
 
 
 def value_info(spec: TensorSpec, name: str) -> onnx.ValueInfoProto:

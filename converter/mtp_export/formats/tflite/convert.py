@@ -49,7 +49,7 @@ class _SideBySide(nn.Module):
 
 
 def _placeholder(meta: Tensor) -> Tensor:
-    """A tensor of the shape of `meta` that occupies four bytes."""
+    """Return a tensor of the shape of `meta` that occupies four bytes."""
     return torch.zeros(1, dtype=meta.dtype).expand(meta.shape)
 
 

@@ -18,11 +18,14 @@ from mtp_runtime.backends.onnx.pooled_cache import CacheRows, PooledKVCache
 from mtp_runtime.bundle.contract import (
     BATCH_ROLES,
     GRAPH_ROLES,
+    CacheName,
     GraphSignature,
     Manifest,
     TensorSpec,
+    cache_of_output,
     for_sequences,
     of_sequence,
+    output_name,
 )
 from mtp_runtime.errors import BundleError
 from mtp_runtime.generate.backend import FloatArray
@@ -80,7 +83,7 @@ class GraphBuffers:
     @property
     def cache_values(self) -> tuple[Mapping[str, ort.OrtValue], ...]:
         """The very objects that every pass binds, by the name of the cache tensor, of each sequence."""
-        return tuple({n: value for n, value in own.items() if n.startswith("kv_cache_")} for own in self._own)
+        return tuple({n: value for n, value in own.items() if CacheName.in_name(n)} for own in self._own)
 
     def prepare(self, sequence: int, count: int) -> None:
         """Make room for `count` tokens of a sequence, and set how full its pools will be for the graphs.
@@ -113,8 +116,9 @@ class GraphBuffers:
         """
         buffers = {}
         for spec in self._specs[role].outputs:
-            own = self._own_buffer(spec.name.partition(".")[0], sequences)
-            buffers[f"{spec.name}_next" if own else spec.name] = own or self._buffer(f"{role}/{spec.name}", spec, sizes)
+            cache = cache_of_output(spec.name)
+            own = None if cache is None else self._own_buffer(cache, sequences)
+            buffers[output_name(spec.name)] = own or self._buffer(f"{role}/{spec.name}", spec, sizes)
         return buffers
 
     def output_spec(self, role: str, name: str) -> TensorSpec:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from mtp_runtime.backends.onnx.errors import REFUSED
 from mtp_runtime.backends.packed_weights import PackedWeights
-from mtp_runtime.bundle.contract import GraphSignature
+from mtp_runtime.bundle.contract import GraphSignature, output_name
 from mtp_runtime.errors import BundleError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -79,11 +79,11 @@ def check_graph(session: ort.InferenceSession, role: str, spec: GraphSignature) 
     Raises:
         BundleError: the graph contradicts the manifest.
     """
-    for stated, details, suffix in (
-        (spec.inputs, session.get_inputs(), ""),
-        (spec.outputs, session.get_outputs(), "_next"),
+    for stated, details, name_of in (
+        (spec.inputs, session.get_inputs(), str),
+        (spec.outputs, session.get_outputs(), output_name),
     ):
-        in_manifest = {t.name + (suffix if t.is_cache else ""): (t.dtype, list(t.shape)) for t in stated}
+        in_manifest = {name_of(t.name): (t.dtype, list(t.shape)) for t in stated}
         in_graph = {t.name: (_DTYPES.get(t.type, t.type), list(t.shape)) for t in details}
         for name in sorted(in_manifest.keys() | in_graph.keys()):
             if in_manifest.get(name) != in_graph.get(name):
