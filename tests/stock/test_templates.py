@@ -176,8 +176,9 @@ def test_a_construct_without_a_counterpart_is_refused_by_name(template: str) -> 
         *("counts messages", "bos at times"),
     ],
 )
-def test_a_template_that_is_no_good_is_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_export.bundle.stock_template.check._LIMIT_S", 3)
+def test_a_bad_template_is_refused_in_one_line(template: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "range(" in template:  # others may take as long as a busy machine needs to start a process
+        monkeypatch.setattr("mtp_export.bundle.stock_template.check._LIMIT_S", 3)
     with pytest.raises(CheckpointError) as caught:
         check(template)
     assert expected in str(caught.value)

@@ -107,7 +107,7 @@ def _print(report: ParityReport, folder: Path) -> None:
     for reason in report.left_out:
         _print_line(console, f"left out: {reason}")
     exact = ", ".join(dict.fromkeys(result.runner for result in report.results if result.tolerance == 0))
-    within = f"within {report.tolerance:g} at the first difference{f'; none in {exact}, bit for bit' if exact else ''}"
+    within = f"within {report.tolerance:g} at the first difference{f' (none allowed in {exact})' if exact else ''}"
     _print_line(
         console,
         f"{'PASSED' if report.passed else 'FAILED'}; near-tie: the two best logits {within}. "
