@@ -81,15 +81,14 @@ def run_both(job: Job, on_line: OnLine) -> tuple[Answer, Answer]:
     Raises:
         MtpError: a runtime, the device or the connection fails.
     """
-    request = job.request(str(job.bundle))
     if job.where == "host":
         on_line("on this machine")
-        here = run_here(request)
+        here = run_here(job.request(str(job.bundle)))
         return here, here
     adb, place = _opened(job)
     on_line("on this machine")
     with_python = not job.app and job.binary is None
-    host = host_request(request, read=with_python)
+    host = host_request(job.request(str(job.bundle)), read=with_python)
     here = run_here(as_the_program_feeds(host) if job.binary else host)
     if job.app:
         return here, Answer(place=place, stock=_by_app(adb, job, 1, on_line))
