@@ -42,7 +42,7 @@ from mtp_runtime.errors import UserError
 @drafter_position_offset_option
 @seed_option
 @torch_device_option
-@click.option("--resume", is_flag=True, help="Continue a run that was killed; it had the same --output.")
+@click.option("--resume", is_flag=True, help="Continue a run that was killed. The output must be the same.")
 @debug_option
 def command(
     model: str,

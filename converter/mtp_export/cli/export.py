@@ -234,7 +234,7 @@ def _bytes(size: str) -> int:
 @click.command("export", epilog=recipe_list())
 @export_options
 @click.option("--dry-run", is_flag=True, help="Print the plan instead, as `plan` does.")
-@click.option("--resume", is_flag=True, help="Continue an export that was killed; it had the same --output.")
+@click.option("--resume", is_flag=True, help="Continue an export that was killed. The output must be the same.")
 @json_option("the result")
 @debug_option
 def command(dry_run: bool, resume: bool, as_json: bool, debug: bool, **options: Any) -> None:
