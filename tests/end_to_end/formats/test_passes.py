@@ -169,6 +169,9 @@ def test_norms(name: str, number: int, lowered: list[tuple[TracedGraph, LoweredG
     plain = runner(lowered[number], tmp_path / "plain.tflite")
     rewritten = runner(lowered[number], tmp_path / "rewritten.tflite", rewriting)
     table = (1, size.tokens, 1, size.width)
+    # Of several rows the converter reshapes first itself.
+    same = (tmp_path / "plain.tflite").read_bytes() == (tmp_path / "rewritten.tflite").read_bytes()
+    assert same == (name == "squares" and size.tokens > 1)
 
     @few
     @given(seed=anything, scale=st.floats(1e-3, 1e3))

@@ -105,7 +105,7 @@ def expected(graph: TracedGraph, number: int) -> tuple[Values, Values]:
     generator = np.random.default_rng(number)
     inputs = {s.name: generator.standard_normal(s.fixed_shape, np.float32) for s in traced.signature.inputs}
     parameters = random_parameters(graph, FLOAT32)
-    weights = {name: torch.from_numpy(p.rows(0, p.shape[0])) for name, p in parameters.items()}  # type: ignore[arg-type]
+    weights = {name: torch.from_numpy(p.rows(0, p.shape[0])) for name, p in parameters.items()}
     values = run_signature(graph, traced, weights, {name: torch.from_numpy(value) for name, value in inputs.items()})
     return inputs, {name: values[value].numpy() for name, value in traced.outputs.items()}
 
