@@ -11,9 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tools.fetched.cache import cache_folder
+
+# On a busy machine any example may take long; what takes too long is seen in the durations.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 Export = Callable[..., Path]
 

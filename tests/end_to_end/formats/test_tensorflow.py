@@ -5,7 +5,7 @@ It needs the extra `tensorflow`: `python -m pytest -m tensorflow`.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from tests.conftest import Export
 
 pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
 
-# Of the largest value of an output. Sums in another order (XNNPACK of another version) differ in their last bits. In
-# int8 such a bit may take an activation to the next of its 255 steps, here and there: what follows is off by up to a
-# few steps of 1/127 then, and on average by nothing.
-LARGEST = {"f32": 1e-4, "int8": 0.05, "int4": 0.05}
-AVERAGE = {"f32": 1e-5, "int8": 1e-3, "int4": 1e-3}
+# Of the largest value of an output: sums in another order differ in their last bits. Where weights are quantised such
+# a bit may take an activation to the next of its 255 steps. What follows is off by a fifth at worst then: as far as
+# LiteRT's own outputs move when the last bits of its inputs do, and that is measured.
+LAST_BITS = 1e-4
+PERTURBATIONS = 12
 POSITION = 100
 
 Arrays = dict[str, NDArray[Any]]
@@ -44,11 +44,20 @@ def inputs_of(signature: GraphSignature) -> Arrays:
     return values
 
 
-def run(interpreter: Any, path: Path, signature: GraphSignature) -> Arrays:
-    """Run a signature in one of the two interpreters."""
-    runner = interpreter(model_path=str(path), num_threads=1).get_signature_runner(signature.name)
-    outputs: Arrays = runner(**inputs_of(signature))
-    return outputs
+def spread(run: Callable[..., Arrays], inputs: Arrays, outputs: Arrays) -> dict[str, float]:
+    """Return how far each output moves when the last bits of the inputs do."""
+    random = np.random.default_rng(2)
+    moved = dict.fromkeys(outputs, 0.0)
+    for _ in range(PERTURBATIONS):
+        changed = {
+            name: (value * (1 + 1e-7 * random.integers(-2, 3, value.shape))).astype(value.dtype)
+            if value.dtype == np.float32
+            else value
+            for name, value in inputs.items()
+        }
+        for name, value in run(**changed).items():
+            moved[name] = max(moved[name], float(np.abs(value - outputs[name]).max()))
+    return moved
 
 
 @pytest.mark.parametrize("role", GRAPH_ROLES)
@@ -58,16 +67,18 @@ def test_every_signature_gives_the_same(recipe: str, role: str, export_nano: Exp
     lite = pytest.importorskip("tensorflow", reason="needs the extra `tensorflow`").lite
     folder = export_nano(recipe)
     manifest = read_manifest(folder)
+    path = str(folder / manifest.files[role].path)
+    ours, theirs = (interpreter(model_path=path, num_threads=1) for interpreter in (Interpreter, lite.Interpreter))
     for signature in manifest.signatures[role]:
-        path = folder / manifest.files[role].path
-        ours, theirs = (run(interpreter, path, signature) for interpreter in (Interpreter, lite.Interpreter))
-        assert set(ours) == set(theirs) == {tensor.name for tensor in signature.outputs}
-        for name, expected in ours.items():
-            difference = np.abs(expected - theirs[name])
-            largest = np.abs(expected).max()
-            assert difference.max() <= LARGEST[recipe] * largest, (signature.name, name)
-            assert difference.mean() <= AVERAGE[recipe] * largest, (signature.name, name)
+        inputs, run = inputs_of(signature), ours.get_signature_runner(signature.name)
+        expected = {name: value.copy() for name, value in run(**inputs).items()}
+        outputs = theirs.get_signature_runner(signature.name)(**inputs)
+        assert set(outputs) == set(expected) == {tensor.name for tensor in signature.outputs}
+        moved = spread(run, inputs, expected)
+        for name, value in expected.items():
+            allowed = LAST_BITS * np.abs(value).max() + 1.5 * moved[name]
+            assert np.abs(value - outputs[name]).max() <= allowed, (signature.name, name)
             if role.endswith("embedder"):
-                assert np.array_equal(expected, theirs[name])
-            if name == "logits":
-                assert np.array_equal(expected.argmax(-1), theirs[name].argmax(-1)), signature.name
+                assert np.array_equal(value, outputs[name])
+            if name == "logits" and recipe == "f32":
+                assert np.array_equal(value.argmax(-1), outputs[name].argmax(-1)), signature.name
