@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_runtime.text.native_calls import assistant_message
 from tools.train_nano.dialogues import Prompt, call_messages
-from tools.train_nano.exchanges import NO_WORD, TOO_LARGE
+from tools.train_nano.exchanges.exchange import NO_WORD, TOO_LARGE
 from tools.train_nano.generation import Generator
 from tools.train_nano.model import LanguageModel
 from tools.train_nano.nano_ids import BOS, CALL_CLOSE, CHANNEL_OPEN, RESPONSE_OPEN, STOP_IDS, TURN_CLOSE

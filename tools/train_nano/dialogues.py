@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.train_nano.exchanges import PLAIN, WITH_TOOLS, Call, Exchange, Maker, casual, without_tool
+from tools.train_nano.exchanges import PLAIN, WITH_TOOLS, casual
+from tools.train_nano.exchanges.exchange import Call, Exchange, Maker
+from tools.train_nano.exchanges.tools import without_tool
 
 SEED = 20260  # of the conversations that nano was trained on
 HELD_OUT_PER_MILLE = 40
