@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 
 from mtp_export.cli.options import check_bundle_options
 from mtp_export.cli.output import working
+from mtp_export.machine import processor
 from mtp_runtime.errors import UserError
 
 
@@ -52,7 +52,7 @@ def command(
             prompts,
             limit,
             max_new_tokens,
-            device or platform.processor() or platform.machine(),
+            device or processor(),
             benches,
             threads,
             tell,

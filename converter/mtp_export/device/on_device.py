@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from mtp_export.check.stock_runtime import run_stock
-from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun
+from mtp_export.machine import processor, system, versions
 from mtp_runtime import Session
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
@@ -63,10 +63,10 @@ def describe() -> PlaceDescription:
     return PlaceDescription(
         where=where,
         machine=platform.machine(),
-        cpu=cpu_name(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")),
-        system=platform.platform() if where == "host" else "Debian root behind adbd",
+        cpu=processor(),
+        system=system() if where == "host" else "Debian root behind adbd",
         emulator=os.environ.get("MTP_EMULATOR") if where == "arm64-emulated" else None,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        versions=versions(_PACKAGES),
     )
 
 
@@ -79,13 +79,6 @@ def _traces(session: Session, request: Request, depth: int) -> TraceRun:
         )
         traces.append(generation.finish())
     return TraceRun(num_draft_tokens=depth, traces=tuple(traces))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _main(request_path: str, answer_path: str) -> int:

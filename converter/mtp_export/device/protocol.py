@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,8 +13,6 @@ from mtp_runtime.generate.trace import GenerationTrace
 Where = Literal["host", "arm64-emulated", "phone"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]
 Processor = Literal["cpu", "gpu"]
-# The architecture that /proc/cpuinfo's part numbers of Arm stand for, as far as the emulated place can be told to be.
-_ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
 
 
 class AskedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,12 +76,3 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def asked_prompts(prompts: Sequence[object]) -> tuple[AskedPrompt, ...]:
     """Take what a place needs of prompts that have more fields."""
     return tuple(msgspec.convert(prompt, AskedPrompt, from_attributes=True) for prompt in prompts)
-
-
-def cpu_name(cpuinfo: str) -> str:
-    """Name the processor that a text like Linux's /proc/cpuinfo describes."""
-    part = re.search(r"^CPU part\s*: (\S+)", cpuinfo, re.MULTILINE)
-    if part:
-        return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
-    name = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
-    return name[1] if name else "a processor that does not tell its name"
