@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig, read_config
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, Selection, TextModel, select
 from mtp_export.source.adapters.pairs import Pair, PairReader
-from mtp_export.source.adapters.patterns import SECONDS, Patterns, shown
+from mtp_export.source.adapters.patterns import SECONDS, Patterns
 from mtp_export.source.adapters.steps import Chain, ColumnLengths, Float32, RowLengths, Step, TokenRows, Where
 from mtp_export.source.adapters.tensors import AdapterTensors, read_tensors
 from mtp_export.source.adapters.tokens import TrainedRows, trained_rows
@@ -144,8 +145,8 @@ def _whole(
         if name not in model.shapes or wrapped is not inside:
             if name not in model.shapes and name.endswith(".weight") and not model.lacks(module):
                 raise CheckpointError(
-                    f"{tensors.where}: the checkpoint has no tensor {shown(name)[1:-1]}: this adapter is of another "
-                    "model"
+                    f"{tensors.where}: the checkpoint has no tensor {shortened(name)[1:-1]}: this adapter is "
+                    "of another model"
                 )
             ignored.append(name)
             continue

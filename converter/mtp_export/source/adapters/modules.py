@@ -11,8 +11,9 @@ from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig
 from mtp_export.source.adapters.patterns import Patterns
 from mtp_export.source.checkpoint import FLOATS, Checkpoint
+from mtp_export.source.names import EMBEDDING_MODULE, HEAD_MODULE
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+EMBEDDING, HEAD = EMBEDDING_MODULE, HEAD_MODULE
 EMBEDDINGS = (EMBEDDING, "embed_tokens_per_layer")  # modules that are looked up in
 MULTIMODAL = "model.language_model."
 _TIED = (EMBEDDING, HEAD)

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, NO_PAIRS, Selection, TextModel, spelled
-from mtp_export.source.adapters.patterns import Patterns, shown
+from mtp_export.source.adapters.patterns import Patterns
 from mtp_export.source.adapters.steps import LowRank
 from mtp_export.source.adapters.tensors import AdapterTensors
 
@@ -86,8 +87,8 @@ class PairReader:
         if self._model.lacks(module) or len(self._model.shapes.get(f"{module}.weight", ())) == 2:
             return
         raise CheckpointError(
-            f"{self._tensors.where}: the checkpoint has no module {shown(module)[1:-1]}: this adapter is of another "
-            "model"
+            f"{self._tensors.where}: the checkpoint has no module {shortened(module)[1:-1]}: this adapter is "
+            "of another model"
         )
 
     def _tie(self, parts: dict[str, Mapping[str, Tensor]]) -> None:
