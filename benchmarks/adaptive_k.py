@@ -156,17 +156,17 @@ def acceptance(runs: Sequence[Run]) -> float:
 def print_table(figures: dict[str, Any]) -> None:
     """Print a block a kind."""
     print(f"{figures['model']}, {figures['recipe']}, {figures['threads']} threads")
-    for kind, found in figures["kinds"].items():
+    for kind, rows in figures["kinds"].items():
         print(f"{kind:13} K      tok/s  speed-up  accepted")
-        for row in found["rows"]:
+        for row in rows["rows"]:
             print(
                 f"{'':13} {row['num_draft_tokens']!s:4} {row['tokens_per_second']:7.0f} {row['speed_up']:8.2f}x "
                 f"{row['acceptance_rate']:9.2f}"
             )
         print(
-            f"{'':13} auto is {found['of_best_fixed']:.3f} of the best fixed K ({found['best_fixed']}), "
-            f"{found['of_plain']:.3f} of plain; goal reached to {found['of_goal_speed']:.3f}, at least {GOAL}; "
-            f"rounds by K: {found['auto_rounds_by_num_drafts']}"
+            f"{'':13} auto is {rows['of_best_fixed']:.3f} of the best fixed K ({rows['best_fixed']}), "
+            f"{rows['of_plain']:.3f} of plain; goal reached to {rows['of_goal_speed']:.3f}, at least {GOAL}; "
+            f"rounds by K: {rows['auto_rounds_by_num_drafts']}"
         )
 
 

@@ -95,11 +95,11 @@ def by_pass(events: Iterable[dict[str, Any]], sizes: list[int]) -> dict[str, lis
     events = sorted(events, key=lambda event: event["ts"])
     runs = [event for event in events if event["name"] == "model_run"][-len(sizes) :]
     nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
-    found: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    by_name: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for run, size in zip(runs, sizes, strict=True):
         inside = [node for node in nodes if run["ts"] <= node["ts"] < run["ts"] + run["dur"]]
-        found["decode" if size == 1 else f"verify_{size}"].append(inside)
-    return {name: kinds[1:] for name, kinds in found.items()}
+        by_name["decode" if size == 1 else f"verify_{size}"].append(inside)
+    return {name: kinds[1:] for name, kinds in by_name.items()}
 
 
 def breakdown(runs: list[list[dict[str, Any]]], matrices: dict[str, str]) -> dict[str, float]:

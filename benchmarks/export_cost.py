@@ -71,10 +71,10 @@ def family(root: int) -> list[int]:
             parents[int(status.parent.name)] = int(fields[1])
         except OSError:  # it has ended meanwhile
             continue
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
+    processes = [root]
+    for pid in processes:
+        processes += [child for child, parent in parents.items() if parent == pid]
+    return processes
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

@@ -125,8 +125,8 @@ def compare(session: Session, prompts: list[str], temperature: float, answers: i
             for prefix in plain.keys() & drafted.keys():
                 pair = [plain[prefix], drafted[prefix]]
                 if prefix and min(count.total() for count in pair) >= MET:
-                    found, degrees = difference(pair)
-                    statistic, freedom = statistic + found, freedom + degrees
+                    test, degrees = difference(pair)
+                    statistic, freedom = statistic + test, freedom + degrees
                     draws += sum(count.total() for count in pair)
         p_value = float(statistics.chi2.sf(statistic, freedom))
         rows.append(
@@ -144,7 +144,7 @@ def compare(session: Session, prompts: list[str], temperature: float, answers: i
 
 def followers(session: Session, ids: list[int], way: Way, seeds: range) -> dict[tuple[int, ...], Counter[int]]:
     """Count what followed each prefix of the answers to a prompt."""
-    found: dict[tuple[int, ...], Counter[int]] = {}
+    counts: dict[tuple[int, ...], Counter[int]] = {}
     session.generate(ids, max_new_tokens=1).finish()
     for seed in seeds:
         options = way.options(session, seed=seed)
@@ -152,8 +152,8 @@ def followers(session: Session, ids: list[int], way: Way, seeds: range) -> dict[
             ids, max_new_tokens=COUNTED, stop_token_ids=(), keep_length=len(ids) - 1, **options
         ).finish()
         for length, token in enumerate(answer.tokens):
-            found.setdefault(answer.tokens[:length], Counter())[token] += 1
-    return found
+            counts.setdefault(answer.tokens[:length], Counter())[token] += 1
+    return counts
 
 
 def difference(counts: list[Counter[int]]) -> tuple[float, int]:
@@ -164,8 +164,8 @@ def difference(counts: list[Counter[int]]) -> tuple[float, int]:
     table = table[:, table.sum(axis=0) > 0]
     if table.shape[1] < 2:
         return 0.0, 0
-    found = statistics.chi2_contingency(table, correction=False)
-    return float(found.statistic), int(found.dof)
+    test = statistics.chi2_contingency(table, correction=False)
+    return float(test.statistic), int(test.dof)
 
 
 def print_tables(figures: dict[str, Any]) -> None:

@@ -87,8 +87,8 @@ def measure_filled(pair: Sequence[Session], filled: int, options: argparse.Names
     ]
     for kind in ("decode", "verify"):
         steps = [copying_step(session, kind, filled, options.threads) for session in pair]
-        found = measure(f"{kind}, caches copied out", steps, options.repeats)
-        rows.append({"filled": filled, "in_place": False, **found})
+        row = measure(f"{kind}, caches copied out", steps, options.repeats)
+        rows.append({"filled": filled, "in_place": False, **row})
     return rows
 
 
@@ -143,8 +143,8 @@ def measure_onnx(options: argparse.Namespace) -> int:
         for filled in options.filled:
             steps = [onnx_steps(backend, bundle.manifest, filled) for backend in backends]
             for name in steps[0]:
-                found = measure(name, [kinds[name] for kinds in steps], options.repeats)
-                rows.append({"filled": filled, "in_place": "copied" not in name, **found})
+                row = measure(name, [kinds[name] for kinds in steps], options.repeats)
+                rows.append({"filled": filled, "in_place": "copied" not in name, **row})
         model = f"{bundle.manifest.model}, {bundle.manifest.recipe}, onnx"
     print(f"{model}, {options.threads} threads; cache lengths {lengths}; medians in µs")
     print_rows(rows)

@@ -59,15 +59,15 @@ def compare(variant: str) -> list[dict[str, Any]]:
         expected = restored(pair / "target")(ids).logits[0].numpy()
     rows = []
     for export_format in ("tflite", "onnx"):
-        found = said(exported(pair, export_format), ids[0].tolist())
-        correlation = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(found, expected, strict=True)]
+        logits = said(exported(pair, export_format), ids[0].tolist())
+        correlation = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(logits, expected, strict=True)]
         rows.append(
             {
                 "variant": variant,
                 "export_format": export_format,
                 "least_correlation": round(min(correlation), 4),
                 "mean_correlation": round(statistics.mean(correlation), 4),
-                "same_first_choice": f"{int((found.argmax(1) == expected.argmax(1)).sum())} of {TOKENS}",
+                "same_first_choice": f"{int((logits.argmax(1) == expected.argmax(1)).sum())} of {TOKENS}",
             }
         )
     return rows

@@ -16,8 +16,8 @@ from mtp_runtime.user_cache import user_cache
 
 def cache_folder() -> Path:
     """Where prepared folders are: `MTP_CACHE`, or mtp-export in the user's cache folder."""
-    given = os.environ.get("MTP_CACHE")
-    base = Path(given) if given else user_cache()
+    setting = os.environ.get("MTP_CACHE")
+    base = Path(setting) if setting else user_cache()
     base.mkdir(parents=True, exist_ok=True)
     return base
 

@@ -114,23 +114,23 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
     checkpoint = folder / model
     name = f"{model}{suffix(composites)}"
     config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint, composites=composites)
-    found = FullSize(
+    written = FullSize(
         bundle=config.output,
         dense=folder / f"{name}-dense.litertlm",
         passes=folder / f"{name}-passes.tflite",
         dense_drafter=folder / f"{name}-dense" / "drafter.tflite",
     )
-    if found.dense.exists():
-        return found
+    if written.dense.exists():
+        return written
     ours = not checkpoint.exists()
     if ours:
         command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
         subprocess.run(command, check=True, cwd=ROOT)
     exported(config)
-    _write_others(config, found)
+    _write_others(config, written)
     if ours:  # it is larger than all that was made of it
         shutil.rmtree(checkpoint)
-    return found
+    return written
 
 
 def export_config(
@@ -150,24 +150,24 @@ def export_config(
     )
 
 
-def _write_others(config: ExportConfig, found: FullSize) -> None:
+def _write_others(config: ExportConfig, written: FullSize) -> None:
     pair = open_pair(config)
     graphs = pipeline.FORMATS["tflite"].trace(config, pair, pipeline.graph_shape(config, pair))
     values = pipeline.pair_parameters(config, pair, graphs)
-    _write(config, trace_passes(pair.model), values["target"], found.passes)
+    _write(config, trace_passes(pair.model), values["target"], written.passes)
     embedding = Parameter(
         shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
         format=INT8,
         rows=functools.partial(pair.drafter.rows, _EMBEDDING),
     )
-    shutil.rmtree(found.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
-    found.dense_drafter.parent.mkdir()
+    shutil.rmtree(written.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
+    written.dense_drafter.parent.mkdir()
     dense = trace_dense_drafter(pair.model, graphs[3])
-    _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
+    _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, written.dense_drafter)
     for path in config.output.iterdir():
-        if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
-            (found.dense_drafter.parent / path.name).symlink_to(path.absolute())
-    write_litertlm(found.dense_drafter.parent, read_manifest(config.output), found.dense)
+        if path.name != written.dense_drafter.name and path.suffix != ".litertlm":
+            (written.dense_drafter.parent / path.name).symlink_to(path.absolute())
+    write_litertlm(written.dense_drafter.parent, read_manifest(config.output), written.dense)
 
 
 def convert_all(models: Sequence[str]) -> None:

@@ -130,15 +130,16 @@ class StockSignature:
         for number, name in enumerate(names):
             if name in self._buffers:
                 continue
-            tensor, found = graph._made(f"LiteRtGetSignature{kind}Tensor", signature, name.encode()), _TensorType()
-            graph._call("LiteRtGetRankedTensorType", tensor, byref(found))
+            tensor_type = _TensorType()
+            tensor = graph._made(f"LiteRtGetSignature{kind}Tensor", signature, name.encode())
+            graph._call("LiteRtGetRankedTensorType", tensor, byref(tensor_type))
             requirements = graph._made(
                 f"LiteRtGetCompiledModel{kind}BufferRequirements", graph._compiled, self._index, c_size_t(number)
             )
-            self.shapes[name] = tuple(found.layout.dimensions[: found.layout.rank])
-            self._dtypes[name] = _DTYPES[found.element_type]
+            self.shapes[name] = tuple(tensor_type.layout.dimensions[: tensor_type.layout.rank])
+            self._dtypes[name] = _DTYPES[tensor_type.element_type]
             self._buffers[name] = graph._made(
-                "LiteRtCreateManagedTensorBufferFromRequirements", graph._environment, byref(found), requirements
+                "LiteRtCreateManagedTensorBufferFromRequirements", graph._environment, byref(tensor_type), requirements
             )
         return names
 

@@ -62,9 +62,9 @@ def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[
     that had those ids take nano's."""
     before: dict[str, int] = tokenizer["model"]["vocab"]
     moved = {_TOKENS[name][0]: token_id for name, token_id in token_ids(vocab_size).items()}
-    given = set(moved.values())
-    left = iter(sorted({before[token] for token in moved} - given))
-    kept = {t: i if i not in given else next(left) for t, i in before.items() if t not in moved}
+    taken = set(moved.values())
+    left = iter(sorted({before[token] for token in moved} - taken))
+    kept = {t: i if i not in taken else next(left) for t, i in before.items() if t not in moved}
     vocabulary = kept | moved
     added = [token | {"id": moved.get(token["content"], token["id"])} for token in tokenizer["added_tokens"]]
     return tokenizer | {

@@ -28,11 +28,11 @@ _ROWS = 0
 
 def quantised(tensors: Sequence[StoredTensor], variant: str, per_layer_size: int) -> list[StoredTensor]:
     """The tensors of a target as a variant stores them."""
-    found: list[StoredTensor] = []
+    stored: list[StoredTensor] = []
     for tensor in tensors:
         format = _format(tensor, variant, per_layer_size)
-        found += [tensor] if format is None else _stored(tensor, format, variant)
-    return found
+        stored += [tensor] if format is None else _stored(tensor, format, variant)
+    return stored
 
 
 def _format(tensor: StoredTensor, variant: str, per_layer_size: int) -> WeightFormat | None:

@@ -152,17 +152,17 @@ def training_dialogues(seed: int) -> Iterator[Dialogue]:
 def held_out(seed: int = 1, *, questions: int = 400, tool_prompts: int = 200) -> list[Prompt]:
     """Questions that no training stage saw: plain ones without tools, then such as need a tool, with both declared."""
     rng = random.Random(seed)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for name, makers, count in (("question", PLAIN, questions), ("tool", WITH_TOOLS, tool_prompts)):
-        wanted = len(found) + count
-        while len(found) < wanted:
+        enough = len(prompts) + count
+        while len(prompts) < enough:
             exchange = _draw(rng, makers)
             failed = any(isinstance(call.result, dict) and "error" in call.result for call in exchange.calls)
             if is_held_out(exchange) and exchange.kind != "talk" and not failed:
-                found.setdefault(
+                prompts.setdefault(
                     exchange.question,
                     Prompt(
-                        id=f"{name}-{len(found) - wanted + count:03d}",
+                        id=f"{name}-{len(prompts) - enough + count:03d}",
                         kind=exchange.kind,
                         question=exchange.question,
                         answer=exchange.answer,
@@ -170,4 +170,4 @@ def held_out(seed: int = 1, *, questions: int = 400, tool_prompts: int = 200) ->
                         calls=exchange.calls,
                     ),
                 )
-    return list(found.values())
+    return list(prompts.values())

@@ -226,8 +226,8 @@ class LanguageModel(nn.Module):
         per_layers = per_layer.unbind(2)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            given = None if layer.owns_kv else shared[layer.kind]
-            x, shared[layer.kind] = layer(x, per_layers[index], ropes[layer.kind], given, window, window)
+            keys_and_values = None if layer.owns_kv else shared[layer.kind]
+            x, shared[layer.kind] = layer(x, per_layers[index], ropes[layer.kind], keys_and_values, window, window)
         return self.norm(x), shared
 
     def step(self, ids: Tensor, position: Tensor, caches: list[KeyValue]) -> Tensor:

@@ -100,8 +100,8 @@ def without_call_settings(text: str) -> str:
 
 def token_id(text: str, token: str) -> int | None:
     """Return the id of a token in a tokenizer.json that has been read before, None if it has none."""
-    found: int | None = HFTokenizer.from_str(text).token_to_id(token)
-    return found
+    number: int | None = HFTokenizer.from_str(text).token_to_id(token)
+    return number
 
 
 def special_tokens(target: Checkpoint) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _as_built(
         if _spelled(added)[: len(own)] != _spelled(own):
             tokenizer = _load(target, _with_member(text, "added_tokens", "[]"))
         _build_as_gemma(target, tokenizer, settings)
-    tokenizer.add_tokens(list(_wanted(tokenizer, settings, added, vocab_size)))
+    tokenizer.add_tokens(list(_missing_tokens(tokenizer, settings, added, vocab_size)))
     new = [str(token) for i, token in tokenizer.get_added_tokens_decoder().items() if i >= vocab_size]
     if new:
         remedy = "name a token of the vocabulary there, or take the base model's file"
@@ -191,7 +191,7 @@ def _parts(tokenizer: HFTokenizer) -> tuple[Any, ...]:
     return (*states, *(getattr(model, name, None) for name in _BPE_OPTIONS))
 
 
-def _wanted(
+def _missing_tokens(
     tokenizer: HFTokenizer, settings: TokenizerSettings, added: Mapping[int, AddedToken], vocab_size: int
 ) -> Iterator[AddedToken]:
     """What transformers adds to a tokenizer that it has loaded: tokens of a list, then special ones that are not there.

@@ -206,10 +206,10 @@ def _in_layers(config: AdapterConfig, patterns: Patterns) -> Callable[[str], boo
     if layers is None:
         return lambda name: True
     expressions = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = [patterns.numbered("layers_pattern", expression) for expression in expressions]
+    numbers = [patterns.numbered("layers_pattern", expression) for expression in expressions]
 
     def in_layers(name: str) -> bool:
-        number = next((n for number_of in found if (n := number_of(name)) is not None), None)
+        number = next((n for number_of in numbers if (n := number_of(name)) is not None), None)
         return number is not None and number in layers
 
     return in_layers

@@ -91,10 +91,10 @@ class Patterns:
         try:
             if self.seconds <= 0:
                 raise TimeoutError
-            found = match(self.seconds)
+            result = match(self.seconds)
         except TimeoutError:
             raise CheckpointError(
                 f"{self.where}: matching {shortened(pattern)} of {key} takes too long: list module names instead"
             ) from None
         self.seconds -= time.monotonic() - start
-        return found
+        return result

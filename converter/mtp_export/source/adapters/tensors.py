@@ -109,7 +109,7 @@ def read_tensors(folder: Path) -> AdapterTensors:
         whole=whole,
         rows=rows,
         prefix=MULTIMODAL if prefix == OLD_LAYOUT else prefix,
-        left_aside=tuple(f"{count} {what}" for what, count in sorted(aside.items()) if count),
+        left_aside=tuple(f"{count} {kind}" for kind, count in sorted(aside.items()) if count),
     )
 
 
