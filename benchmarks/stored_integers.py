@@ -59,7 +59,7 @@ def compare(variant: str) -> list[dict[str, Any]]:
         expected = restored(pair / "target")(ids).logits[0].numpy()
     rows = []
     for export_format in ("tflite", "onnx"):
-        logits = said(exported(pair, export_format), ids[0].tolist())
+        logits = logits_of(exported(pair, export_format), ids[0].tolist())
         correlation = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(logits, expected, strict=True)]
         rows.append(
             {
@@ -105,7 +105,7 @@ def exported(pair: Path, export_format: str) -> Path:
     return bundle
 
 
-def said(bundle: Path, ids: list[int]) -> NDArray[np.float32]:
+def logits_of(bundle: Path, ids: list[int]) -> NDArray[np.float32]:
     """Logits of every token. Shapes: -> [T,V]"""
     logits = []
     with Session.open(bundle) as session:

@@ -159,12 +159,11 @@ def speed(options: argparse.Namespace, models: Sequence[str]) -> None:
 def onnx(options: argparse.Namespace) -> int:
     """Run the ONNX pair, and write the result."""
     # Imported here: the other checks need neither onnx nor the provider.
-    from tools.gpu_check.onnx import check_onnx
+    from tools.gpu_check.onnx import OnnxCheck, check_onnx
 
     prompts = [prompt.text for prompt in heldout_prompts()][: min(options.prompts, _ONNX_PROMPTS)]
-    figures = check_onnx(
-        options.bundles, prompts, max_new_tokens=min(options.max_new_tokens, _ONNX_TOKENS), on_run=_say
-    )
+    check = OnnxCheck(max_new_tokens=min(options.max_new_tokens, _ONNX_TOKENS))
+    figures = check_onnx(options.bundles, prompts, check, _say)
     description = described(options.commit)
     description["versions"]["onnxruntime-ep-webgpu"] = version("onnxruntime-ep-webgpu")
     write(RESULTS / "gpu_onnx.json", {**description, **figures})

@@ -24,7 +24,7 @@ NUMPY: dict[int, np.dtype[Any]] = {
 
 
 def cut_out(graph: Graph, place: Operator) -> bytes:
-    """Return a TFLite file of the one operator at `place`: its variable inputs are the model's, its constants are kept."""
+    """Return a TFLite file of the one operator at `place`, whose variable inputs are the model's; constants stay."""
     subgraph = graph.model.subgraphs[place.subgraph]
     operator = subgraph.operators[place.index]
     model = schema.ModelT()
@@ -88,7 +88,7 @@ def _named(name: str, index: int) -> Any:
 
 
 def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Draw random values for the inputs of a cut-out operator: indices that are within what they index, small positions."""
+    """Draw random values for the inputs of a cut-out operator; indices lie in their range, positions are small."""
     subgraph = graph.model.subgraphs[place.subgraph]
     operator = subgraph.operators[place.index]
     random = np.random.default_rng(seed)

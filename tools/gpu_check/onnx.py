@@ -51,9 +51,7 @@ class OnnxCheck:
     repeats: int = _REPEATS
 
 
-def check_onnx(
-    folder: Path, prompts: Sequence[str], check: OnnxCheck, on_run: Callable[[str], None]
-) -> dict[str, Any]:
+def check_onnx(folder: Path, prompts: Sequence[str], check: OnnxCheck, on_run: Callable[[str], None]) -> dict[str, Any]:
     """Run all of it; bundles are taken from `folder`."""
     # ONNX Runtime offers the provider where it sees a GPU, which a container may hide; Vulkan decides what it runs on.
     os.environ.setdefault("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")

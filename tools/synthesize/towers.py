@@ -15,16 +15,12 @@ from tools.synthesize.layout import StoredTensor, matrix, vector
 
 VISION_PREFIX, AUDIO_PREFIX = "model.vision_tower.", "model.audio_tower."
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
-# How far from 0 a clipped layer's bounds lie. The published ones are not known. At this one, a few values in a
-# thousand are clipped: a model that loses its bounds says something else.
-_BOUND = 3.0
-_POSITION_SPREAD = 0.5
-_FEED_FORWARD = 4  # of the audio tower's hidden size; no key of a config says it
-_MEL_BINS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionTower:
+    """Sizes of the encoder of images."""
+
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -34,11 +30,17 @@ class VisionTower:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        """Values of a head."""
+        size, rest = divmod(self.hidden_size, self.num_heads)
+        if rest:
+            raise ValueError(f"{self.num_heads} heads do not divide a hidden size of {self.hidden_size}")
+        return size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioTower:
+    """Sizes of the encoder of sound."""
+
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -49,9 +51,18 @@ class AudioTower:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Towers:
+    """Both encoders of a model."""
+
     vision: VisionTower
     audio: AudioTower
 
+
+# How far from 0 a clipped layer's bounds lie. The published ones are not known. At this one, a few values in a
+# thousand are clipped: a model that loses its bounds says something else.
+_BOUND = 3.0
+_POSITION_SPREAD = 0.5
+_FEED_FORWARD = 4  # of the audio tower's hidden size; no key of a config says it
+_MEL_BINS = 128
 
 PUBLISHED = Towers(
     vision=VisionTower(

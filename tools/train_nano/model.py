@@ -127,14 +127,14 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, T, H] → [B, T, H]."""
-        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-        return out
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        down: Tensor = self.down_proj(gate * self.up_proj(x))
+        return down
 
 
 class Layer(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tools.train_nano.tables import read_table
 
 _SNIPPETS = read_table("snippets")
@@ -18,4 +21,5 @@ FUNCTIONS: tuple[tuple[str, str, str], ...] = tuple(
 EXPRESSIONS = _pairs("expressions")  # expression, the repr of its value
 MEANINGS = _pairs("meanings")  # Python word, its meaning
 ERRORS = _pairs("errors")  # exception, when it is raised
+QUESTIONS: Mapping[str, Mapping[str, Any]] = _SNIPPETS["questions"]  # by the table that they are on
 SHELL = _pairs("shell")  # purpose, command
