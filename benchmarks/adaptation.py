@@ -39,7 +39,7 @@ JUDGED = 12  # bulletins
 
 
 def bulletin(source: random.Random) -> str:
-    """A station's report: much of it follows from the words before, and some does not."""
+    """Return a station's report: much of it follows from the words before, and some does not."""
     station = source.choice(("KESTREL", "MARROW", "TANAGER", "OSPREY", "FULMAR", "PETREL"))
     force = source.randint(2, 9)
     knots = 4 * force + source.randint(0, 3)
@@ -103,7 +103,7 @@ def acceptance(target: Path | None, drafter: Path | None, prompts: Sequence[Sequ
 
 
 def outputs(target: Path, drafter: Path | None, folder: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
-    """What the exported pair says with drafts."""
+    """Return the answers of the exported pair with drafts."""
     command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--recipe", "f32"]
     command += ["--checkpoint", str(target), "--output", str(folder), *(["--drafter", str(drafter)] if drafter else [])]
     subprocess.run(command, check=True, capture_output=True)

@@ -114,7 +114,7 @@ def random_prompts(session: Session, count: int) -> list[str | list[int]]:
 
 
 def summary(runs: dict[Depth, list[Run]], *, against_plain: bool) -> dict[str, Any]:
-    """What a kind's runs come to; `of_goal_speed` is auto's speed in parts of the speed that its goal names."""
+    """Return what a kind's runs come to; `of_goal_speed` is auto's speed in parts of the speed that its goal names."""
     speeds = {depth: speed(taken) for depth, taken in runs.items()}
     best = max((depth for depth in speeds if depth != "auto"), key=lambda depth: speeds[depth])
     columns = zip_longest(*(run.stats.rounds_by_num_drafts for run in runs["auto"]), fillvalue=0)
@@ -138,12 +138,12 @@ def summary(runs: dict[Depth, list[Run]], *, against_plain: bool) -> dict[str, A
 
 
 def speed(runs: Sequence[Run]) -> float:
-    """Committed tokens per second of CPU time, without each prompt's first token, which its prefill yields."""
+    """Return committed tokens per second of CPU time, without each prompt's first token, which its prefill yields."""
     return 1000.0 * sum(run.stats.committed_tokens - 1 for run in runs) / sum(run.cpu_ms for run in runs)
 
 
 def elapsed_speed(runs: Sequence[Run]) -> float:
-    """The same per second on the clock."""
+    """Return the same per second on the clock."""
     later = sum(run.stats.committed_tokens - 1 for run in runs)
     return 1000.0 * later / sum(run.stats.generate_wall_ms for run in runs)
 

@@ -63,7 +63,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def family(root: int) -> list[int]:
-    """A process and all that it started."""
+    """Return a process and all that it started."""
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -78,7 +78,7 @@ def family(root: int) -> list[int]:
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """A process's share of what it has in memory (PSS), and of that, what no file stands behind."""
+    """Return a process's share of what it has in memory (PSS), and of that, what no file stands behind."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:  # it has ended meanwhile

@@ -70,7 +70,7 @@ def measure(session: Session, kind: str, max_new_tokens: int, repeats: int) -> l
 
 
 def speed(runs: list[GenerationStats]) -> float:
-    """Committed tokens per second after each prompt's first token, which its prefill yields."""
+    """Return committed tokens per second after each prompt's first token, which its prefill yields."""
     return 1000.0 * sum(s.committed_tokens - 1 for s in runs) / sum(s.generate_wall_ms for s in runs)
 
 

@@ -110,7 +110,7 @@ class _Table:
 
 
 def generation(options: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Tokens per second of every runtime, in turn; the first time round warms up."""
+    """Return tokens per second of every runtime, in turn; the first time round warms up."""
     table, count = _Table(), options.new_tokens
     with (
         Session.open(exported(CACHE_LENGTH, "int8"), threads=options.threads) as litert,

@@ -55,14 +55,14 @@ def main() -> int:
 
 
 def memory() -> dict[str, int]:
-    """What this process has in memory: without a file behind it, and mapped from files."""
+    """Return what this process has in memory: without a file behind it, and mapped from files."""
     status = Path("/proc/self/status").read_text()
     sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")}
     return {"anonymous": sizes["RssAnon"], "mapped": sizes["RssFile"]}
 
 
 def rounds(session: Session, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """Committed tokens per second, plainly and at every alpha, in turn."""
+    """Return committed tokens per second, plainly and at every alpha, in turn."""
     plain, *imposed = time_rounds(session, prompt, new_tokens, ALPHAS)
     return {
         "same_output": all(row.same_output for row in (plain, *imposed)),

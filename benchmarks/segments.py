@@ -137,7 +137,7 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
 
 
 def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, filled: int) -> NDArray[Any]:
-    """What a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
+    """Return what a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
     if dtype == torch.int32:
         return np.arange(shape[0], dtype=np.int32) + (filled if name.startswith("input_pos") else 0)
     return np.random.default_rng(0).standard_normal(shape, np.float32)

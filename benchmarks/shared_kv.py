@@ -130,7 +130,7 @@ def copying_step(session: Session, kind: str, filled: int, threads: int) -> Step
 
 
 def measure_onnx(options: argparse.Namespace) -> int:
-    """The same for the ONNX pair: one bundle, two lengths of cache."""
+    """Measure the same for the ONNX pair: one bundle, two lengths of cache."""
     lengths = (1024, 16384)
     with Bundle.open(exported(1024, options.recipe, "onnx")) as bundle, contextlib.ExitStack() as opened:
         backends = []
@@ -174,7 +174,7 @@ def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[st
 
 
 def copying_graph(backend: OnnxBackend) -> BoundGraph:
-    """A decode that returns the caches apart from those it was given."""
+    """Return a decode that returns the caches apart from those it was given."""
     graph = TargetRun(backend.graphs, 1, 1, (0,)).graph
     for name, value in backend.graphs.cache_values[0].items():
         apart = ort.OrtValue.ortvalue_from_numpy(np.zeros(value.shape(), np.float32), "cpu")

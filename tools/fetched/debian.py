@@ -23,7 +23,7 @@ class FetchError(UserError):
 
 
 def mirror() -> str:
-    """The Debian archive that this machine's apt is set up with, or `MTP_DEBIAN_MIRROR`.
+    """Return the Debian archive that this machine's apt is set up with, or `MTP_DEBIAN_MIRROR`.
 
     Raises:
         FetchError: there is none.

@@ -76,7 +76,7 @@ def _on_cpu(session: Session, prompt: str, max_new_tokens: int) -> str:
 def _verdicts(
     session: Session, prompts: Sequence[str], expected: Sequence[str], texts: Sequence[str], tolerance: float
 ) -> dict[str, Any]:
-    """How many texts are equal as far as both go, and the margin at each first difference."""
+    """Return how many texts are equal as far as both go, and the margin at each first difference."""
     margins = []
     agreed = compared = 0
     for prompt, ours, theirs in zip(prompts, expected, texts, strict=True):

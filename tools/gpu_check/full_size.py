@@ -62,7 +62,7 @@ class FullSize:
 
 
 def bundle(folder: Path, recipe: str, delegate: str, *, composites: bool = False) -> Path:
-    """A bundle of nano, exported if it is not there."""
+    """Return a bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-{delegate}{suffix(composites)}"
     return exported(export_config("nano", recipe, delegate, path, None, composites=composites))
 
@@ -97,7 +97,7 @@ def two_kv_heads() -> Iterator[None]:
 
 
 def exported(config: ExportConfig) -> Path:
-    """The bundle of an export, made if it is not there."""
+    """Return the bundle of an export, made if it is not there."""
     if not config.output.exists():
         config.output.parent.mkdir(parents=True, exist_ok=True)
         pipeline.export(config, Silent())
@@ -105,7 +105,7 @@ def exported(config: ExportConfig) -> Path:
 
 
 def suffix(composites: bool) -> str:
-    """What tells files of graphs with composites from those without."""
+    """Return what tells files of graphs with composites from those without."""
     return "-composites" if composites else ""
 
 
@@ -136,7 +136,7 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
 def export_config(
     model: str, recipe: str, delegate: str, output: Path, checkpoint: Path | None, *, composites: bool = False
 ) -> ExportConfig:
-    """An export with the defaults of the command line."""
+    """Return an export with the defaults of the command line."""
     return ExportConfig(
         model=model,
         export_format="tflite",
@@ -200,7 +200,7 @@ def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parame
 
 
 def trace_passes(pair: PairSpec) -> TracedGraph:
-    """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
+    """Return the target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
         GraphShape(
             cache_length=pair.cache_length,

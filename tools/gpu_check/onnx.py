@@ -67,7 +67,7 @@ def check_onnx(folder: Path, prompts: Sequence[str], check: OnnxCheck, on_run: C
 
 
 def placement(path: Path) -> dict[str, Any]:
-    """How many nodes of a graph run where, by operator, and what is copied between GPU and CPU in each pass."""
+    """Return how many nodes of a graph run where, by operator, and what is copied between GPU and CPU in each pass."""
     options = pooled_options(2)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with tempfile.TemporaryDirectory(prefix="placement-") as place:

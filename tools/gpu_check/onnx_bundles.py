@@ -24,7 +24,7 @@ def write_onnx_bundles(folder: Path) -> None:
 
 
 def nano(folder: Path, recipe: str) -> Path:
-    """A bundle of nano, exported if it is not there."""
+    """Return a bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-onnx"
     return exported(dataclasses.replace(export_config("nano", recipe, "cpu", path, None), export_format="onnx"))
 

@@ -60,7 +60,7 @@ def _time(signature: StockSignature) -> dict[str, float]:
 
 
 def _value(name: str, signature: StockSignature) -> NDArray[Any]:
-    """What a pass is fed behind so many tokens; hidden states and caches at random."""
+    """Return what a pass is fed behind so many tokens; hidden states and caches at random."""
     shape, (tokens,) = signature.shapes[name], signature.shapes["input_pos"]
     if name == "input_pos":
         return np.arange(_FILLED, _FILLED + tokens, dtype=np.int32)

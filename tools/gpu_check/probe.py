@@ -32,7 +32,7 @@ TOLERANCE = 0.05
 
 
 def collect(paths: Sequence[Path]) -> dict[str, tuple[Graph, Operator]]:
-    """An operator of each form in some graphs, the smallest that there is of it."""
+    """Return an operator of each form in some graphs, the smallest that there is of it."""
     forms: dict[str, tuple[int, Graph, Operator]] = {}
     for path in paths:
         graph = open_graph(path)
@@ -137,13 +137,13 @@ def try_on_gpu(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
-    """The largest difference, in parts of the largest value."""
+    """Return the largest difference, in parts of the largest value."""
     largest = float(np.max(np.abs(expected), initial=0.0))
     return float(np.max(np.abs(actual - expected), initial=0.0)) / (largest or 1.0)
 
 
 def reason(log: str, error: str) -> str:
-    """What the delegate says of the operator that it does not take."""
+    """Return the line of the delegate about the operator that it refuses."""
     _, _, after = log.partition("Following operations are not supported by GPU delegate:")
     lines = [line.strip() for line in after.splitlines() if line.strip()]
     return lines[0] if lines else (log.strip().splitlines() or [error])[-1][:300]

@@ -66,7 +66,7 @@ class StockGraph:
         self._signatures = [self._made("LiteRtGetModelSignature", self._model, c_size_t(i)) for i in range(count.value)]
 
     def signature(self, name: str) -> StockSignature:
-        """A signature with its buffers."""
+        """Return a signature with its buffers."""
         names = [self._text("LiteRtGetSignatureKey", signature) for signature in self._signatures]
         return StockSignature(self, names.index(name))
 
@@ -97,7 +97,7 @@ class StockGraph:
             raise RuntimeError(f"{function} says {status}")
 
     def _made(self, function: str, *arguments: Any) -> c_void_p:
-        """What a function puts behind its last argument."""
+        """Return what a function puts behind its last argument."""
         made = c_void_p()
         self._call(function, *arguments, byref(made))
         return made
@@ -159,7 +159,7 @@ class StockSignature:
         self._graph._call("LiteRtRunCompiledModel", self._graph._compiled, self._index, counts[0], ins, counts[1], outs)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A copy of an output."""
+        """Return a copy of an output."""
         values = np.empty(self.shapes[name], np.float32)
         with self._locked(name, _READ) as address:
             ctypes.memmove(values.ctypes.data, address, values.nbytes)

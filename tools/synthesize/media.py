@@ -74,7 +74,7 @@ def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[
 
 
 def target_settings(towers: Towers, vocab_size: int) -> dict[str, Any]:
-    """The outer keys of a target's config.json that it has because of the towers."""
+    """Return the outer keys of a target's config.json that it has because of the towers."""
     ids = token_ids(vocab_size)
     return {
         "audio_config": _audio_config(towers.audio),
@@ -87,7 +87,7 @@ def target_settings(towers: Towers, vocab_size: int) -> dict[str, Any]:
 
 
 def drafter_settings(vocab_size: int) -> dict[str, Any]:
-    """The outer keys of a drafter's config.json that the published ones have in addition."""
+    """Return the outer keys of a drafter's config.json that the published ones have in addition."""
     ids = token_ids(vocab_size)
     return {"transformers_version": "5.7.0.dev0"} | {
         f"{name}_token_id": token_id for name, token_id in ids.items() if name != "video"

@@ -27,7 +27,7 @@ _ROWS = 0
 
 
 def quantised(tensors: Sequence[StoredTensor], variant: str, per_layer_size: int) -> list[StoredTensor]:
-    """The tensors of a target as a variant stores them."""
+    """Return the tensors of a target as a variant stores them."""
     stored: list[StoredTensor] = []
     for tensor in tensors:
         format = _format(tensor, variant, per_layer_size)
@@ -83,7 +83,7 @@ def _constant(name: str, dtype: str, values: tuple[float, ...]) -> StoredTensor:
 
 
 def quantization_config(variant: str, per_layer_size: int) -> dict[str, Any]:
-    """The part of a target's config.json that says how it is stored."""
+    """Return the part of a target's config.json that says how it is stored."""
     if variant == W4A16:
         groups = [_group(["Linear"], 4, 32)]
         ignore = ["lm_head", "re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*embed_vision.*", "re:.*embed_audio.*"]

@@ -121,7 +121,7 @@ def published_drafter_config(spec: DrafterSpec, max_position_embeddings: int, *,
 
 
 def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, Any]:
-    """What target and drafter say alike."""
+    """Return the keys that target and drafter have in common."""
     return {
         "pad_token_id": 0,
         "eos_token_id": 1,

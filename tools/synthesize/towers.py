@@ -88,12 +88,12 @@ SMALL = Towers(
 
 
 def of(model: str) -> Towers:
-    """The towers of a model, by the name of its pair."""
+    """Return the towers of a model, by the name of its pair."""
     return SMALL if model == published.NANO.name else PUBLISHED
 
 
 def at_depth(towers: Towers, depth: Fraction) -> Towers:
-    """The towers with the first layers of each, at least one; every width as it was."""
+    """Return the towers with the first layers of each, at least one; every width as it was."""
     vision, audio = towers.vision, towers.audio
     return Towers(
         vision=dataclasses.replace(vision, num_layers=max(1, round(vision.num_layers * depth))),
@@ -172,7 +172,7 @@ def _conformer(tower: AudioTower, name: str) -> list[StoredTensor]:
 
 
 def _clipped(name: str, rows: int, columns: int) -> list[StoredTensor]:
-    """A linear layer that clips what goes in and what comes out, each between two scalars."""
+    """Return a linear layer that clips what goes in and what comes out, each between two scalars."""
     return [
         matrix(f"{name}.linear", rows, columns),
         *(

@@ -65,12 +65,12 @@ class Prompt:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Names a set of prompts: the SHA-256 of their questions and answers."""
+    """Return a name for a set of prompts: the SHA-256 of their questions and answers."""
     return hashlib.sha256("\n".join(f"{p.question}\n{p.answer}" for p in prompts).encode()).hexdigest()
 
 
 def is_held_out(exchange: Exchange) -> bool:
-    """Whether training must not see the question."""
+    """Return whether training must not see the question."""
     digest = hashlib.sha256(exchange.question.encode()).hexdigest()
     return int(digest, 16) % 1000 < HELD_OUT_PER_MILLE
 
@@ -89,7 +89,7 @@ def _for_training(rng: random.Random, makers: Sequence[tuple[Maker, float]], *, 
 
 
 def call_messages(calls: Sequence[Call], **thought: str) -> list[Message]:
-    """The calls of one reply, and what the tools give."""
+    """Return the calls of one reply, and what the tools give."""
     functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     written = [{"type": "function", "function": function} for function in functions]
     calling: Message = {"role": "assistant", "content": "", "tool_calls": written, **thought}
@@ -107,7 +107,7 @@ def _messages(exchange: Exchange, question: str, answer: str, thinking: bool) ->
 
 
 def _system(rng: random.Random) -> tuple[str | None, bool, str]:
-    """A system message if any, whether answers are one word, and what they begin with."""
+    """Return a system message if any, whether answers are one word, and what they begin with."""
     roll = rng.random()
     if roll < 0.78:
         return None, False, ""
@@ -124,7 +124,7 @@ def _system(rng: random.Random) -> tuple[str | None, bool, str]:
 
 
 def dialogue(rng: random.Random) -> Dialogue:
-    """A conversation for training."""
+    """Return a conversation for training."""
     names = []
     if rng.random() < 0.35:
         names = rng.sample(list(TOOLS), 2 if rng.random() < 0.6 else 1)

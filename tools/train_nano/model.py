@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def head_dim(config: dict[str, Any], kind: str) -> int:
-    """The head size of a layer kind."""
+    """Return the head size of a layer kind."""
     return int(config["global_head_dim"] if kind == "full_attention" else config["head_dim"])
 
 
@@ -165,7 +165,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, per_layer: Tensor | None, cos_sin: KeyValue, shared: KeyValue | None, window: int, seen: int
     ) -> tuple[Tensor, KeyValue]:
-        """The layer over a whole sequence, with its own keys and values or, if it has none, the `shared` ones.
+        """Return the layer over a whole sequence, with its own keys and values or, if it has none, the `shared` ones.
 
         Shapes: x [B, T, H] → [B, T, H], the keys and values used, two of [B, 1, T, D].
         """
@@ -332,7 +332,7 @@ class Drafter(nn.Module):
         return x, self.post_projection(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The dense tied head. Shapes: [..., H] → [..., V]."""
+        """Return the dense tied head. Shapes: [..., H] → [..., V]."""
         out: Tensor = F.linear(x, self.model.embed_tokens.weight).float()
         return out
 

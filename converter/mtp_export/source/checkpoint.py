@@ -187,7 +187,7 @@ class Checkpoint:
         return {name, f"{name}_packed"}
 
     def _same(self, name: str, other: str) -> bool:
-        """Whether two matrices have the same values, and the same scales where they are stored as integers."""
+        """Return whether two matrices have the same values, and the same scales where they are stored as integers."""
         for suffix in ("", "_packed", "_scale"):
             pair = [self.tensors.get(n + suffix) for n in (name, other)]
             if pair == [None, None]:

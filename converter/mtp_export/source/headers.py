@@ -25,7 +25,7 @@ class Headers:
         self.download_bytes = 0  # what an export would download
 
     def find(self, source: str) -> Path:
-        """A local folder as it is; a Hugging Face id from its cache, or as a folder of headers in `scratch`.
+        """Return a local folder as it is; a Hugging Face id from its cache, or as a folder of headers in `scratch`.
 
         Raises:
             CheckpointError: the id is unknown, or neither cached nor to be reached.

@@ -134,7 +134,7 @@ def _is_layer(name: str, prefix: str) -> bool:
 
 
 def _canonical(name: str, prefix: str, part: str) -> str | None:
-    """The canonical name of a tensor of the model, None of another; all of a drafter's are its own."""
+    """Return the canonical name of a tensor of the model, None of another; all of a drafter's are its own."""
     if part == "drafter":
         return name
     if _of_text_model(name, prefix):

@@ -72,7 +72,7 @@ class _Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_quantization(config: Any, where: str) -> frozenset[WeightFormat]:
-    """The formats that a config.json says matrices are stored in; none where it says nothing.
+    """Return the formats that a config.json says matrices are stored in; none where it says nothing.
 
     A group's block size is its number of columns, 0 where a row has one scale.
 
@@ -172,7 +172,7 @@ class StoredMatrix:
         return frozenset(filter(None, (self.values, self.scales, self.stated_shape, *unread)))
 
     def rows(self, stored: NDArray[Any], scales: NDArray[np.float32]) -> Rows:
-        """What stored rows mean: integers and scales as they are; a block whose scale is 0 is one of zeros.
+        """Return what stored rows mean: integers and scales as they are; a block whose scale is 0 is one of zeros.
 
         Shapes: stored [R, C * bits / 32] int32 or [R,C] int8, scales [R,G]
         """
@@ -194,7 +194,7 @@ def unpack(words: NDArray[np.int32], bits: int) -> NDArray[np.int8]:
 def find(
     tensors: Mapping[str, Header], name: str, shape: tuple[int, ...], formats: frozenset[WeightFormat], where: str
 ) -> StoredMatrix | None:
-    """The matrix `name` of this shape if it is stored as integers.
+    """Return the matrix `name` of this shape if it is stored as integers.
 
     Raises:
         CheckpointError: its tensors contradict each other, the shape, or the formats that the config names.

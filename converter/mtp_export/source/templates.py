@@ -49,7 +49,7 @@ class ChatTemplate:
     source: str = ""
 
     def origin(self) -> ChatTemplateOrigin | None:
-        """What a bundle says of the template that it carries."""
+        """Return where the template of a bundle comes from, None without one."""
         if self.text is None:
             return None
         digest = hashlib.sha256(self.text.encode()).hexdigest()
@@ -115,7 +115,7 @@ def _of_files(target: Checkpoint) -> dict[str, str]:
 
 
 def _is_unicode(name: str) -> bool:
-    """Names of files may hold any bytes; those that are not UTF-8 come as halves of surrogate pairs."""
+    """Return whether a file name is UTF-8; other bytes come as halves of surrogate pairs."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -157,7 +157,7 @@ def joined(named: Mapping[str, str]) -> str | None:
 
 
 def _inner(template: str) -> str:
-    """A template as part of another: a file's last newline is no part of what it renders."""
+    """Return a template as part of another: a file's last newline is no part of what it renders."""
     for newline in ("\r\n", "\n", "\r"):
         if template.endswith(newline):
             return template.removesuffix(newline) + "{{ '' }}"

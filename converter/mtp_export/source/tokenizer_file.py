@@ -68,7 +68,7 @@ def read_file(target: Checkpoint) -> str:
 
 
 def is_hole(text: str) -> bool:
-    """Whether a plan has this in the place of a tokenizer.json that is not downloaded yet."""
+    """Return whether a plan has this in the place of a tokenizer.json that is not downloaded yet."""
     return text.startswith("\0")
 
 
@@ -184,7 +184,7 @@ def _spelled(added: Mapping[int, AddedToken]) -> list[tuple[int, str]]:
 
 
 def _parts(tokenizer: HFTokenizer) -> tuple[Any, ...]:
-    """All that makes a tokenizer but its tokens and merges."""
+    """Return all that makes a tokenizer but its tokens and merges."""
     model = tokenizer.model
     parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
     states = [None if part is None else part.__getstate__() for part in parts]
@@ -256,7 +256,7 @@ def _check_ids(tokenizer: HFTokenizer, vocab_size: int, where: str, remedy: str)
 
 
 def _naming(target: Checkpoint, token: str) -> str:
-    """The file that names a token which tokenizer.json has not."""
+    """Return the file that names a token which tokenizer.json has not."""
     spelled = json.dumps(token, ensure_ascii=False)
     names = (ADDED_TOKENS, SPECIAL_TOKENS_MAP, CONFIG)
     name = next((n for n in names if target.has(n) and spelled in target.read_text(n)), CONFIG)

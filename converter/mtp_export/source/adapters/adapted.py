@@ -98,5 +98,5 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of an adapter that an export depends on."""
+    """Return the files of an adapter that an export depends on."""
     return [folder / ADAPTER_CONFIG, folder / WEIGHTS]

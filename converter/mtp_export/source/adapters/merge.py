@@ -40,17 +40,17 @@ class Merged:
     ties: bool
 
     def chain(self, name: str) -> Chain:
-        """The chain of a parameter."""
+        """Return the chain of a parameter."""
         key = EMBEDDING_WEIGHT if self.tied and name == HEAD_WEIGHT else name
         return self.chains.get(key) or Chain(origin=self.origins.get(key, key))
 
     def changed(self, name: str, chain: Chain) -> Merged:
-        """The model with a changed parameter, which is head and embedding where they are tied."""
+        """Return the model with a changed parameter, which is head and embedding where they are tied."""
         key = EMBEDDING_WEIGHT if self.tied and name == HEAD_WEIGHT else name
         return dataclasses.replace(self, chains={**self.chains, key: chain})
 
     def untied(self) -> Merged:
-        """The model with a head of its own, equal to the embedding."""
+        """Return the model with a head of its own, equal to the embedding."""
         if not self.tied:
             return self
         chains = {**self.chains, **{name: self.chain(name) for name in _TABLES}}

@@ -72,7 +72,7 @@ class PairReader:
         return pairs
 
     def left_aside(self, pairs: Mapping[str, Pair]) -> list[str]:
-        """What of the adapter's pairs changes nothing."""
+        """Return the kinds of the adapter's pairs that change nothing, with counts."""
         lacking = [module for module in self._tensors.pairs if self._model.lacks(module)]
         unnamed = [m for m in self._tensors.pairs if m not in pairs and m not in lacking]
         lengths = [] if self._config.dora else [m for m in pairs if _LENGTHS in self._tensors.pairs.get(m, ())]
@@ -143,5 +143,5 @@ def _compiled(
 
 
 def _of_module(patterns: Sequence[tuple[Callable[[str], bool], _Number]], name: str, default: _Number) -> _Number:
-    """A setting of one module: that of the first pattern that matches the end of its name."""
+    """Return a setting of one module: that of the first pattern that matches the end of its name."""
     return next((value for matches, value in patterns if matches(name)), default)

@@ -130,7 +130,7 @@ def _load(folder: Path, path: Path) -> dict[str, Tensor]:
 
 
 def _place(where: str, key: str) -> _Place | None:
-    """What a tensor is for; None for what PEFT keeps beside for training.
+    """Return what a tensor is for; None for what PEFT keeps beside for training.
 
     Raises:
         CheckpointError: it is of an adapter with a name of its own.
@@ -172,7 +172,7 @@ def _place_of_whole(parts: list[str]) -> _Place | None:
 
 
 def _other_part(module: str, *, paired: bool) -> str | None:
-    """What a module belongs to that is not the text model, None for the text model's."""
+    """Return what a module belongs to that is not the text model, None for the text model's."""
     noun = "adapter pairs" if paired else "adapter tensors"
     for tower, names in _TOWERS.items():
         if any(f".{name}" in f".{module}." for name in names):
