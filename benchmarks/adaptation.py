@@ -40,7 +40,7 @@ JUDGED = 12  # bulletins
 
 
 def bulletin(source: random.Random) -> str:
-    """A station's report: much of it follows from the words before, and some does not."""
+    """Return a station's report: much of it follows from the words before, and some does not."""
     station = source.choice(("KESTREL", "MARROW", "TANAGER", "OSPREY", "FULMAR", "PETREL"))
     force = source.randint(2, 9)
     knots = 4 * force + source.randint(0, 3)
@@ -61,13 +61,13 @@ def windows(seed: int, count: int, length: int) -> list[list[int]]:
     """Token ids of bulletins one after another, cut into windows that begin as texts do."""
     source = random.Random(seed)
     tokenizer = Tokenizer.open(EMBEDDED / "target" / "tokenizer.json", 2)
-    found: list[list[int]] = []
-    while len(found) < count:
+    rows: list[list[int]] = []
+    while len(rows) < count:
         ids: list[int] = []
         while len(ids) < length:
             ids += tokenizer.encode(bulletin(source))[1 if ids else 0 :]
-        found.append(ids[:length])
-    return found
+        rows.append(ids[:length])
+    return rows
 
 
 def fine_tuned(folder: Path, steps: int, seed: int = 1) -> None:
@@ -97,14 +97,14 @@ def acceptance(target: Path | None, drafter: Path | None, prompts: Sequence[Sequ
     pair = open_made_from("nano", str(target) if target else None, str(drafter) if drafter else None, ())
     model = load(pair.target.folder, torch.device("cpu"))
     ids = torch.tensor(prompts)
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False)
-    texts = [Text(str(i), "bulletin", tuple(row), PROMPT) for i, row in enumerate(said.tolist())]
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False)
+    texts = [Text(str(i), "bulletin", tuple(row), PROMPT) for i, row in enumerate(generated.tolist())]
     rounds = Rounds(pair, texts)
     return float(np.mean(rounds.accepted(rounds.drafter.spec.head.top_k, 1)))
 
 
 def outputs(target: Path, drafter: Path | None, folder: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
-    """What the exported pair says with drafts."""
+    """Return the answers of the exported pair with drafts."""
     command = [str(Path(sys.executable).with_name("mtp-export")), "--model", "nano", "--recipe", "f32"]
     command += ["--checkpoint", str(target), "--output", str(folder), *(["--drafter", str(drafter)] if drafter else [])]
     subprocess.run(command, check=True, capture_output=True)
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    judged, asked = windows(2, JUDGED, PROMPT), windows(3, 48, PROMPT)
+    judged, prompts = windows(2, JUDGED, PROMPT), windows(3, 48, PROMPT)
     with tempfile.TemporaryDirectory() as scratch:
         target, drafter = Path(scratch) / "target", Path(scratch) / "adapted"
         start = time.perf_counter()
@@ -131,7 +131,7 @@ def main() -> int:
         start = time.perf_counter()
         adapt(
             open_made_from("nano", str(target), None, ()),
-            asked,
+            prompts,
             drafter,
             Adaptation(
                 steps=options.steps, batch=6, learning_rate=1e-3, max_new_tokens=ANSWER, position_offset=1, seed=0
@@ -148,7 +148,7 @@ def main() -> int:
             "same_outputs": sum(a == b for a, b in zip(stock, adapted, strict=True)),
             "outputs": len(stock),
             "tuning": {"steps": options.tuning_steps, "seconds": round(tuned_s, 1)},
-            "adapting": {"steps": options.steps, "prompts": len(asked), "seconds": round(adapted_s, 1)},
+            "adapting": {"steps": options.steps, "prompts": len(prompts), "seconds": round(adapted_s, 1)},
             "threads": options.threads,
         }
     print(figures)

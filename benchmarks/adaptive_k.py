@@ -115,7 +115,7 @@ def random_prompts(session: Session, count: int) -> list[str | list[int]]:
 
 
 def summary(runs: dict[Depth, list[Run]], *, against_plain: bool) -> dict[str, Any]:
-    """What a kind's runs come to; `of_goal_speed` is auto's speed in parts of the speed that its goal names."""
+    """Return what a kind's runs come to; `of_goal_speed` is auto's speed in parts of the speed that its goal names."""
     speeds = {depth: speed(taken) for depth, taken in runs.items()}
     best = max((depth for depth in speeds if depth != "auto"), key=lambda depth: speeds[depth])
     columns = zip_longest(*(run.stats.rounds_by_num_drafts for run in runs["auto"]), fillvalue=0)
@@ -139,12 +139,12 @@ def summary(runs: dict[Depth, list[Run]], *, against_plain: bool) -> dict[str, A
 
 
 def speed(runs: Sequence[Run]) -> float:
-    """Committed tokens per second of CPU time, without each prompt's first token, which its prefill yields."""
+    """Return committed tokens per second of CPU time, without each prompt's first token, which its prefill yields."""
     return 1000.0 * sum(run.stats.committed_tokens - 1 for run in runs) / sum(run.cpu_ms for run in runs)
 
 
 def elapsed_speed(runs: Sequence[Run]) -> float:
-    """The same per second on the clock."""
+    """Return the same per second on the clock."""
     return overall_tokens_per_second([run.stats for run in runs]) or 0.0
 
 
@@ -156,17 +156,17 @@ def acceptance(runs: Sequence[Run]) -> float:
 def print_table(figures: dict[str, Any]) -> None:
     """Print a block a kind."""
     print(f"{figures['model']}, {figures['recipe']}, {figures['threads']} threads")
-    for kind, found in figures["kinds"].items():
+    for kind, rows in figures["kinds"].items():
         print(f"{kind:13} K      tok/s  speed-up  accepted")
-        for row in found["rows"]:
+        for row in rows["rows"]:
             print(
                 f"{'':13} {row['num_draft_tokens']!s:4} {row['tokens_per_second']:7.0f} {row['speed_up']:8.2f}x "
                 f"{row['acceptance_rate']:9.2f}"
             )
         print(
-            f"{'':13} auto is {found['of_best_fixed']:.3f} of the best fixed K ({found['best_fixed']}), "
-            f"{found['of_plain']:.3f} of plain; goal reached to {found['of_goal_speed']:.3f}, at least {GOAL}; "
-            f"rounds by K: {found['auto_rounds_by_num_drafts']}"
+            f"{'':13} auto is {rows['of_best_fixed']:.3f} of the best fixed K ({rows['best_fixed']}), "
+            f"{rows['of_plain']:.3f} of plain; goal reached to {rows['of_goal_speed']:.3f}, at least {GOAL}; "
+            f"rounds by K: {rows['auto_rounds_by_num_drafts']}"
         )
 
 

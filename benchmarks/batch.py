@@ -25,7 +25,7 @@ PROMPTS = 8
 
 
 def main() -> int:
-    """Measure, print and write the result; return 1 if a sequence said something else than alone."""
+    """Measure, print and write the result; return 1 if a sequence in a batch differs from the same alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -50,13 +50,13 @@ def main() -> int:
                 for size in sizes:
                     started = time.perf_counter()
                     if size == 1:
-                        alone = said = [session.generate(p, num_draft_tokens=k, **request).finish() for p in prompts]
+                        alone = traces = [session.generate(p, num_draft_tokens=k, **request).finish() for p in prompts]
                     else:
                         some = SessionBatch(batch.sessions[:size])
-                        said = some.generate(prompts, num_draft_tokens=k, **request)
+                        traces = some.generate(prompts, num_draft_tokens=k, **request)
                     if repeat:  # the first time round warms up
                         seconds[k, size] += time.perf_counter() - started
-                    same = same and [trace.tokens for trace in said] == [trace.tokens for trace in alone]
+                    same = same and [trace.tokens for trace in traces] == [trace.tokens for trace in alone]
     committed = options.repeats * PROMPTS * options.max_new_tokens
     rows = [
         {

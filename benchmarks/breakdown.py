@@ -85,21 +85,21 @@ def profile(bundle: Path, threads: int, filled: int, folder: Path) -> tuple[list
 
 
 def weights_of(path: Path) -> dict[str, str]:
-    """The inputs of every node of a graph, as one text by the node's name."""
+    """Return the inputs of every node of a graph, as one text by the node's name."""
     graph = onnx.load(path, load_external_data=False).graph
     return {node.name: " ".join((node.op_type, *node.input)) for node in graph.node}
 
 
 def by_pass(events: Iterable[dict[str, Any]], sizes: list[int]) -> dict[str, list[list[dict[str, Any]]]]:
-    """The nodes' events of each of the last passes, by kind; the first of a kind warms up and is left out."""
+    """Return the nodes' events of each of the last passes, by kind; the first of a kind warms up and is left out."""
     events = sorted(events, key=lambda event: event["ts"])
     runs = [event for event in events if event["name"] == "model_run"][-len(sizes) :]
     nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
-    found: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    by_name: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for run, size in zip(runs, sizes, strict=True):
         inside = [node for node in nodes if run["ts"] <= node["ts"] < run["ts"] + run["dur"]]
-        found["decode" if size == 1 else f"verify_{size}"].append(inside)
-    return {name: kinds[1:] for name, kinds in found.items()}
+        by_name["decode" if size == 1 else f"verify_{size}"].append(inside)
+    return {name: kinds[1:] for name, kinds in by_name.items()}
 
 
 def breakdown(runs: list[list[dict[str, Any]]], matrices: dict[str, str]) -> dict[str, float]:

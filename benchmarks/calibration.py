@@ -53,9 +53,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, damage) in enumerate(DAMAGES.items()):
             bundle = damaged(exported(1024, "int8"), Path(scratch) / str(number), damage)
-            found = calibrate(bundle, pair, prompts[:4], CalibrationOptions(max_new_tokens=32))
-            figures["damaged"][name] = {"passed": found.passed, "said": found.verdict.summary}
-            print(f"{name}: {found.verdict.summary}", flush=True)
+            report = calibrate(bundle, pair, prompts[:4], CalibrationOptions(max_new_tokens=32))
+            figures["damaged"][name] = {"passed": report.passed, "said": report.verdict.summary}
+            print(f"{name}: {report.verdict.summary}", flush=True)
     figures |= drafts(exported(1024, "int8"), pair, prompts)
     print(f"written: {write_result('calibration', figures)}")
     sound = all(row["passed"] for row in figures["recipes"].values())
@@ -64,10 +64,10 @@ def main() -> int:
 
 def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
     start = time.perf_counter()
-    found = calibrate(bundle, pair, prompts)
-    measured = found.quality
+    report = calibrate(bundle, pair, prompts)
+    measured = report.quality
     row = {
-        "passed": found.passed,
+        "passed": report.passed,
         "tokens": measured.tokens,
         "kl_per_token": measured.kl_per_token,
         "weights_kl_per_token": measured.weights_kl_per_token,
@@ -80,7 +80,7 @@ def quality(bundle: Path, pair: Pair, prompts: list[Prompt]) -> dict[str, Any]:
         "structured": msgspec.to_builtins(measured.structured),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    print(found.recipe, {k: v for k, v in row.items() if k != "layers"}, flush=True)
+    print(report.recipe, {k: v for k, v in row.items() if k != "layers"}, flush=True)
     return row
 
 

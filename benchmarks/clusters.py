@@ -36,10 +36,8 @@ def embedding(vocab: int, hidden: int) -> torch.Tensor:
 def main() -> int:
     """Cluster, print, write the result; return 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=262144)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--clusters", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
+    for name, default in (("vocab", 262144), ("hidden", 1024), ("clusters", 2048), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = embedding(options.vocab, options.hidden)

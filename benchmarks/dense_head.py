@@ -45,9 +45,9 @@ def main() -> int:
     rounds = head.Rounds(pair, judged)
     clusters = len(rounds.drafter.centroids)
     target, dense = load(pair.target.folder, CPU), load(pair.drafter.folder, CPU, trained=True)
-    asked = calibration_texts(pair.target, pair.target_spec, for_tuning(calibration_prompts()))
+    texts = calibration_texts(pair.target, pair.target_spec, for_tuning(calibration_prompts()))
     answers = drawn_answers(
-        target, asked, pair.stop_token_ids, beginnings=options.beginnings, max_new_tokens=192, seed=0
+        target, texts, pair.stop_token_ids, beginnings=options.beginnings, max_new_tokens=192, seed=0
     )
     print(f"{len(answers)} answers", flush=True)
     ordering, centroids, apart = cluster(

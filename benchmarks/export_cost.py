@@ -63,7 +63,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def family(root: int) -> list[int]:
-    """A process and all that it started."""
+    """Return a process and all that it started."""
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -71,14 +71,14 @@ def family(root: int) -> list[int]:
             parents[int(status.parent.name)] = int(fields[1])
         except OSError:  # it has ended meanwhile
             continue
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
+    processes = [root]
+    for pid in processes:
+        processes += [child for child, parent in parents.items() if parent == pid]
+    return processes
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """A process's share of what it has in memory (PSS), and of that, what no file stands behind."""
+    """Return a process's share of what it has in memory (PSS), and of that, what no file stands behind."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:  # it has ended meanwhile

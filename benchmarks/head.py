@@ -156,7 +156,7 @@ def build(folder: Path, threads: int) -> dict[str, Step]:
 
 
 def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
-    """A graph of a head alone."""
+    """Return a graph of a head alone."""
     builder = GraphBuilder("head")
     builder.start({"x": ((1, 1, SPEC.hidden_size), torch.float32)})
     builder.call("head", build_head, {"x": "x"})
@@ -166,7 +166,7 @@ def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
 
 
 def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]:
-    """Random weights; those of a clustered head in the form that its graph takes."""
+    """Return random weights; those of a clustered head in the form that its graph takes."""
     random = np.random.default_rng(1)
     ordering = random.permutation(SPEC.vocab_size).astype(np.int32).reshape(SPEC.head.num_centroids, -1)
 

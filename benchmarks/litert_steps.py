@@ -27,12 +27,12 @@ def litert_steps(
     steps: dict[str, Step] = {}
     with native_log_held_back():
         model = CompiledModel.from_file(str(path), options=options)
-        for name, given in inputs.items():
+        for name, values in inputs.items():
             index = model.get_signature_index(name)
             order = model.get_signature_by_index(index)
             buffers = {tensor: model.create_input_buffer_by_name(name, tensor) for tensor in order["inputs"]}
             for tensor, buffer in buffers.items():
-                buffer.write(given[tensor])
+                buffer.write(values[tensor])
             outputs = [
                 buffers.get((in_place or {}).get(tensor, "")) or model.create_output_buffer_by_name(name, tensor)
                 for tensor in order["outputs"]

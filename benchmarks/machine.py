@@ -1,14 +1,14 @@
-"""What a benchmark's result must name: the machine, the versions and the commit."""
+"""What a benchmark's result must name: the machine, the versions and the commit; and where results lie."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mtp_export.machine import processor, system, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,8 +19,8 @@ _PACKAGES = ("ai-edge-litert", "litert-lm-api", "litert-torch", "numpy", "onnxru
 def describe() -> dict[str, Any]:
     """Return the machine, the versions and the commit that a measurement was taken with."""
     return {
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "system": system()},
+        "versions": versions(_PACKAGES),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", _BUT_RESULTS)),
     }
@@ -32,22 +32,6 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**describe(), **figures}, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _git(*arguments: str) -> str:

@@ -112,7 +112,7 @@ def total(table: dict[str, dict[str, dict[str, float]]], scheme: str, tokens: in
 
 
 def trace(width: int, outputs: tuple[int, ...], copies: int, tokens: Iterable[int]) -> TracedGraph:
-    """The products for numbers of tokens, as signatures that share their weights."""
+    """Return the products for numbers of tokens, as signatures that share their weights."""
     builder = GraphBuilder("products")
     for count in tokens:
         builder.start({"x": ((1, count, width), torch.float32)})
@@ -158,7 +158,7 @@ def parameters(graph: TracedGraph, scheme: WeightFormat) -> dict[str, Parameter]
 
 
 def random_rows(rest: tuple[int, ...], start: int, stop: int) -> NDArray[np.float32]:
-    """Rows of one random block. Shapes: -> [stop - start, *rest]"""
+    """Return rows of one random block. Shapes: -> [stop - start, *rest]"""
     return np.resize(_random_block(), (stop - start, *rest))
 
 

@@ -51,10 +51,10 @@ def _step(session: ort.InferenceSession, tokens: list[int], position: int, cache
     for name in names:
         binding.bind_output(name)
     session.run_with_iobinding(binding)
-    found = dict(zip(names, binding.get_outputs(), strict=True))
+    outputs = dict(zip(names, binding.get_outputs(), strict=True))
     for name in caches:
-        caches[name] = found[name.replace("past_key_values", "present")]
-    return int(found["logits"].numpy()[0, -1].argmax())
+        caches[name] = outputs[name.replace("past_key_values", "present")]
+    return int(outputs["logits"].numpy()[0, -1].argmax())
 
 
 if __name__ == "__main__":

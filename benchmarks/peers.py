@@ -104,23 +104,23 @@ class _Table:
                 "version": key[1],
                 "weights": key[2],
                 "num_draft_tokens": key[3],
-                "tokens_per_second": round(statistics.median(found[warm_up:]), 1),
+                "tokens_per_second": round(statistics.median(speed[warm_up:]), 1),
                 "leading_tokens_in_common": round(self.common[key], 1),
             }
-            for key, found in self.speeds.items()
+            for key, speed in self.speeds.items()
         ]
 
 
 def generation(options: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Tokens per second of every runtime, in turn; the first time round warms up."""
+    """Return tokens per second of every runtime, in turn; the first time round warms up."""
     table, count = _Table(), options.new_tokens
     with (
         Session.open(exported(CACHE_LENGTH, "int8"), threads=options.threads) as litert,
         Session.open(exported(CACHE_LENGTH, "int8", "onnx"), threads=options.threads) as onnx,
     ):
         ids = [litert.tokenize(prompt) for prompt in prompts]
-        wanted = [litert.generate(i, max_new_tokens=count, num_draft_tokens=0).finish().tokens for i in ids]
-        pieces = [litert.text_pieces(tokens) for tokens in wanted]
+        expected = [litert.generate(i, max_new_tokens=count, num_draft_tokens=0).finish().tokens for i in ids]
+        pieces = [litert.text_pieces(tokens) for tokens in expected]
         for _ in range(1 + options.repeats):
             for k in (0, 4):
                 for name, package, session in (
@@ -129,8 +129,8 @@ def generation(options: argparse.Namespace, prompts: Sequence[str]) -> list[dict
                 ):
                     traces = [session.generate(i, max_new_tokens=count, num_draft_tokens=k).finish() for i in ids]
                     speed = overall_tokens_per_second([trace.stats for trace in traces]) or 0.0
-                    said = [trace.tokens for trace in traces]
-                    table.add((name, version(package), "int8", k), speed, _in_common(said, wanted))
+                    outputs = [trace.tokens for trace in traces]
+                    table.add((name, version(package), "int8", k), speed, _in_common(outputs, expected))
                 run = run_stock(
                     StockRequest(
                         model_path=str(litert.bundle.path("litertlm")),
@@ -144,27 +144,27 @@ def generation(options: argparse.Namespace, prompts: Sequence[str]) -> list[dict
                 common = [common_pieces(p, o.text) for o, p in zip(run.outputs, pieces, strict=True)]
                 table.add(("LiteRT-LM", version("litert-lm-api"), "int8", k), run.tokens_per_second, common)
             for name, weights, command in _peers(options):
-                found = _run([*command, options.threads, count], given=ids)
-                tokens = sum(len(output["tokens"]) - 1 for output in found["outputs"])
-                speed = 1000.0 * tokens / sum(output["ms"] for output in found["outputs"])
-                said = [output["tokens"] for output in found["outputs"]]
-                table.add((name, found["version"], weights, 0), speed, _in_common(said, wanted))
+                result = _run([*command, options.threads, count], request=ids)
+                tokens = sum(len(output["tokens"]) - 1 for output in result["outputs"])
+                speed = 1000.0 * tokens / sum(output["ms"] for output in result["outputs"])
+                outputs = [output["tokens"] for output in result["outputs"]]
+                table.add((name, result["version"], weights, 0), speed, _in_common(outputs, expected))
     return table.rows(warm_up=1)
 
 
 def _peers(options: argparse.Namespace) -> list[tuple[str, str, list[object]]]:
     """Name, weights and command of the peers that were given."""
-    found: list[tuple[str, str, list[object]]] = []
+    peers: list[tuple[str, str, list[object]]] = []
     if options.llama_cpp:
-        found.append(("llama.cpp", "q8_0", [options.llama_cpp, SCRIPTS / "peer_llama_cpp.py", options.gguf]))
+        peers.append(("llama.cpp", "q8_0", [options.llama_cpp, SCRIPTS / "peer_llama_cpp.py", options.gguf]))
     if options.mobius:
-        found.append(("mobius-onnx", "f32", [sys.executable, SCRIPTS / "peer_mobius.py", options.mobius]))
-    return found
+        peers.append(("mobius-onnx", "f32", [sys.executable, SCRIPTS / "peer_mobius.py", options.mobius]))
+    return peers
 
 
-def _in_common(outputs: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
-    """Leading tokens of each output that are the wanted ones."""
-    return [common_length(ours, theirs) for ours, theirs in zip(outputs, wanted, strict=True)]
+def _in_common(outputs: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many leading tokens of each output are the expected ones."""
+    return [common_length(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)]
 
 
 def passes_beside_openvino(python: Path, threads: int) -> dict[str, Any]:
@@ -187,18 +187,18 @@ def passes_beside_openvino(python: Path, threads: int) -> dict[str, Any]:
         "ONNX Runtime": version("onnxruntime"),
         "passes": {
             name: {
-                "onnxruntime_ms": round(found["ms"], 3),
+                "onnxruntime_ms": round(times["ms"], 3),
                 "openvino_ms": round(theirs["passes"][name]["ms"], 3),
-                "same_first_choices": found["first_choices"] == theirs["passes"][name]["first_choices"],
+                "same_first_choices": times["first_choices"] == theirs["passes"][name]["first_choices"],
             }
-            for name, found in ours.items()
+            for name, times in ours.items()
         },
     }
 
 
 def _pass_of_ours(session: Session, graphs: OnnxGraphs, count: int, file: Path) -> dict[str, Any]:
     """Time the graph alone in ONNX Runtime, and keep its inputs."""
-    said = session.backend.verify(filled_prompt(session, count))
+    logits = session.backend.verify(filled_prompt(session, count))
     run = graphs.target_run(count, count, (0,))
     np.savez(file, **run.inputs)
     times = []
@@ -206,20 +206,20 @@ def _pass_of_ours(session: Session, graphs: OnnxGraphs, count: int, file: Path) 
         started = _now()
         run.graph.run()
         times.append(_now() - started)
-    return {"ms": statistics.median(times[3:]), "first_choices": said.logits.argmax(-1).tolist()}
+    return {"ms": statistics.median(times[3:]), "first_choices": logits.logits.argmax(-1).tolist()}
 
 
 def _now() -> float:
     return 1000.0 * time.perf_counter()
 
 
-def _run(command: Sequence[object], given: object = None) -> dict[str, Any]:
+def _run(command: Sequence[object], request: object = None) -> dict[str, Any]:
     """Run a peer's part, and read what it prints last."""
     done = subprocess.run(
-        [str(part) for part in command], input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True
+        [str(part) for part in command], input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def run(module: str, *arguments: str) -> str:
 
 
 def rounds(bundle: Path, threads: int, *more: str) -> dict[str, Any]:
-    """What `benchmarks.rounds` says of a bundle, whether outputs were the same or not."""
+    """Return what `benchmarks.rounds` says of a bundle, whether outputs were the same or not."""
     command = [sys.executable, "-m", "benchmarks.rounds", str(bundle), "--threads", str(threads), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if done.returncode not in (0, 1) or not done.stdout:

@@ -55,21 +55,21 @@ def main() -> int:
 
 
 def memory() -> dict[str, int]:
-    """What this process has in memory: without a file behind it, and mapped from files."""
+    """Return what this process has in memory: without a file behind it, and mapped from files."""
     status = Path("/proc/self/status").read_text()
     sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")}
     return {"anonymous": sizes["RssAnon"], "mapped": sizes["RssFile"]}
 
 
 def rounds(session: Session, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """Committed tokens per second, plainly and at every alpha, in turn."""
+    """Return committed tokens per second, plainly and at every alpha, in turn."""
     plain, *imposed = time_rounds(session, prompt, new_tokens, ALPHAS)
     return {
-        "same_output": all(found.same_output for found in (plain, *imposed)),
+        "same_output": all(row.same_output for row in (plain, *imposed)),
         "distinct_tokens": plain.distinct_tokens,
         "plain_tokens_per_second": round(1000.0 / plain.ms_per_token, 2),
-        "gain_at_alpha": {str(found.alpha): round(plain.ms_per_token / found.ms_per_token, 3) for found in imposed},
-        "committed_per_round": {str(found.alpha): round(found.committed_per_round, 2) for found in imposed},
+        "gain_at_alpha": {str(row.alpha): round(plain.ms_per_token / row.ms_per_token, 3) for row in imposed},
+        "committed_per_round": {str(row.alpha): round(row.committed_per_round, 2) for row in imposed},
     }
 
 

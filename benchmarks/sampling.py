@@ -105,7 +105,7 @@ def measure(session: Session, prompts: list[str], max_new_tokens: int) -> list[d
 
 
 def speed(runs: list[GenerationStats]) -> float:
-    """Committed tokens per second after each prompt's first token, which its prefill yields."""
+    """Return committed tokens per second after each prompt's first token, which its prefill yields."""
     return overall_tokens_per_second(runs) or 0.0
 
 
@@ -126,8 +126,8 @@ def compare(session: Session, prompts: list[str], temperature: float, answers: i
             for prefix in plain.keys() & drafted.keys():
                 pair = [plain[prefix], drafted[prefix]]
                 if prefix and min(count.total() for count in pair) >= MET:
-                    found, degrees = difference(pair)
-                    statistic, freedom = statistic + found, freedom + degrees
+                    test, degrees = difference(pair)
+                    statistic, freedom = statistic + test, freedom + degrees
                     draws += sum(count.total() for count in pair)
         p_value = float(statistics.chi2.sf(statistic, freedom))
         rows.append(
@@ -145,7 +145,7 @@ def compare(session: Session, prompts: list[str], temperature: float, answers: i
 
 def followers(session: Session, ids: list[int], way: Way, seeds: range) -> dict[tuple[int, ...], Counter[int]]:
     """Count what followed each prefix of the answers to a prompt."""
-    found: dict[tuple[int, ...], Counter[int]] = {}
+    counts: dict[tuple[int, ...], Counter[int]] = {}
     session.generate(ids, max_new_tokens=1).finish()
     for seed in seeds:
         options = way.options(session, seed=seed)
@@ -153,8 +153,8 @@ def followers(session: Session, ids: list[int], way: Way, seeds: range) -> dict[
             ids, max_new_tokens=COUNTED, stop_token_ids=(), keep_length=len(ids) - 1, **options
         ).finish()
         for length, token in enumerate(answer.tokens):
-            found.setdefault(answer.tokens[:length], Counter())[token] += 1
-    return found
+            counts.setdefault(answer.tokens[:length], Counter())[token] += 1
+    return counts
 
 
 def difference(counts: list[Counter[int]]) -> tuple[float, int]:
@@ -165,8 +165,8 @@ def difference(counts: list[Counter[int]]) -> tuple[float, int]:
     table = table[:, table.sum(axis=0) > 0]
     if table.shape[1] < 2:
         return 0.0, 0
-    found = statistics.chi2_contingency(table, correction=False)
-    return float(found.statistic), int(found.dof)
+    test = statistics.chi2_contingency(table, correction=False)
+    return float(test.statistic), int(test.dof)
 
 
 def print_tables(figures: dict[str, Any]) -> None:

@@ -116,9 +116,9 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
         builder.start(inputs)
         results: dict[str, str] = {}
         for copy in range(copies[key]):
-            given = {name: f"{name}.{copy}" for name in segment.inputs}
+            bindings = {name: f"{name}.{copy}" for name in segment.inputs}
             renamed = {name: f"{name}.{copy}.out" for name in segment.outputs}
-            builder.call(key, partial(getattr, segment, "module"), given, renamed, prefix=f"{copy}.{key}.")
+            builder.call(key, partial(getattr, segment, "module"), bindings, renamed, prefix=f"{copy}.{key}.")
             results |= {value: value for value in renamed.values()}
         builder.finish(key, "decode", results, num_tokens=1, attention_length=0)
         values[key] = {name: value_of(name, shape, dtype, options.filled) for name, (shape, dtype) in inputs.items()}
@@ -128,7 +128,7 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
         name: Parameter(shape=shape, format=formats[name.partition(".")[2]], rows=partial(random_rows, shape[1:]))
         for name, shape in graph.weights.items()
     }
-    in_place = {f"{name}.out": name for given in values.values() for name in given if "_cache." in name}
+    in_place = {f"{name}.out": name for bindings in values.values() for name in bindings if "_cache." in name}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "segments.tflite"
         write_graph(lowered, random, path)
@@ -137,7 +137,7 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
 
 
 def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, filled: int) -> NDArray[Any]:
-    """What a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
+    """Return what a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
     if dtype == torch.int32:
         return np.arange(shape[0], dtype=np.int32) + (filled if name.startswith("input_pos") else 0)
     return np.random.default_rng(0).standard_normal(shape, np.float32)

@@ -20,11 +20,11 @@ from mtp_export.cli import main as cli
 
 def main() -> None:
     """Run the command on what is left of its model."""
-    given = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
-    path = Path(given["--checkpoint"]) / "config.json"
+    arguments = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
+    path = Path(arguments["--checkpoint"]) / "config.json"
     target = gemma4.read_target_spec(json.loads(path.read_text(encoding="utf-8")), str(path))
     pairs = cast(dict[str, PairSpec], published.PAIRS)
-    pairs[given["--model"]] = dataclasses.replace(pairs[given["--model"]], target=target)
+    pairs[arguments["--model"]] = dataclasses.replace(pairs[arguments["--model"]], target=target)
     cli.main()
 
 

@@ -87,8 +87,8 @@ def measure_filled(pair: Sequence[Session], filled: int, options: argparse.Names
     ]
     for kind in ("decode", "verify"):
         steps = [copying_step(session, kind, filled, options.threads) for session in pair]
-        found = measure(f"{kind}, caches copied out", steps, options.repeats)
-        rows.append({"filled": filled, "in_place": False, **found})
+        row = measure(f"{kind}, caches copied out", steps, options.repeats)
+        rows.append({"filled": filled, "in_place": False, **row})
     return rows
 
 
@@ -130,7 +130,7 @@ def copying_step(session: Session, kind: str, filled: int, threads: int) -> Step
 
 
 def measure_onnx(options: argparse.Namespace) -> int:
-    """The same for the ONNX pair: one bundle, two lengths of cache."""
+    """Measure the same for the ONNX pair: one bundle, two lengths of cache."""
     lengths = (1024, 16384)
     with Bundle.open(exported(1024, options.recipe, "onnx")) as bundle, contextlib.ExitStack() as opened:
         backends = []
@@ -143,8 +143,8 @@ def measure_onnx(options: argparse.Namespace) -> int:
         for filled in options.filled:
             steps = [onnx_steps(backend, bundle.manifest, filled) for backend in backends]
             for name in steps[0]:
-                found = measure(name, [kinds[name] for kinds in steps], options.repeats)
-                rows.append({"filled": filled, "in_place": "copied" not in name, **found})
+                row = measure(name, [kinds[name] for kinds in steps], options.repeats)
+                rows.append({"filled": filled, "in_place": "copied" not in name, **row})
         model = f"{bundle.manifest.model}, {bundle.manifest.recipe}, onnx"
     print(f"{model}, {options.threads} threads; cache lengths {lengths}; medians in µs")
     print_rows(rows)
@@ -174,7 +174,7 @@ def onnx_steps(backend: OnnxBackend, manifest: Manifest, filled: int) -> dict[st
 
 
 def copying_graph(backend: OnnxBackend) -> BoundGraph:
-    """A decode that returns the caches apart from those it was given."""
+    """Return a decode that returns the caches apart from those it was given."""
     graph = TargetRun(backend.graphs.opened, 1, 1, (0,)).graph
     for name, value in backend.graphs.cache_values[0].items():
         apart = ort.OrtValue.ortvalue_from_numpy(np.zeros(value.shape(), np.float32), "cpu")

@@ -59,15 +59,15 @@ def compare(variant: str) -> list[dict[str, Any]]:
         expected = restored(pair / "target")(ids).logits[0].numpy()
     rows = []
     for export_format in ("tflite", "onnx"):
-        found = said(exported(pair, export_format), ids[0].tolist())
-        correlation = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(found, expected, strict=True)]
+        logits = logits_of(exported(pair, export_format), ids[0].tolist())
+        correlation = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(logits, expected, strict=True)]
         rows.append(
             {
                 "variant": variant,
                 "export_format": export_format,
                 "least_correlation": round(min(correlation), 4),
                 "mean_correlation": round(statistics.mean(correlation), 4),
-                "same_first_choice": f"{int((found.argmax(1) == expected.argmax(1)).sum())} of {TOKENS}",
+                "same_first_choice": f"{int((logits.argmax(1) == expected.argmax(1)).sum())} of {TOKENS}",
             }
         )
     return rows
@@ -96,7 +96,7 @@ def restored(folder: Path) -> Gemma4ForCausalLM:
 
 
 def exported(pair: Path, export_format: str) -> Path:
-    """The bundle of a pair, exported if it is not there."""
+    """Return the bundle of a pair, exported if it is not there."""
     bundle = pair.with_name(f"{pair.name}-{export_format}")
     if not bundle.exists():
         options = ["--model", "nano", "--target", export_format, "--output", str(bundle)]
@@ -105,8 +105,8 @@ def exported(pair: Path, export_format: str) -> Path:
     return bundle
 
 
-def said(bundle: Path, ids: list[int]) -> NDArray[np.float32]:
-    """Logits of every token. Shapes: -> [T,V]"""
+def logits_of(bundle: Path, ids: list[int]) -> NDArray[np.float32]:
+    """Return logits of every token. Shapes: -> [T,V]"""
     logits = []
     with Session.open(bundle) as session:
         for start in range(0, len(ids), PASS):
@@ -116,7 +116,7 @@ def said(bundle: Path, ids: list[int]) -> NDArray[np.float32]:
 
 
 def two_bits(block: int) -> dict[str, Any]:
-    """Time of a row, and whether it has the same bits among 2, 3, 5 and 8."""
+    """Return time of a row, and whether it has the same bits among 2, 3, 5 and 8."""
     generator = np.random.default_rng(0)
     packed = generator.integers(0, 256, (ROWS, COLUMNS // block, block // 4), dtype=np.uint8)
     scales = generator.uniform(0.01, 0.02, (ROWS, COLUMNS // block)).astype(np.float32)

@@ -57,7 +57,9 @@ def _head() -> list[str]:
 
 
 def _config() -> list[str]:
-    expected = {f"`{key}` = {value!r}": f"no export of {what.rstrip(',')}" for key, (value, what) in ONE_VALUE.items()}
+    expected = {
+        f"`{key}` = {value!r}": f"no export of {feature.rstrip(',')}" for key, (value, feature) in ONE_VALUE.items()
+    }
     plain = sorted(TEXT_DEFAULTS.keys() - ONE_VALUE.keys())
     return [
         "",
@@ -85,7 +87,7 @@ def _config() -> list[str]:
 
 
 def _tensors() -> list[str]:
-    prefixes = {f"`{kind}`": _code(p or "(none)" for p in found) for kind, found in LAYOUTS.items()}
+    prefixes = {f"`{kind}`": _code(p or "(none)" for p in layouts) for kind, layouts in LAYOUTS.items()}
     return [
         "",
         "## Tensors",
@@ -104,7 +106,7 @@ def _tensors() -> list[str]:
         "",
         "Left aside, and counted:",
         "",
-        *_table("what", "names", {what: f"`{pattern}`" for what, pattern in left_aside.GROUPS.items()}),
+        *_table("what", "names", {group: f"`{pattern}`" for group, pattern in left_aside.GROUPS.items()}),
         "",
         "Any other tensor that the model does not have is left aside by its name.",
         "",

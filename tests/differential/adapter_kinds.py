@@ -163,6 +163,11 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
 
 
+def _whole(name: str, *shape: int) -> Callable[[Path], None]:
+    """Return what adds a parameter to an adapter's tensors, whole."""
+    return changed_tensors(lambda t: t.update({name: _normal(*shape)}))
+
+
 def _with_infix(name: str) -> str:
     """The name that a parameter has in PEFT's model, whose adapter is called `default`."""
     stem, _, last = name.rpartition(".")
@@ -221,20 +226,12 @@ REWRITTEN = [
     _re("pairs of KV-sharing layers", changed_tensors(lambda t: t.update(LAYER_7)), target_modules=SOME),
     _of("random start beside unused", base="unused", target_modules=["k_proj"], init_lora_weights=False),
     _re("the same, the base too", changed_tensors(lambda t: t.update(LAYER_7)), base="unused", target_modules=SOME),
-    _re("whole norm", changed_tensors(lambda t: t.update({f"{TEXT}norm.weight": _normal(256)})), target_modules=Q),
-    _re(
-        "whole scalar",
-        changed_tensors(lambda t: t.update({f"{TEXT}layers.2.layer_scalar": _normal(1)})),
-        target_modules=Q,
-    ),
-    _re(
-        "whole head",
-        changed_tensors(lambda t: t.update({f"{PREFIX}lm_head.weight": _normal(4096, 256)})),
-        target_modules=Q,
-    ),
+    _re("whole norm", _whole(f"{TEXT}norm.weight", 256), target_modules=Q),
+    _re("whole scalar", _whole(f"{TEXT}layers.2.layer_scalar", 1), target_modules=Q),
+    _re("whole head", _whole(f"{PREFIX}lm_head.weight", 4096, 256), target_modules=Q),
     _re(
         "whole head, untied",
-        changed_tensors(lambda t: t.update({f"{PREFIX}lm_head.weight": _normal(4096, 256)})),
+        _whole(f"{PREFIX}lm_head.weight", 4096, 256),
         base="untied",
         target_modules=Q,
     ),
@@ -247,14 +244,10 @@ REWRITTEN = [
         ),
         target_modules=Q,
     ),
-    _re(
-        "whole matrix beside its pair",
-        changed_tensors(lambda t: t.update({f"{TEXT}layers.0.self_attn.q_proj.weight": _normal(256, 256)})),
-        target_modules=Q,
-    ),
+    _re("whole matrix beside its pair", _whole(f"{TEXT}layers.0.self_attn.q_proj.weight", 256, 256), target_modules=Q),
     _re(
         "whole matrix inside its pair",
-        changed_tensors(lambda t: t.update({f"{TEXT}layers.0.self_attn.q_proj.base_layer.weight": _normal(256, 256)})),
+        _whole(f"{TEXT}layers.0.self_attn.q_proj.base_layer.weight", 256, 256),
         target_modules=Q,
         use_dora=True,
     ),
@@ -279,7 +272,7 @@ REWRITTEN = [
     _re("tied, with two saved", _scaled("lm_head"), target_modules=Q, modules_to_save=HEAD, ensure_weight_tying=True),
     _re(
         "biases",
-        changed_tensors(lambda t: t.update({f"{TEXT}layers.0.self_attn.q_proj.bias": _normal(256)})),
+        _whole(f"{TEXT}layers.0.self_attn.q_proj.bias", 256),
         target_modules=Q,
     ),
 ]

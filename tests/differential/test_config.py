@@ -6,12 +6,14 @@ rotary embedding, the flags of its masks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,41 +191,47 @@ def of_spec(spec: DecoderSpec) -> Meaning:
     }
 
 
+def same_text(spec: TargetSpec | DrafterSpec, library: Callable[..., Any], values: Json) -> Any:
+    """Hold a spec against the text config that transformers reads.
+
+    Return transformers' config; None where it does not load the values, and says nothing of what they mean.
+    """
+    try:
+        theirs = library(**copy.deepcopy(values))
+        expected = meaning(theirs.text_config)
+    except REFUSALS:
+        return None
+    assert of_spec(spec) == expected
+    return theirs
+
+
 def same_target(values: Json) -> TargetSpec | None:
     """Read a target; what is read must be what transformers reads. None where we refuse."""
     try:
         spec = gemma4.read_target_spec(values, "config.json")
     except CheckpointError:
         return None
-    try:
-        theirs: Any = Gemma4Config(**copy.deepcopy(values))
-        expected = meaning(theirs.text_config)
-    except REFUSALS:
-        return spec  # transformers does not load it, and says nothing of what it means
-    assert of_spec(spec) == expected
-    assert spec.final_logit_softcapping == theirs.text_config.final_logit_softcapping
-    assert spec.vocab_size_per_layer_input == theirs.text_config.vocab_size_per_layer_input
+    theirs = same_text(spec, Gemma4Config, values)
+    if theirs is not None:
+        assert spec.final_logit_softcapping == theirs.text_config.final_logit_softcapping
+        assert spec.vocab_size_per_layer_input == theirs.text_config.vocab_size_per_layer_input
     return spec
 
 
 def same_drafter(values: Json) -> DrafterSpec | None:
-    try:
+    """Read a drafter, as `same_target` reads a target."""
+    with contextlib.suppress(CheckpointError):
         spec = gemma4.read_drafter_spec(values, "config.json")
-    except CheckpointError:
-        return None
-    try:
-        theirs: Any = Gemma4AssistantConfig(**copy.deepcopy(values))
-        expected = meaning(theirs.text_config)
-    except REFUSALS:
+        theirs = same_text(spec, Gemma4AssistantConfig, values)
+        if theirs is not None:
+            assert theirs.use_ordered_embeddings
+            assert (spec.backbone_hidden_size, spec.head.num_centroids, spec.head.top_k) == (
+                theirs.backbone_hidden_size,
+                theirs.num_centroids,
+                theirs.centroid_intermediate_top_k,
+            )
         return spec
-    assert of_spec(spec) == expected
-    assert theirs.use_ordered_embeddings
-    assert (spec.backbone_hidden_size, spec.head.num_centroids, spec.head.top_k) == (
-        theirs.backbone_hidden_size,
-        theirs.num_centroids,
-        theirs.centroid_intermediate_top_k,
-    )
-    return spec
+    return None
 
 
 def test_every_value_of_every_key_of_a_target() -> None:

@@ -14,17 +14,8 @@ from mtp_export.arch.published import NANO
 from mtp_export.errors import CheckpointError
 from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import open_pair
-from tests.differential.oracle import (
-    INDEX,
-    PREFIX,
-    WEIGHTS,
-    Pair,
-    Tensors,
-    export_config,
-    nano_pair,
-    rewrite_json,
-    write_tensors,
-)
+from tests.differential import oracle
+from tests.differential.oracle import INDEX, PREFIX, WEIGHTS, Pair, Tensors, nano_pair, rewrite_json, write_tensors
 from tests.differential.tensor_layouts import noise, weights_of_nano
 from tests.differential.transformation import Record, Suite
 
@@ -222,7 +213,7 @@ def a_tensor_in_two_shards(pair: Pair) -> None:
 def test_another_model_than_the_one_that_is_asked_for() -> None:
     """The refusal names the right one, which is taken."""
     with nano_pair() as pair:
-        source = export_config(pair, pair.target / "out").source
+        source = oracle.export_config(pair, pair.target / "out").source
         with pytest.raises(CheckpointError, match="the target is nano, and --model is e2b: give --model nano"):
             open_pair(dataclasses.replace(source, model="e2b"))
         assert open_pair(source).target_spec == NANO.target

@@ -217,8 +217,8 @@ def test_the_probabilities_are_the_librarys(sampler: SamplerDefaults) -> None:
         )
         chooser = Chooser(sampling, None, tokens, suppressed=suppressed)
         chooser.choose((), logits[None])
-        found = probabilities(chooser.scores[0], sampling)
-        np.testing.assert_allclose(found, expected_probabilities(logits, tokens, suppressed, sampler), atol=1e-6)
+        actual = probabilities(chooser.scores[0], sampling)
+        np.testing.assert_allclose(actual, expected_probabilities(logits, tokens, suppressed, sampler), atol=1e-6)
 
 
 def expected_probabilities(

@@ -11,6 +11,7 @@ import pytest
 from tests.differential.oracle import Pair
 from tests.differential.test_config import ROPES
 from tests.differential.transformation import Record, Suite
+from tools.synthesize.media import BOOKKEEPING
 
 SUITE = Suite()
 equal, refused = SUITE.equal, SUITE.refused
@@ -21,18 +22,7 @@ BITSANDBYTES = {
     "bnb_4bit_quant_type": "nf4",
     "llm_int8_skip_modules": ["lm_head"],
 }
-LIBRARY = {  # bookkeeping of transformers that drafters' published text configs have
-    "_name_or_path": "",
-    "architectures": None,
-    "chunk_size_feed_forward": 0,
-    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
-    "is_encoder_decoder": False,
-    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "problem_type": None,
-    "return_dict": True,
-}
+LIBRARY = dict(BOOKKEEPING)  # of transformers, which drafters' published text configs have
 TOKENS = {
     "audio_token_id": 7,
     "boa_token_id": 8,

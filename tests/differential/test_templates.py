@@ -12,24 +12,11 @@ from transformers import Gemma4Processor
 from mtp_export.errors import CheckpointError
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
-from tests.differential.text_folders import (
-    ALPACA,
-    PROBE,
-    SPEC,
-    TOOL_USE,
-    TextSuite,
-    compare,
-    config,
-    copied,
-    edit,
-    move_to_config,
-    named,
-    notes_of,
-    template,
-)
+from tests.differential import text_folders as folders
+from tests.differential.text_folders import ALPACA, PROBE, TOOL_USE, config, edit, move_to_config, named, template
 from tests.differential.transformation import Record
 
-SUITE = TextSuite()
+SUITE = folders.TextSuite()
 equal, refused = SUITE.equal, SUITE.refused
 
 
@@ -122,52 +109,52 @@ class TestProcessors:
 
     @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
     def test_it_is_taken_where_the_tokenizer_has_none(self, tmp_path: Path, name: str) -> None:
-        folder = copied(tmp_path / "target")
+        folder = folders.copied(tmp_path / "target")
         (folder / "chat_template.jinja").unlink()
         edit(folder / name, chat_template=ALPACA)
         assert self.of_processor(folder) == ALPACA
-        assert texts.read_texts(Checkpoint(folder, "target"), SPEC)["chat_template"] == ALPACA
-        assert notes_of(folder) == ()
+        assert texts.read_texts(Checkpoint(folder, "target"), folders.SPEC)["chat_template"] == ALPACA
+        assert folders.notes_of(folder) == ()
 
     def test_its_config_comes_first(self, tmp_path: Path) -> None:
-        folder = copied(tmp_path / "target")
+        folder = folders.copied(tmp_path / "target")
         (folder / "chat_template.jinja").unlink()
         edit(folder / "chat_template.json", chat_template="not this one")
         edit(folder / "processor_config.json", chat_template=ALPACA)
         assert self.of_processor(folder) == ALPACA
-        assert texts.read_texts(Checkpoint(folder, "target"), SPEC)["chat_template"] == ALPACA
+        assert texts.read_texts(Checkpoint(folder, "target"), folders.SPEC)["chat_template"] == ALPACA
 
     @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
     def test_one_that_contradicts_the_tokenizers_is_reported(self, tmp_path: Path, name: str) -> None:
-        folder = copied(tmp_path / "target")
+        folder = folders.copied(tmp_path / "target")
         edit(folder / name, chat_template=ALPACA)
-        compare(folder)
-        assert notes_of(folder) == (f"the chat template of {name}",)
+        folders.compare(folder)
+        assert folders.notes_of(folder) == (f"the chat template of {name}",)
         edit(folder / name, chat_template=PROBE)
-        assert notes_of(folder) == ()
+        assert folders.notes_of(folder) == ()
 
     @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
     @pytest.mark.parametrize("text", ["", "[]", "null", '{"chat_template": 5}', "{", "[" * 600 + "]" * 600, "\ufeff{}"])
     def test_a_damaged_one_is_left_aside_beside_the_tokenizers(self, tmp_path: Path, name: str, text: str) -> None:
-        folder = copied(tmp_path / "target")
+        folder = folders.copied(tmp_path / "target")
         (folder / name).write_text(text, encoding="utf-8")
-        compare(folder)
-        assert notes_of(folder) == (f"{name}, in which no chat template can be read",)
+        folders.compare(folder)
+        assert folders.notes_of(folder) == (f"{name}, in which no chat template can be read",)
         (folder / "chat_template.jinja").unlink()
         with pytest.raises(CheckpointError, match=name):
-            texts.read_texts(Checkpoint(folder, "target"), SPEC)
+            texts.read_texts(Checkpoint(folder, "target"), folders.SPEC)
 
 
 def test_a_file_whose_name_is_not_unicode(tmp_path: Path) -> None:
-    folder = copied(tmp_path / "target")
+    folder = folders.copied(tmp_path / "target")
     named(folder, tool_use=TOOL_USE)
     path = folder / "additional_chat_templates" / os.fsdecode(b"\xff.jinja")
     path.write_text("x", encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not Unicode: rename or remove it") as refusal:
-        texts.read_texts(Checkpoint(folder, "target"), SPEC)
+        texts.read_texts(Checkpoint(folder, "target"), folders.SPEC)
     str(refusal.value).encode()
     path.unlink()
-    compare(folder)
+    folders.compare(folder)
 
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "published"
@@ -176,7 +163,7 @@ PUBLISHED = Path(__file__).parents[3] / "shared" / "published"
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="shared/published does not lie beside the repository")
 @pytest.mark.parametrize("name", ["chat_template_e2b_hf.jinja", "chat_template_31b_hf.jinja"])
 def test_a_published_template(tmp_path: Path, name: str) -> None:
-    folder = copied(tmp_path / "target")
+    folder = folders.copied(tmp_path / "target")
     template(folder, (PUBLISHED / name).read_text(encoding="utf-8"))
     config(folder, tokenizer_class="GemmaTokenizer", image_token="<unk>")
-    compare(folder)
+    folders.compare(folder)

@@ -42,6 +42,10 @@ equal, refused = SUITE.equal, SUITE.refused
 # What is refused, and the remedies
 
 
+def as_tokenizers_backend(folder: Path) -> None:
+    config(folder, tokenizer_class="TokenizersBackend")
+
+
 def take_base(*names: str) -> Change:
     """The base model's files, which are nano's."""
 
@@ -93,7 +97,7 @@ def cloned_without_git_lfs(folder: Path) -> None:
 
 @refused(
     "tokenizer_class is 'LlamaTokenizerFast', expected GemmaTokenizer or TokenizersBackend",
-    lambda folder: config(folder, tokenizer_class="TokenizersBackend"),
+    as_tokenizers_backend,
 )
 def class_of_another_family(folder: Path) -> None:
     config(folder, tokenizer_class="LlamaTokenizerFast")
@@ -101,7 +105,7 @@ def class_of_another_family(folder: Path) -> None:
 
 @refused(
     "GemmaTokenizer, which is BPE, and tokenizer.json has a WordLevel",
-    lambda f: config(f, tokenizer_class="TokenizersBackend"),
+    as_tokenizers_backend,
 )
 def class_of_gemma_for_words(folder: Path) -> None:
     config(folder, tokenizer_class="GemmaTokenizer")

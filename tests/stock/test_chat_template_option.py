@@ -85,7 +85,7 @@ def unsupported(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (missing, "No such file or directory"),
+        (missing, "is missing: give an existing file"),
         (folder, "is not a file"),
         (pipe, "is not a file"),
         (empty, "is empty"),

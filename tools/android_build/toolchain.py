@@ -72,10 +72,10 @@ def toolchain() -> Toolchain:
 def _check_java() -> None:
     if shutil.which("java") is None:
         raise FetchError(f"java is not installed: install a JDK of version {_JAVA} or newer")
-    said = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r'version "(\d+)', said)
-    if not found or int(found[1]) < _JAVA:
-        raise FetchError(f"java is of version {found[1] if found else '?'}: install {_JAVA} or newer")
+    output = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+    match = re.search(r'version "(\d+)', output)
+    if not match or int(match[1]) < _JAVA:
+        raise FetchError(f"java is of version {match[1] if match else '?'}: install {_JAVA} or newer")
 
 
 def _build(folder: Path) -> None:

@@ -62,8 +62,8 @@ def run_command(cpu: str, command: tuple[str, ...]) -> None:
     sys.exit(code)
 
 
-def _state(given: Path | None) -> Path:
-    return given or cache_folder() / "arm64-place"
+def _state(option: Path | None) -> Path:
+    return option or cache_folder() / "arm64-place"
 
 
 if __name__ == "__main__":

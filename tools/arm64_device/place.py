@@ -71,8 +71,8 @@ def check_kernel() -> None:
     for lacking, command in tries.items():
         done = subprocess.run([*_UNSHARE, "sh", "-c", command], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = " ".join(done.stderr.split()) or f"exit {done.returncode}"
-            raise PlaceError(f"this kernel ({os.uname().release}) does not give {lacking}: {said}")
+            output = " ".join(done.stderr.split()) or f"exit {done.returncode}"
+            raise PlaceError(f"this kernel ({os.uname().release}) does not give {lacking}: {output}")
 
 
 def start(state: Path, *, cpu: str = CPUS[-1], disk_mib: int = 1024) -> Place:
@@ -149,8 +149,8 @@ def _connect(place: Place, adb: str, process: subprocess.Popen[bytes]) -> None:
                 return
         time.sleep(0.1)
     logs = [(place.state / name) for name in ("place.log", "adb-server.log", "adbd.log")]
-    said = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()[-2:]]
-    raise PlaceError(f"the emulated ARM64 place did not start: {' / '.join(said) or 'it said nothing'}")
+    lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()[-2:]]
+    raise PlaceError(f"the emulated ARM64 place did not start: {' / '.join(lines) or 'its logs are empty'}")
 
 
 def _wait_for_end(pid: int) -> None:

@@ -78,8 +78,8 @@ def _build(folder: Path) -> None:
         if not (root / "usr/bin" / name).exists():
             (root / "usr/bin" / name).symlink_to("toybox")
     _add_wheels(root / "opt/site")
-    said = _emulated(folder, "--version")
-    (folder / "emulator-version").write_text(said.splitlines()[0].split(" (")[0] + "\n", encoding="utf-8")
+    output = _emulated(folder, "--version")
+    (folder / "emulator-version").write_text(output.splitlines()[0].split(" (")[0] + "\n", encoding="utf-8")
     _compile(folder)
 
 
@@ -99,8 +99,8 @@ def _emulated(folder: Path, *command: str, environ: dict[str, str] | None = None
     call = [str(folder / "qemu-aarch64"), "-L", str(folder / "root"), *command]
     done = subprocess.run(call, env={**os.environ, **(environ or {})}, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise FetchError(f"an emulated program does not run: {' '.join(said[-1:]) or f'exit {done.returncode}'}")
+        lines = done.stderr.strip().splitlines()
+        raise FetchError(f"an emulated program does not run: {' '.join(lines[-1:]) or f'exit {done.returncode}'}")
     return done.stdout
 
 

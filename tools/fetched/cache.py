@@ -15,9 +15,9 @@ from mtp_runtime.user_cache import user_cache
 
 
 def cache_folder() -> Path:
-    """Where prepared folders are: `MTP_CACHE`, or mtp-export in the user's cache folder."""
-    given = os.environ.get("MTP_CACHE")
-    base = Path(given) if given else user_cache()
+    """Return where prepared folders are: `MTP_CACHE`, or mtp-export in the user's cache folder."""
+    setting = os.environ.get("MTP_CACHE")
+    base = Path(setting) if setting else user_cache()
     base.mkdir(parents=True, exist_ok=True)
     return base
 

@@ -23,14 +23,14 @@ class FetchError(UserError):
 
 
 def mirror() -> str:
-    """The Debian archive that this machine's apt is set up with, or `MTP_DEBIAN_MIRROR`.
+    """Return the Debian archive that this machine's apt is set up with, or `MTP_DEBIAN_MIRROR`.
 
     Raises:
         FetchError: there is none.
     """
-    given = os.environ.get("MTP_DEBIAN_MIRROR")
-    if given:
-        return given
+    setting = os.environ.get("MTP_DEBIAN_MIRROR")
+    if setting:
+        return setting
     if shutil.which("apt-get") is None or not Path(_KEYRING).exists():
         raise FetchError("no apt with Debian's archive keyring here: run this on Debian 12 or newer")
     listed = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"])
@@ -91,6 +91,7 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise FetchError(f"{command[0]} took longer than {_TIMEOUT_S} s: check the network and run it again") from None
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines() or ["?"]
-        raise FetchError(f"{command[0]} failed: {said[0]}: check the network and apt's sources, then run it again")
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("E:")] or lines or ["?"]
+        raise FetchError(f"{command[0]} failed: {errors[0]}: check the network and apt's sources, then run it again")
     return done.stdout

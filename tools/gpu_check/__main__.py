@@ -94,23 +94,24 @@ def main() -> int:
     return code
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+def _say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
 def probe(options: argparse.Namespace) -> None:
     """Run an operator of each form of our graphs, and write the table."""
-    wanted = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
+    recipes = [(recipe, "gpu") for recipe in RECIPES] + [(recipe, "cpu") for recipe in ("f32", "int8")]
     composed = [bundle(options.bundles, "f32", "gpu", composites=True), bundle_of_two_kv_heads(options.bundles)]
-    folders = [*(bundle(options.bundles, *name) for name in wanted), *composed]
-    found = collect([path for folder in folders for path in sorted(folder.glob("*.tflite"))])
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
-        write_probes({form: what for form, what in found.items() if what[1].name != COMPOSITE}, Path(place))
-        rows = run_probes(Path(place))
+    folders = [*(bundle(options.bundles, *name) for name in recipes), *composed]
+    forms = collect([path for folder in folders for path in sorted(folder.glob("*.tflite"))])
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder_of_probes:
+        probed = {form: place for form, place in forms.items() if place[1].name != COMPOSITE}
+        write_probes(probed, Path(folder_of_probes))
+        rows = run_probes(Path(folder_of_probes))
     tried: dict[str, dict[str, Any]] = {}
     for folder in composed:
         for form, row in try_composites(folder).items():
-            if tried.get(form, row)["delegated"]:  # what was refused once is refused
+            if tried.get(form, row)["delegated"]:  # a form that is refused once stays refused
                 tried[form] = row
     rows += [tried[form] for form in sorted(tried)]
     write(TABLE, {**described(options.commit), "forms": rows})
@@ -133,10 +134,10 @@ def equality(options: argparse.Namespace) -> int:
         counts = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens}
         write(result("gpu_equality", options), {**described(options.commit), **counts, "runs": rows})
     for row in rows:
-        found = row["against_plain"]
+        verdicts = row["against_plain"]
         print(
-            f"{row['recipe']:5} {row['activations']} drafter {row['drafter']:18} equal {found['equal']:2} near-ties "
-            f"{found['near_ties']} different {found['different']}; as the CPU {row['against_cpu']['equal']}; "
+            f"{row['recipe']:5} {row['activations']} drafter {row['drafter']:18} equal {verdicts['equal']:2} near-ties "
+            f"{verdicts['near_ties']} different {verdicts['different']}; as the CPU {row['against_cpu']['equal']}; "
             f"acceptance {row['acceptance_rate']}"
         )
     return int(any(row["against_plain"]["different"] for row in rows))
@@ -158,15 +159,14 @@ def speed(options: argparse.Namespace, models: Sequence[str]) -> None:
 def onnx(options: argparse.Namespace) -> int:
     """Run the ONNX pair, and write the result."""
     # Imported here: the other checks need neither onnx nor the provider.
-    from tools.gpu_check.onnx import check_onnx
+    from tools.gpu_check.onnx import OnnxCheck, check_onnx
 
     prompts = [prompt.text for prompt in heldout_prompts()][: min(options.prompts, _ONNX_PROMPTS)]
-    figures = check_onnx(
-        options.bundles, prompts, max_new_tokens=min(options.max_new_tokens, _ONNX_TOKENS), on_run=_say
-    )
-    found = described(options.commit)
-    found["versions"]["onnxruntime-ep-webgpu"] = version("onnxruntime-ep-webgpu")
-    write(RESULTS / "gpu_onnx.json", {**found, **figures})
+    check = OnnxCheck(max_new_tokens=min(options.max_new_tokens, _ONNX_TOKENS))
+    figures = check_onnx(options.bundles, prompts, check, _say)
+    description = described(options.commit)
+    description["versions"]["onnxruntime-ep-webgpu"] = version("onnxruntime-ep-webgpu")
+    write(RESULTS / "gpu_onnx.json", {**description, **figures})
     print(json.dumps(figures, indent=1))
     return int(any(row["mtp_against_plain"]["different"] for row in figures["equality"]))
 

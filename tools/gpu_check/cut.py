@@ -24,7 +24,7 @@ NUMPY: dict[int, np.dtype[Any]] = {
 
 
 def cut_out(graph: Graph, place: Operator) -> bytes:
-    """A TFLite file of the one operator at `place`: its variable inputs are the model's, its constants are kept."""
+    """Return a TFLite file of the one operator at `place`, whose variable inputs are the model's; constants stay."""
     subgraph = graph.model.subgraphs[place.subgraph]
     operator = subgraph.operators[place.index]
     model = schema.ModelT()
@@ -88,7 +88,7 @@ def _named(name: str, index: int) -> Any:
 
 
 def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Random values for the inputs of a cut-out operator: indices that are within what they index, small positions."""
+    """Draw random values for the inputs of a cut-out operator; indices lie in their range, positions are small."""
     subgraph = graph.model.subgraphs[place.subgraph]
     operator = subgraph.operators[place.index]
     random = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArra
         shape = tuple(int(n) for n in tensor.shape) if tensor.shape is not None else ()
         dtype: Any = NUMPY[tensor.type]
         if dtype == np.int32:
-            value = _integers(graph, place.name, subgraph, operator, slot, shape, random)
+            value = _integers(graph, place, slot, shape, random)
         elif dtype == np.int8:
             value = random.integers(-127, 128, shape, np.int8)
         elif dtype == np.bool_:
@@ -116,27 +116,22 @@ def inputs_for(graph: Graph, place: Operator, seed: int = 0) -> dict[str, NDArra
 
 
 def _integers(
-    graph: Graph,
-    name: str,
-    subgraph: Any,
-    operator: Any,
-    slot: int,
-    shape: tuple[int, ...],
-    random: np.random.Generator,
+    graph: Graph, place: Operator, slot: int, shape: tuple[int, ...], random: np.random.Generator
 ) -> NDArray[Any]:
-    if name == "RESHAPE" and slot == 1:  # a shape made at run time: that of the output
+    """Draw the integers of one input of an operator, such that it can run."""
+    subgraph = graph.model.subgraphs[place.subgraph]
+    operator = subgraph.operators[place.index]
+    shapes = [subgraph.tensors[int(index)].shape for index in operator.inputs]
+    if place.name == "RESHAPE" and slot == 1:  # a shape made at run time: that of the output
         out = subgraph.tensors[int(operator.outputs[0])].shape
         return np.array(out if out is not None else [], np.int32).reshape(shape)
-    if name == "DYNAMIC_UPDATE_SLICE" and slot == 2:  # a place where the update fits
-        whole, part = (subgraph.tensors[int(operator.inputs[i])].shape for i in (0, 1))
-        return np.array([min(3, int(a) - int(b)) for a, b in zip(whole, part, strict=True)], np.int32)
-    if name == "SCATTER_ND" and slot == 0:
+    if place.name == "DYNAMIC_UPDATE_SLICE" and slot == 2:  # a place where the update fits
+        return np.array([min(3, int(a) - int(b)) for a, b in zip(shapes[0], shapes[1], strict=True)], np.int32)
+    if place.name == "SCATTER_ND" and slot == 0:
         size = int(np.frombuffer(graph.constant(subgraph.tensors[int(operator.inputs[2])]) or b"", np.int32)[0])
         return random.permutation(size)[: math.prod(shape)].astype(np.int32).reshape(shape)
-    if name == "GATHER" and slot == 1:
-        axis = operator.builtinOptions.axis
-        size = int(subgraph.tensors[int(operator.inputs[0])].shape[axis])
-        return random.integers(0, size, shape, np.int32)
-    if name == "EMBEDDING_LOOKUP" and slot == 0:
-        return random.integers(0, int(subgraph.tensors[int(operator.inputs[1])].shape[0]), shape, np.int32)
+    if place.name == "GATHER" and slot == 1:
+        return random.integers(0, int(shapes[0][operator.builtinOptions.axis]), shape, np.int32)
+    if place.name == "EMBEDDING_LOOKUP" and slot == 0:
+        return random.integers(0, int(shapes[1][0]), shape, np.int32)
     return random.integers(0, 8, shape, np.int32)

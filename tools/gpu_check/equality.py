@@ -54,13 +54,13 @@ def check_equality(
 
         # Side by side: a small model leaves most of a GPU idle, and nothing is timed here.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            wanted = [(activations, drafter) for activations in kinds for drafter in ("", *drafters)]
-            running = {key: pool.submit(run, *key) for key in wanted}
+            runs = [(activations, drafter) for activations in kinds for drafter in ("", *drafters)]
+            running = {key: pool.submit(run, *key) for key in runs}
             on_run(f"{bundle.name}: CPU")
             cpu = [_on_cpu(session, prompt, max_new_tokens) for prompt in prompts]
             texts = {key: [output.text for output in future.result().outputs] for key, future in running.items()}
             acceptance = {key: future.result().acceptance_rate for key, future in running.items()}
-        for key in wanted:
+        for key in runs:
             tolerance = TOLERANCES[key[0]]
             rows.append(
                 {"recipe": session.manifest.recipe, "activations": key[0], "drafter": key[1] or "none"}
@@ -77,12 +77,12 @@ def _on_cpu(session: Session, prompt: str, max_new_tokens: int) -> str:
 
 
 def _verdicts(
-    session: Session, prompts: Sequence[str], expected: Sequence[str], found: Sequence[str], tolerance: float
+    session: Session, prompts: Sequence[str], expected: Sequence[str], texts: Sequence[str], tolerance: float
 ) -> dict[str, Any]:
-    """How many texts are equal as far as both go, and the margin at each first difference."""
+    """Return how many texts are equal as far as both go, and the margin at each first difference."""
     margins = []
     agreed = compared = 0
-    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+    for prompt, ours, theirs in zip(prompts, expected, texts, strict=True):
         tokens, same, both = first_difference(session, prompt, ours, theirs)
         agreed, compared = agreed + same, compared + both
         if same < both:
@@ -101,11 +101,11 @@ def _verdicts(
     }
 
 
-def first_difference(session: Session, prompt: str, expected: str, found: str) -> tuple[list[int], int, int]:
-    """The tokens of the expected text, how many of them lead the found one, and how many both texts are long enough
+def first_difference(session: Session, prompt: str, expected: str, text: str) -> tuple[list[int], int, int]:
+    """Return the tokens of the expected text, how many of them lead `text`, and how many both texts are long enough
     for: with drafts a runtime says its last round whole, and ends earlier where it meets a stop token."""
     tokens = session.tokenize(prompt + expected)[len(session.tokenize(prompt)) :]
     pieces = session.text_pieces(tokens)
-    agreed = common_pieces(pieces, found)
-    ended = len("".join(pieces[:agreed])) >= len(found)
+    agreed = common_pieces(pieces, text)
+    ended = len("".join(pieces[:agreed])) >= len(text)
     return tokens, agreed, agreed if ended else len(pieces)

@@ -66,7 +66,7 @@ class FullSize:
 
 
 def bundle(folder: Path, recipe: str, delegate: str, *, composites: bool = False) -> Path:
-    """A bundle of nano, exported if it is not there."""
+    """Return a bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-{delegate}{suffix(composites)}"
     return exported(export_config("nano", recipe, delegate, path, None, composites=composites))
 
@@ -105,7 +105,7 @@ def _with_two_kv_heads(spec: DecoderSpec) -> tuple[LayerSpec, ...]:
 
 
 def exported(config: ExportConfig) -> Path:
-    """The bundle of an export, made if it is not there."""
+    """Return the bundle of an export, made if it is not there."""
     if not config.output.exists():
         config.output.parent.mkdir(parents=True, exist_ok=True)
         export(config, Silent())
@@ -113,7 +113,7 @@ def exported(config: ExportConfig) -> Path:
 
 
 def suffix(composites: bool) -> str:
-    """What tells files of graphs with composites from those without."""
+    """Return what tells files of graphs with composites from those without."""
     return "-composites" if composites else ""
 
 
@@ -122,29 +122,29 @@ def write_full_size(model: str, folder: Path, *, composites: bool = False) -> Fu
     checkpoint = folder / model
     name = f"{model}{suffix(composites)}"
     config = export_config(model, "int4", "gpu", folder / f"{name}-int4-gpu", checkpoint, composites=composites)
-    found = FullSize(
+    written = FullSize(
         bundle=config.output,
         dense=folder / f"{name}-dense.litertlm",
         passes=folder / f"{name}-passes.tflite",
         dense_drafter=folder / f"{name}-dense" / "drafter.tflite",
     )
-    if found.dense.exists():
-        return found
+    if written.dense.exists():
+        return written
     ours = not checkpoint.exists()
     if ours:
         command = [sys.executable, "-m", "tools.synthesize", "--model", model, "--output", str(checkpoint)]
         subprocess.run(command, check=True, cwd=ROOT)
     exported(config)
-    _write_others(config, found)
+    _write_others(config, written)
     if ours:  # it is larger than all that was made of it
         shutil.rmtree(checkpoint)
-    return found
+    return written
 
 
 def export_config(
     model: str, recipe: str, delegate: str, output: Path, checkpoint: Path | None, *, composites: bool = False
 ) -> ExportConfig:
-    """An export with the defaults of the command line."""
+    """Return an export with the defaults of the command line."""
     return ExportConfig(
         source=SourceConfig(
             model=model,
@@ -158,24 +158,24 @@ def export_config(
     )
 
 
-def _write_others(config: ExportConfig, found: FullSize) -> None:
+def _write_others(config: ExportConfig, written: FullSize) -> None:
     pair = open_pair(config.source)
     traced = trace_pair(Settings(config=config, pair=pair), format_of(config.format))
     values = traced.values
-    _write(config, trace_passes(pair.model, composites=config.format.composites), values["target"], found.passes)
+    _write(config, trace_passes(pair.model, composites=config.format.composites), values["target"], written.passes)
     embedding = Parameter(
         shape=(pair.drafter_spec.vocab_size, pair.drafter_spec.hidden_size),
         format=INT8,
         rows=functools.partial(pair.drafter.rows, _EMBEDDING),
     )
-    shutil.rmtree(found.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
-    found.dense_drafter.parent.mkdir()
+    shutil.rmtree(written.dense_drafter.parent, ignore_errors=True)  # of a run that was stopped
+    written.dense_drafter.parent.mkdir()
     dense = trace_dense_drafter(pair.model, traced.graphs[3])
-    _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, found.dense_drafter)
+    _write(config, dense, {**values["drafter"], _EMBEDDING: embedding}, written.dense_drafter)
     for path in config.output.iterdir():
-        if path.name != found.dense_drafter.name and path.suffix != ".litertlm":
-            (found.dense_drafter.parent / path.name).symlink_to(path.absolute())
-    write_litertlm(found.dense_drafter.parent, read_manifest(config.output), found.dense)
+        if path.name != written.dense_drafter.name and path.suffix != ".litertlm":
+            (written.dense_drafter.parent / path.name).symlink_to(path.absolute())
+    write_litertlm(written.dense_drafter.parent, read_manifest(config.output), written.dense)
 
 
 def convert_all(models: Sequence[str], *, composites: bool) -> None:
@@ -209,7 +209,7 @@ def _write(config: ExportConfig, graph: TracedGraph, values: Mapping[str, Parame
 
 
 def trace_passes(pair: PairSpec, *, composites: bool = False) -> TracedGraph:
-    """The target with a `decode`, and a `verify_{n}` for every number of tokens."""
+    """Return the target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
         GraphShape(
             cache_length=pair.cache_length,

@@ -1,4 +1,4 @@
-"""The machine with the GPU, in the words of a result."""
+"""Describe the machine with the GPU for a result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.machine import describe
 
 
 def gpu() -> dict[str, str]:
-    """Name, driver and memory of the first GPU, as nvidia-smi tells them; of others, what MTP_GPU_NAME says."""
+    """Return name, driver and memory of the first GPU by nvidia-smi; of another GPU, the name in MTP_GPU_NAME."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True)
@@ -21,9 +21,9 @@ def gpu() -> dict[str, str]:
 
 
 def described(commit: str | None) -> dict[str, Any]:
-    """What benchmarks.machine says, with the GPU. `commit` is for code that was brought without its history."""
-    found = describe()
-    found["machine"] |= gpu()
+    """Return the benchmarks' description with the GPU. `commit` is for code that was brought without its history."""
+    description = describe()
+    description["machine"] |= gpu()
     if commit is not None:
-        found |= {"commit": commit, "uncommitted_changes": False}
-    return found
+        description |= {"commit": commit, "uncommitted_changes": False}
+    return description

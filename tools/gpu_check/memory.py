@@ -31,8 +31,8 @@ class Watched:
 
     def _watch(self) -> None:
         while not self._done.wait(_INTERVAL_S):
-            found = {"gpu": gpu_memory_mib() - self._idle} | _of_children()
-            self.mib = {name: max(self.mib[name], value) for name, value in found.items()}
+            used = {"gpu": gpu_memory_mib() - self._idle} | _of_children()
+            self.mib = {name: max(self.mib[name], value) for name, value in used.items()}
 
 
 def gpu_memory_mib() -> int:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +43,33 @@ _NOT_RUN: tuple[type[Exception], ...] = (MtpError, *REFUSED)
 Step = Callable[[], object]
 
 
-def check_onnx(
-    folder: Path,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    recipes: Sequence[str] = NANO_RECIPES,
-    lengths: Sequence[int] = LENGTHS,
-    repeats: int = _REPEATS,
-    on_run: Callable[[str], None],
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class OnnxCheck:
+    """What is run: nano's recipes, and caches of some lengths, timed so many times."""
+
+    max_new_tokens: int
+    recipes: Sequence[str] = NANO_RECIPES
+    lengths: Sequence[int] = LENGTHS
+    repeats: int = _REPEATS
+
+
+def check_onnx(folder: Path, prompts: Sequence[str], check: OnnxCheck, on_run: Callable[[str], None]) -> dict[str, Any]:
     """Run all of it; bundles are taken from `folder`."""
     # ONNX Runtime offers the provider where it sees a GPU, which a container may hide; Vulkan decides what it runs on.
     os.environ.setdefault("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
-    figures: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompts": len(prompts), "equality": []}
-    for recipe in recipes:
+    count = check.max_new_tokens
+    figures: dict[str, Any] = {"max_new_tokens": count, "prompts": len(prompts), "equality": []}
+    for recipe in check.recipes:
         path = nano(folder, recipe)
         on_run(f"{path.name}: what leaves the GPU")
         figures.setdefault("placement", {})[recipe] = {role: placement(path / f"{role}.onnx") for role in BATCH_ROLES}
-        figures["equality"].append(equality(path, prompts, max_new_tokens=max_new_tokens, on_run=on_run))
-    figures["in_place"] = in_place(eighth(folder), lengths, repeats, on_run)
+        figures["equality"].append(equality(path, prompts, max_new_tokens=count, on_run=on_run))
+    figures["in_place"] = in_place(eighth(folder), check.lengths, check.repeats, on_run)
     return figures
 
 
 def placement(path: Path) -> dict[str, Any]:
-    """How many nodes of a graph run where, by operator, and what is copied between GPU and CPU in each pass."""
+    """Return how many nodes of a graph run where, by operator, and what is copied between GPU and CPU in each pass."""
     options = pooled_options(2)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     with tempfile.TemporaryDirectory(prefix="placement-") as place:
@@ -75,12 +78,12 @@ def placement(path: Path) -> dict[str, Any]:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         session = open_session(path, options)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
-    found: dict[str, Counter[str]] = {}
+    counts_of: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+        counts_of.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
     copied = [(node.op_type, node.input[0]) for node in nodes if node.op_type in _COPIES]
     return {
-        "nodes": {provider: dict(counts.most_common()) for provider, counts in found.items()},
+        "nodes": {provider: dict(counts.most_common()) for provider, counts in counts_of.items()},
         "copies": [{"kind": kind, "value": value} for kind, value in copied],
         "copies_of_caches": sum(CacheName.in_name(value) for _, value in copied),
     }
@@ -105,12 +108,12 @@ def equality(
             )
             traces["plain"].append(plain)
             traces["mtp"].append(mtp)
-            for verdicts, reference, found in ((against_plain, plain, mtp), (against_cpu, expected, plain)):
+            for verdicts, reference, trace in ((against_plain, plain, mtp), (against_cpu, expected, plain)):
                 verdicts.append(
                     compare_tokens(
                         prompt,
                         reference.tokens,
-                        found.tokens,
+                        trace.tokens,
                         margins=reference.margins,
                         tolerance=TOLERANCES["fp32"],
                         max_new_tokens=max_new_tokens,
@@ -125,19 +128,19 @@ def equality(
         "plain_against_cpu": _counts(against_cpu),
         "acceptance_rate": round(overall_acceptance_rate(stats) or 0.0, 3),
         # Without the first prompt, whose passes compile their shaders.
-        "tokens_per_second": {name: _speed(found[1:]) for name, found in traces.items()},
+        "tokens_per_second": {name: _speed(runs[1:]) for name, runs in traces.items()},
         "gpu_memory_mib": used,
     }
 
 
 def _counts(verdicts: Sequence[Comparison]) -> dict[str, Any]:
     return {
-        "equal": sum(found.verdict == "equal" for found in verdicts),
-        "near_ties": sum(found.verdict == "near_tie" for found in verdicts),
-        "different": sum(found.verdict == "different" for found in verdicts),
-        "tokens_agreed": sum(found.agreed for found in verdicts),
-        "tokens_compared": sum(found.compared for found in verdicts),
-        "margins": sorted(round(found.margin, 4) for found in verdicts if found.margin is not None),
+        "equal": sum(comparison.verdict == "equal" for comparison in verdicts),
+        "near_ties": sum(comparison.verdict == "near_tie" for comparison in verdicts),
+        "different": sum(comparison.verdict == "different" for comparison in verdicts),
+        "tokens_agreed": sum(comparison.agreed for comparison in verdicts),
+        "tokens_compared": sum(comparison.compared for comparison in verdicts),
+        "margins": sorted(round(comparison.margin, 4) for comparison in verdicts if comparison.margin is not None),
     }
 
 

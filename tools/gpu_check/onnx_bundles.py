@@ -25,7 +25,7 @@ def write_onnx_bundles(folder: Path) -> None:
 
 
 def nano(folder: Path, recipe: str) -> Path:
-    """A bundle of nano, exported if it is not there."""
+    """Return a bundle of nano, exported if it is not there."""
     path = folder / f"nano-{recipe}-onnx"
     config = export_config("nano", recipe, "cpu", path, None)
     return exported(dataclasses.replace(config, format=FormatConfig(name="onnx")))

@@ -29,16 +29,16 @@ def time_passes(graph: Path, names: Sequence[str], *, activations: str) -> tuple
         answer = Path(place) / "times.json"  # the library has standard output for itself
         command = [sys.executable, "-m", "tools.gpu_check.passes", str(graph), activations, str(answer), *names]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        load_ms, found = json.loads(answer.read_text(encoding="utf-8"))
-    return load_ms, found
+        load_ms, times = json.loads(answer.read_text(encoding="utf-8"))
+    return load_ms, times
 
 
 def _main(path: Path, activations: str, answer: Path, names: Sequence[str]) -> None:
     started = time.perf_counter()
     graph = StockGraph(path, activations)
     load_ms = round(1000.0 * (time.perf_counter() - started), 1)
-    found = {name: _time(graph.signature(name)) for name in names}
-    answer.write_text(json.dumps([load_ms, found]), encoding="utf-8")
+    times = {name: _time(graph.signature(name)) for name in names}
+    answer.write_text(json.dumps([load_ms, times]), encoding="utf-8")
 
 
 def _time(signature: StockSignature) -> dict[str, float]:
@@ -60,7 +60,7 @@ def _time(signature: StockSignature) -> dict[str, float]:
 
 
 def _value(name: str, signature: StockSignature) -> NDArray[Any]:
-    """What a pass is fed behind so many tokens; hidden states and caches at random."""
+    """Return what a pass is fed behind so many tokens; hidden states and caches at random."""
     shape, (tokens,) = signature.shapes[name], signature.shapes["input_pos"]
     if name == "input_pos":
         return np.arange(_FILLED, _FILLED + tokens, dtype=np.int32)

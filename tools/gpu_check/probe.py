@@ -32,15 +32,15 @@ TOLERANCE = 0.05
 
 
 def collect(paths: Sequence[Path]) -> dict[str, tuple[Graph, Operator]]:
-    """An operator of each form in some graphs, the smallest that there is of it."""
-    found: dict[str, tuple[int, Graph, Operator]] = {}
+    """Return an operator of each form in some graphs, the smallest that there is of it."""
+    forms: dict[str, tuple[int, Graph, Operator]] = {}
     for path in paths:
         graph = open_graph(path)
         for operator in graph.operators():
             size = _elements(graph, operator)
-            if operator.form not in found or size < found[operator.form][0]:
-                found[operator.form] = (size, graph, operator)
-    return {form: (graph, operator) for form, (_, graph, operator) in sorted(found.items())}
+            if operator.form not in forms or size < forms[operator.form][0]:
+                forms[operator.form] = (size, graph, operator)
+    return {form: (graph, operator) for form, (_, graph, operator) in sorted(forms.items())}
 
 
 def _elements(graph: Graph, place: Operator) -> int:
@@ -84,8 +84,8 @@ def try_composites(bundle: Path) -> dict[str, dict[str, Any]]:
     """A row for each form of a composite in a bundle at f32. LiteRT 2.3.0's own API ends on any, so they run where
     bundles do: LiteRT-LM takes them if it starts with a pair of them, which it does not where a graph is left to the
     CPU in part, and says in fp32 what the CPU says. All forms have that one verdict."""
-    found = collect(sorted(bundle.glob("*.tflite")))
-    forms = [form for form, (_, operator) in found.items() if operator.name == COMPOSITE]
+    collected = collect(sorted(bundle.glob("*.tflite")))
+    forms = [form for form, (_, operator) in collected.items() if operator.name == COMPOSITE]
     with Session.open(bundle) as session:
         expected = session.generate(_PROMPT, max_new_tokens=_TOKENS, num_draft_tokens=0).finish().tokens
         text = "".join(session.text_pieces(expected))
@@ -138,14 +138,14 @@ def try_on_gpu(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"delegated": True, "relative_difference": round(off, 9)}
 
 
-def _difference(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
-    """The largest difference, in parts of the largest value."""
+def _difference(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Return the largest difference, in parts of the largest value."""
     largest = float(np.max(np.abs(expected), initial=0.0))
-    return float(np.max(np.abs(found - expected), initial=0.0)) / (largest or 1.0)
+    return float(np.max(np.abs(actual - expected), initial=0.0)) / (largest or 1.0)
 
 
 def reason(log: str, error: str) -> str:
-    """What the delegate says of the operator that it does not take."""
+    """Return the line of the delegate about the operator that it refuses."""
     _, _, after = log.partition("Following operations are not supported by GPU delegate:")
     lines = [line.strip() for line in after.splitlines() if line.strip()]
     return lines[0] if lines else (log.strip().splitlines() or [error])[-1][:300]

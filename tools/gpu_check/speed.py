@@ -28,8 +28,8 @@ _TOKENS, _REPEATS = 64, 3
 def check_speed(
     model: str, folder: Path, kinds: Sequence[str], on_run: Callable[[str], None], *, composites: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Write a pair's graphs unless they are there, and run them with each kind of activations; what was found so far
-    after each."""
+    """Write a pair's graphs unless they are there, and run them with each kind of activations; yield the figures so
+    far after each."""
     written = write_full_size(model, folder, composites=composites)
     drafts = read_manifest(written.bundle).num_draft_tokens
     figures: dict[str, Any] = {"model": model, "recipe": "int4", "num_draft_tokens": drafts}
@@ -37,7 +37,7 @@ def check_speed(
     figures["roofline"] = roofline(figures["file_bytes"]["target"])
     target, drafter = (written.bundle / f"{role}.tflite" for role in ("target", "drafter"))
     every = ("decode", *(f"verify_{n}" for n in VERIFIED))
-    wanted = {
+    graphs = {
         "target": (target, ["prefill_1024"]),
         "passes": (written.passes, every),
         "clustered": (drafter, ["draft"]),
@@ -47,10 +47,10 @@ def check_speed(
     for activations in kinds:
         loaded: dict[str, float] = {}
         passes: dict[str, dict[str, float]] = {}
-        for name, (path, signatures) in wanted.items():
+        for name, (path, signatures) in graphs.items():
             on_run(f"{model}: passes of {path.name}, {activations}, {name}")
-            loaded[name], found = time_passes(path, signatures, activations=activations)
-            passes |= {f"draft, {name}" if key == "draft" else key: times for key, times in found.items()}
+            loaded[name], times_of = time_passes(path, signatures, activations=activations)
+            passes |= {f"draft, {name}" if key == "draft" else key: times for key, times in times_of.items()}
         figures["load_ms"][activations], figures["passes"][activations] = loaded, passes
         figures["runs"] += _runs(written, activations, on_run)
         yield figures

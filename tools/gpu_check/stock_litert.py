@@ -68,7 +68,7 @@ class StockGraph:
         self._signatures = [self._made("LiteRtGetModelSignature", self._model, c_size_t(i)) for i in range(count.value)]
 
     def signature(self, name: str) -> StockSignature:
-        """A signature with its buffers."""
+        """Return a signature with its buffers."""
         names = [self._text("LiteRtGetSignatureKey", signature) for signature in self._signatures]
         return StockSignature(self, names.index(name))
 
@@ -99,7 +99,7 @@ class StockGraph:
             raise RuntimeError(f"{function} says {status}")
 
     def _made(self, function: str, *arguments: Any) -> c_void_p:
-        """What a function puts behind its last argument."""
+        """Return what a function puts behind its last argument."""
         made = c_void_p()
         self._call(function, *arguments, byref(made))
         return made
@@ -132,15 +132,16 @@ class StockSignature:
         for number, name in enumerate(names):
             if name in self._buffers:
                 continue
-            tensor, found = graph._made(f"LiteRtGetSignature{kind}Tensor", signature, name.encode()), _TensorType()
-            graph._call("LiteRtGetRankedTensorType", tensor, byref(found))
+            tensor_type = _TensorType()
+            tensor = graph._made(f"LiteRtGetSignature{kind}Tensor", signature, name.encode())
+            graph._call("LiteRtGetRankedTensorType", tensor, byref(tensor_type))
             requirements = graph._made(
                 f"LiteRtGetCompiledModel{kind}BufferRequirements", graph._compiled, self._index, c_size_t(number)
             )
-            self.shapes[name] = tuple(found.layout.dimensions[: found.layout.rank])
-            self._dtypes[name] = _DTYPES[found.element_type]
+            self.shapes[name] = tuple(tensor_type.layout.dimensions[: tensor_type.layout.rank])
+            self._dtypes[name] = _DTYPES[tensor_type.element_type]
             self._buffers[name] = graph._made(
-                "LiteRtCreateManagedTensorBufferFromRequirements", graph._environment, byref(found), requirements
+                "LiteRtCreateManagedTensorBufferFromRequirements", graph._environment, byref(tensor_type), requirements
             )
         return names
 
@@ -160,7 +161,7 @@ class StockSignature:
         self._graph._call("LiteRtRunCompiledModel", self._graph._compiled, self._index, counts[0], ins, counts[1], outs)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A copy of an output."""
+        """Return a copy of an output."""
         values = np.empty(self.shapes[name], np.float32)
         with self._locked(name, _READ) as address:
             ctypes.memmove(values.ctypes.data, address, values.nbytes)

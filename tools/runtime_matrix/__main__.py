@@ -77,7 +77,7 @@ def _exported(checkout: Path, output: Path) -> Path:
 
 
 def _installed(version: str, work: Path) -> Path:
-    """The interpreter of an environment with one version of the runtime."""
+    """Return the interpreter of an environment with one version of the runtime."""
     folder = work / version.replace("=", "-")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     subprocess.run([str(folder / "bin/pip"), "install", "--quiet", version], check=True)

@@ -97,7 +97,7 @@ def session_texts(engine: Any, sampler: Any, prompts: Any, most: int) -> list[st
 
 
 def text_of(reply: Any) -> str:
-    """The text of a reply, or its calls."""
+    """Return the text of a reply, or its calls."""
     calls = [call["function"] for call in reply.get("tool_calls", [])]
     return json.dumps(calls) if calls else "".join(part.get("text", "") for part in reply.get("content", []))
 
@@ -122,7 +122,7 @@ def turns(engine: Any) -> Any:
 
 
 def tools(engine: Any) -> Any:
-    """A call, its answer, and a further turn."""
+    """Try a call, its answer, and a further turn."""
     answer = {"role": "tool", "content": [{"type": "tool_response", "name": "add", "response": {"result": 315}}]}
     replies = chat(engine, ["What is 231 plus 84?", answer, QUESTIONS[1]], tools=[Add()], max_output_tokens=60)
     assert json.loads(replies[0][0])[0]["arguments"] == {"a": 231, "b": 84}, replies
@@ -136,7 +136,7 @@ def thinking(engine: Any) -> Any:
 
 
 def restored(engine: Any) -> Any:
-    """A chat that begins with the messages of another."""
+    """Try a chat that begins with the messages of another."""
     before = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "To go up."}]
     return chat(engine, QUESTIONS[1:4], messages=before, system_message="Be brief.", max_output_tokens=60)
 
@@ -147,7 +147,7 @@ def cut(engine: Any) -> Any:
 
 
 def constrained(engine: Any) -> Any:
-    """A reply that must match an expression, and one that must be JSON."""
+    """Try a reply that must match an expression, and one that must be JSON."""
     config = litert_lm.ConstrainedDecodingConfig(
         enable=True, provider=litert_lm.LiteRtLmConstraintProviderType.LL_GUIDANCE
     )
@@ -164,7 +164,7 @@ def constrained(engine: Any) -> Any:
 
 
 def cancelled(engine: Any) -> Any:
-    """A reply that is cancelled in the middle, and the turn behind it."""
+    """Try a reply that is cancelled in the middle, and the turn behind it."""
     with engine.create_conversation(sampler_config=GREEDY, max_output_tokens=60) as conversation:
         for _ in conversation.send_message_async(QUESTIONS[0]):
             conversation.cancel_process()
@@ -179,7 +179,7 @@ def cancelled(engine: Any) -> Any:
 
 
 def drawn(engine: Any) -> Counter[str]:
-    """How often replies begin with the same three words, by seed."""
+    """Return how often replies begin with the same three words, by seed."""
     counts: Counter[str] = Counter()
     for seed in range(DRAWN):
         sampler = litert_lm.SamplerConfig(top_k=5, top_p=1.0, temperature=0.8, seed=seed)
@@ -218,7 +218,7 @@ EQUAL: dict[str, Callable[[Any], Any]] = {
 
 
 def attempts(path: str, mode: str) -> Iterator[tuple[str, Any]]:
-    """Every check of a mode: its result, or the error that it ended with."""
+    """Yield every check of a mode: its result, or the error that it ended with."""
     with open_engine(path, mode) as engine:
         for name, check in {**EQUAL, "sampling": drawn}.items():
             try:

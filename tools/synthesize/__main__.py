@@ -120,12 +120,10 @@ def _write_texts(folder: Path, plan: _Plan) -> None:
 
 
 def _check_disk(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.absolute().parent).free
-    if free < needed:
-        raise OutputError(
-            f"{output.absolute().parent} has {free / 1e9:.2f} GB free and the pair needs {needed / 1e9:.2f} GB: "
-            "free some space, or choose another --output or a smaller --depth"
-        )
+    place = output.absolute().parent
+    if (free := shutil.disk_usage(place).free) < needed:
+        sizes = f"{place} has {free / 1e9:.2f} GB free and the pair needs {needed / 1e9:.2f} GB"
+        raise OutputError(f"{sizes}: free some space, or choose another --output or a smaller --depth")
 
 
 def _fraction(context: click.Context, parameter: click.Parameter, value: str) -> Fraction:

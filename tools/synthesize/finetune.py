@@ -23,7 +23,7 @@ _SPREAD_OF_B = 0.02
 
 
 def leftovers(pair: PairSpec) -> dict[str, Any]:
-    """The outer keys that Unsloth adds to config.json; the token ids are those of the tokenizer."""
+    """Return the outer keys that Unsloth adds to config.json; the token ids are those of the tokenizer."""
     return {
         "bos_token_id": pair.target.bos_token_id,
         "eos_token_id": pair.target.eos_token_ids[0],
@@ -35,7 +35,7 @@ def leftovers(pair: PairSpec) -> dict[str, Any]:
 
 
 def adapter_tensors(tensors: Sequence[StoredTensor], rank: int) -> list[StoredTensor]:
-    """The pairs for the matrices among a target's tensors that are adapted."""
+    """Return the pairs for the matrices among a target's tensors that are adapted."""
     pairs: list[StoredTensor] = []
     for tensor in tensors:
         module = tensor.name.removesuffix(".weight")

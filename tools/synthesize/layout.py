@@ -93,7 +93,7 @@ def target_tensors(spec: TargetSpec, *, unused_caches: bool) -> list[StoredTenso
 
 
 def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
-    """The drafter's tensors: query-only layers, and the clustered head beside the tied embedding."""
+    """Return the drafter's tensors: query-only layers, and the clustered head beside the tied embedding."""
     hidden, backbone = spec.hidden_size, spec.backbone_hidden_size
     tensors = [
         matrix("model.embed_tokens", spec.vocab_size, hidden),
@@ -109,7 +109,7 @@ def drafter_tensors(spec: DrafterSpec) -> list[StoredTensor]:
 
 
 def _layer(spec: DecoderSpec, layer: int, branch: float) -> list[StoredTensor]:
-    """What every layer of target and drafter has."""
+    """Return what every layer of target and drafter has."""
     hidden, inner, name = spec.hidden_size, spec.layers[layer].intermediate_size, f"layers.{layer}"
     head_dim = spec.layers[layer].head_dim
     queries = spec.num_heads * head_dim

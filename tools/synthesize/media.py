@@ -62,9 +62,9 @@ def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[
     that had those ids take nano's."""
     before: dict[str, int] = tokenizer["model"]["vocab"]
     moved = {_TOKENS[name][0]: token_id for name, token_id in token_ids(vocab_size).items()}
-    given = set(moved.values())
-    left = iter(sorted({before[token] for token in moved} - given))
-    kept = {t: i if i not in given else next(left) for t, i in before.items() if t not in moved}
+    taken = set(moved.values())
+    left = iter(sorted({before[token] for token in moved} - taken))
+    kept = {t: i if i not in taken else next(left) for t, i in before.items() if t not in moved}
     vocabulary = kept | moved
     added = [token | {"id": moved.get(token["content"], token["id"])} for token in tokenizer["added_tokens"]]
     return tokenizer | {
@@ -74,7 +74,7 @@ def with_moved_media_tokens(tokenizer: dict[str, Any], vocab_size: int) -> dict[
 
 
 def target_settings(towers: Towers, vocab_size: int) -> dict[str, Any]:
-    """The outer keys of a target's config.json that it has because of the towers."""
+    """Return the outer keys of a target's config.json that it has because of the towers."""
     ids = token_ids(vocab_size)
     return {
         "audio_config": _audio_config(towers.audio),
@@ -87,7 +87,7 @@ def target_settings(towers: Towers, vocab_size: int) -> dict[str, Any]:
 
 
 def drafter_settings(vocab_size: int) -> dict[str, Any]:
-    """The outer keys of a drafter's config.json that the published ones have in addition."""
+    """Return the outer keys of a drafter's config.json that the published ones have in addition."""
     ids = token_ids(vocab_size)
     return {"transformers_version": "5.7.0.dev0"} | {
         f"{name}_token_id": token_id for name, token_id in ids.items() if name != "video"

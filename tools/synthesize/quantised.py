@@ -27,12 +27,12 @@ _ROWS = 0
 
 
 def quantised(tensors: Sequence[StoredTensor], variant: str, per_layer_size: int) -> list[StoredTensor]:
-    """The tensors of a target as a variant stores them."""
-    found: list[StoredTensor] = []
+    """Return the tensors of a target as a variant stores them."""
+    stored: list[StoredTensor] = []
     for tensor in tensors:
         format = _format(tensor, variant, per_layer_size)
-        found += [tensor] if format is None else _stored(tensor, format, variant)
-    return found
+        stored += [tensor] if format is None else _stored(tensor, format, variant)
+    return stored
 
 
 def _format(tensor: StoredTensor, variant: str, per_layer_size: int) -> WeightFormat | None:
@@ -70,33 +70,20 @@ def _stored(matrix: StoredTensor, format: WeightFormat, variant: str) -> list[St
                 content="integers",
                 bits=bits,
             ),
-            StoredTensor(
-                name=f"{module}.weight_shape",
-                shape=(2,),
-                spread=0.0,
-                dtype="I64",
-                content="constant",
-                values=matrix.shape,
-            ),
+            _constant(f"{module}.weight_shape", "I64", matrix.shape),
         ]
     if variant == W4A16 or _EMBEDDING in module:
         return [*integers, scales]
-    of_activations = [
-        StoredTensor(
-            name=f"{module}.{side}_scale",
-            shape=(1,),
-            spread=0.0,
-            dtype="F32",
-            content="constant",
-            values=(_ACTIVATION_SCALE,),
-        )
-        for side in ("input", "output")
-    ]
+    of_activations = [_constant(f"{module}.{side}_scale", "F32", (_ACTIVATION_SCALE,)) for side in ("input", "output")]
     return [*integers, scales, *of_activations]
 
 
+def _constant(name: str, dtype: str, values: tuple[float, ...]) -> StoredTensor:
+    return StoredTensor(name=name, shape=(len(values),), spread=0.0, dtype=dtype, content="constant", values=values)
+
+
 def quantization_config(variant: str, per_layer_size: int) -> dict[str, Any]:
-    """The part of a target's config.json that says how it is stored."""
+    """Return the part of a target's config.json that says how it is stored."""
     if variant == W4A16:
         groups = [_group(["Linear"], 4, 32)]
         ignore = ["lm_head", "re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*embed_vision.*", "re:.*embed_audio.*"]

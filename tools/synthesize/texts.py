@@ -121,16 +121,17 @@ def published_drafter_config(spec: DrafterSpec, max_position_embeddings: int, *,
 
 
 def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, Any]:
-    """What target and drafter say alike."""
+    """Return the keys that target and drafter have in common."""
     sliding, full = spec.kinds[SLIDING], spec.kinds[FULL]
     return {
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attention_k_eq_v": False,
-        "bos_token_id": 2,
         "dtype": "bfloat16",
         "enable_moe_block": False,
-        "eos_token_id": 1,
         "global_head_dim": full.head_dim,
         "head_dim": sliding.head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -144,7 +145,6 @@ def _text_config(spec: DecoderSpec, max_position_embeddings: int) -> dict[str, A
         "num_global_key_value_heads": None,
         "num_hidden_layers": spec.num_layers,
         "num_key_value_heads": full.num_kv_heads,
-        "pad_token_id": 0,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_parameters": {
             FULL: {

@@ -15,16 +15,12 @@ from tools.synthesize.layout import StoredTensor, matrix, vector
 
 VISION_PREFIX, AUDIO_PREFIX = "model.vision_tower.", "model.audio_tower."
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
-# How far from 0 a clipped layer's bounds lie. The published ones are not known. At this one, a few values in a
-# thousand are clipped: a model that loses its bounds says something else.
-_BOUND = 3.0
-_POSITION_SPREAD = 0.5
-_FEED_FORWARD = 4  # of the audio tower's hidden size; no key of a config says it
-_MEL_BINS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionTower:
+    """Sizes of the encoder of images."""
+
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -34,11 +30,17 @@ class VisionTower:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        """Values of a head."""
+        size, rest = divmod(self.hidden_size, self.num_heads)
+        if rest:
+            raise ValueError(f"{self.num_heads} heads do not divide a hidden size of {self.hidden_size}")
+        return size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioTower:
+    """Sizes of the encoder of sound."""
+
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -49,9 +51,18 @@ class AudioTower:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Towers:
+    """Both encoders of a model."""
+
     vision: VisionTower
     audio: AudioTower
 
+
+# How far from 0 a clipped layer's bounds lie. The published ones are not known. At this one, a few values in a
+# thousand are clipped: a model that loses its bounds says something else.
+_BOUND = 3.0
+_POSITION_SPREAD = 0.5
+_FEED_FORWARD = 4  # of the audio tower's hidden size; no key of a config says it
+_MEL_BINS = 128
 
 PUBLISHED = Towers(
     vision=VisionTower(
@@ -77,12 +88,12 @@ SMALL = Towers(
 
 
 def of(model: str) -> Towers:
-    """The towers of a model, by the name of its pair."""
+    """Return the towers of a model, by the name of its pair."""
     return SMALL if model == published.NANO.name else PUBLISHED
 
 
 def at_depth(towers: Towers, depth: Fraction) -> Towers:
-    """The towers with the first layers of each, at least one; every width as it was."""
+    """Return the towers with the first layers of each, at least one; every width as it was."""
     vision, audio = towers.vision, towers.audio
     return Towers(
         vision=dataclasses.replace(vision, num_layers=max(1, round(vision.num_layers * depth))),
@@ -161,7 +172,7 @@ def _conformer(tower: AudioTower, name: str) -> list[StoredTensor]:
 
 
 def _clipped(name: str, rows: int, columns: int) -> list[StoredTensor]:
-    """A linear layer that clips what goes in and what comes out, each between two scalars."""
+    """Return a linear layer that clips what goes in and what comes out, each between two scalars."""
     return [
         matrix(f"{name}.linear", rows, columns),
         *(

@@ -62,7 +62,7 @@ class Values:
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{name}".encode()).digest()[:8], "little")
 
     def _rows(self, tensor: StoredTensor, key: int, start: int, stop: int) -> NDArray[np.generic]:
-        """Rows of a matrix; of a tensor with more dimensions, in the order of the file.
+        """Return rows of a matrix; of a tensor with more dimensions, in the order of the file.
 
         Shapes: -> [stop - start, columns]
         """
@@ -85,7 +85,7 @@ class Values:
         return rows
 
     def _stretched(self, tensor: StoredTensor) -> NDArray[np.generic]:
-        """All stretches for tensors of this kind. Shapes: -> [stretches, starts + longest row], or in words"""
+        """Return all stretches for tensors of this kind. Shapes: -> [stretches, starts + longest row], or in words"""
         if tensor.content == "normal":
             return self._scaled(tensor.spread, tensor.dtype)
         if tensor.content == "scales":
@@ -95,7 +95,7 @@ class Values:
         return levels if tensor.dtype == "I8" else pack_words(levels, tensor.bits)
 
     def _scaled(self, spread: float, dtype: str) -> NDArray[np.generic]:
-        """All stretches for matrices of this spread. Shapes: -> [stretches, starts + longest row]"""
+        """Return all stretches for matrices of this spread. Shapes: -> [stretches, starts + longest row]"""
         stored = np.empty(self._normals.shape, np.float32 if dtype == "F32" else np.uint16)
         for i, normals in enumerate(self._normals):
             values = normals * np.float32(spread * 2.0 ** ((i - (_STRETCHES - 1) / 2) / _STRETCHES))

@@ -32,7 +32,7 @@ def _save(model: nn.Module, path: Path, prefix: str) -> None:
 
 
 def load_target(folder: Path, device: str | torch.device = "cpu") -> LanguageModel:
-    """The target of `folder`, in float32."""
+    """Return the target of `folder`, in float32."""
     model = LanguageModel(json.loads((folder / "config.json").read_text())["text_config"])
     tensors = load_file(folder / "model.safetensors")
     model.load_state_dict({name.removeprefix(_TARGET_PREFIX): tensor for name, tensor in tensors.items()})
@@ -40,7 +40,7 @@ def load_target(folder: Path, device: str | torch.device = "cpu") -> LanguageMod
 
 
 def load_drafter(folder: Path, device: str | torch.device = "cpu") -> Drafter:
-    """The drafter of `folder`, in float32."""
+    """Return the drafter of `folder`, in float32."""
     model = Drafter(json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.to(device)

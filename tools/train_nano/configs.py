@@ -15,7 +15,7 @@ ROPE = {
 
 
 def _text_config(**values: Any) -> dict[str, Any]:
-    """A `gemma4_text` section: what target and drafter have in common, then `values`."""
+    """Return a `gemma4_text` section: what target and drafter have in common, then `values`."""
     common: dict[str, Any] = {
         "attention_bias": False,
         "attention_dropout": 0.0,

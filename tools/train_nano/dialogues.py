@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.train_nano.exchanges import PLAIN, WITH_TOOLS, Call, Exchange, Maker, casual, without_tool
+from tools.train_nano.exchanges import PLAIN, WITH_TOOLS, casual
+from tools.train_nano.exchanges.exchange import Call, Exchange, Maker
+from tools.train_nano.exchanges.tools import without_tool
 
 SEED = 20260  # of the conversations that nano was trained on
 HELD_OUT_PER_MILLE = 40
@@ -63,12 +65,12 @@ class Prompt:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Names a set of prompts: the SHA-256 of their questions and answers."""
+    """Return a name for a set of prompts: the SHA-256 of their questions and answers."""
     return hashlib.sha256("\n".join(f"{p.question}\n{p.answer}" for p in prompts).encode()).hexdigest()
 
 
 def is_held_out(exchange: Exchange) -> bool:
-    """Whether training must not see the question."""
+    """Return whether training must not see the question."""
     digest = hashlib.sha256(exchange.question.encode()).hexdigest()
     return int(digest, 16) % 1000 < HELD_OUT_PER_MILLE
 
@@ -87,7 +89,7 @@ def _for_training(rng: random.Random, makers: Sequence[tuple[Maker, float]], *, 
 
 
 def call_messages(calls: Sequence[Call], **thought: str) -> list[Message]:
-    """The calls of one reply, and what the tools give."""
+    """Return the calls of one reply, and what the tools give."""
     functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     written = [{"type": "function", "function": function} for function in functions]
     calling: Message = {"role": "assistant", "content": "", "tool_calls": written, **thought}
@@ -105,7 +107,7 @@ def _messages(exchange: Exchange, question: str, answer: str, thinking: bool) ->
 
 
 def _system(rng: random.Random) -> tuple[str | None, bool, str]:
-    """A system message if any, whether answers are one word, and what they begin with."""
+    """Return a system message if any, whether answers are one word, and what they begin with."""
     roll = rng.random()
     if roll < 0.78:
         return None, False, ""
@@ -122,7 +124,7 @@ def _system(rng: random.Random) -> tuple[str | None, bool, str]:
 
 
 def dialogue(rng: random.Random) -> Dialogue:
-    """A conversation for training."""
+    """Return a conversation for training."""
     names = []
     if rng.random() < 0.35:
         names = rng.sample(list(TOOLS), 2 if rng.random() < 0.6 else 1)
@@ -150,17 +152,17 @@ def training_dialogues(seed: int) -> Iterator[Dialogue]:
 def held_out(seed: int = 1, *, questions: int = 400, tool_prompts: int = 200) -> list[Prompt]:
     """Questions that no training stage saw: plain ones without tools, then such as need a tool, with both declared."""
     rng = random.Random(seed)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for name, makers, count in (("question", PLAIN, questions), ("tool", WITH_TOOLS, tool_prompts)):
-        wanted = len(found) + count
-        while len(found) < wanted:
+        enough = len(prompts) + count
+        while len(prompts) < enough:
             exchange = _draw(rng, makers)
             failed = any(isinstance(call.result, dict) and "error" in call.result for call in exchange.calls)
             if is_held_out(exchange) and exchange.kind != "talk" and not failed:
-                found.setdefault(
+                prompts.setdefault(
                     exchange.question,
                     Prompt(
-                        id=f"{name}-{len(found) - wanted + count:03d}",
+                        id=f"{name}-{len(prompts) - enough + count:03d}",
                         kind=exchange.kind,
                         question=exchange.question,
                         answer=exchange.answer,
@@ -168,4 +170,4 @@ def held_out(seed: int = 1, *, questions: int = 400, tool_prompts: int = 200) ->
                         calls=exchange.calls,
                     ),
                 )
-    return list(found.values())
+    return list(prompts.values())

@@ -86,7 +86,7 @@ class _HtmlText(HTMLParser):
 
 
 def html_text(page: str) -> str:
-    """The readable text of an HTML page, with at most one empty line in a row."""
+    """Return the readable text of an HTML page, with at most one empty line in a row."""
     parser = _HtmlText()
     parser.feed(page)
     text = "".join(parser.parts).replace("¶", "").replace("\xa0", " ")
@@ -167,7 +167,7 @@ def _jargon(root: Path, source: Source) -> Iterator[Document]:
 
 
 def documents(root: Path, source: Source, folders: dict[str, Path]) -> Iterator[Document]:
-    """All usable documents of one unpacked package (or wheel) at `root`."""
+    """Yield all usable documents of one unpacked package (or wheel) at `root`."""
     if source.format == "kjv":
         yield from _kjv(root, folders[KJV_READER], source)
     elif source.format == "wordnet":

@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def head_dim(config: dict[str, Any], kind: str) -> int:
-    """The head size of a layer kind."""
+    """Return the head size of a layer kind."""
     return int(config["global_head_dim"] if kind == "full_attention" else config["head_dim"])
 
 
@@ -127,14 +127,14 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, T, H] → [B, T, H]."""
-        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-        return out
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        down: Tensor = self.down_proj(gate * self.up_proj(x))
+        return down
 
 
 class Layer(nn.Module):
@@ -165,7 +165,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, per_layer: Tensor | None, cos_sin: KeyValue, shared: KeyValue | None, window: int, seen: int
     ) -> tuple[Tensor, KeyValue]:
-        """The layer over a whole sequence, with its own keys and values or, if it has none, the `shared` ones.
+        """Return the layer over a whole sequence, with its own keys and values or, if it has none, the `shared` ones.
 
         Shapes: x [B, T, H] → [B, T, H], the keys and values used, two of [B, 1, T, D].
         """
@@ -226,8 +226,8 @@ class LanguageModel(nn.Module):
         per_layers = per_layer.unbind(2)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            given = None if layer.owns_kv else shared[layer.kind]
-            x, shared[layer.kind] = layer(x, per_layers[index], ropes[layer.kind], given, window, window)
+            keys_and_values = None if layer.owns_kv else shared[layer.kind]
+            x, shared[layer.kind] = layer(x, per_layers[index], ropes[layer.kind], keys_and_values, window, window)
         return self.norm(x), shared
 
     def step(self, ids: Tensor, position: Tensor, caches: list[KeyValue]) -> Tensor:
@@ -332,7 +332,7 @@ class Drafter(nn.Module):
         return x, self.post_projection(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The dense tied head. Shapes: [..., H] → [..., V]."""
+        """Return the dense tied head. Shapes: [..., H] → [..., V]."""
         out: Tensor = F.linear(x, self.model.embed_tokens.weight).float()
         return out
 

@@ -81,7 +81,7 @@ def _one_character(piece: str) -> bool:
 
 
 def _learned(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The characters, and the pieces in the order of their merges."""
+    """Return the characters, and the pieces in the order of their merges."""
     draft = Tokenizer(BPE())
     draft.normalizer = normalizers.Replace(" ", SPACE)
     draft.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
@@ -99,7 +99,7 @@ def _learned(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def ways(pieces: Sequence[str], known: set[str]) -> list[tuple[str, str]]:
-    """Every pair of known texts that makes a piece, ranked by the piece, then by its parts' ranks."""
+    """Return every pair of known texts that makes a piece, ranked by the piece, then by its parts' ranks."""
     rank = {piece: number for number, piece in enumerate(pieces)}
     pairs: list[tuple[str, str]] = []
     for piece in pieces:
@@ -119,7 +119,7 @@ def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def without_special(text: str) -> str:
-    """The text with a line break for each special token, of which no piece is to be learned."""
+    """Return the text with a line break for each special token, of which no piece is to be learned."""
     return re.sub("|".join(map(re.escape, SPECIAL)), "\n", text)
 
 
@@ -172,6 +172,6 @@ def chat_prompt(
     thinking: bool = False,
     open_turn: bool = True,
 ) -> str:
-    """What nano's chat template makes of a conversation, without BOS."""
+    """Return what nano's chat template makes of a conversation, without BOS."""
     options: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking, "add_generation_prompt": open_turn}
     return render_chat(CHAT_TEMPLATE, messages, **options)

@@ -176,7 +176,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of what trained the pair, for its model card."""
+    """Return the name of what trained the pair, for its model card."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -191,5 +191,5 @@ class Clock:
 
 
 def mean(values: Iterable[Tensor]) -> float:
-    """The mean of scalar tensors, read from the device once."""
+    """Return the mean of scalar tensors, read from the device once."""
     return float(torch.stack(list(values)).mean())

@@ -8,9 +8,7 @@ lacks: after that stage alone nano called tools that nobody had declared. Code a
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.train_nano.checkpoints import load_target, save_target
+from tools.train_nano.fitting import Fit, training_device, training_options
 from tools.train_nano.nano_ids import BOS, PAD
-from tools.train_nano.training import Budget, Clock, Corpus, Optimiser, hardware, mean, schedule
+from tools.train_nano.training import Budget, Clock, Corpus, Optimiser, hardware
 
 SEED = 13
 ROWS, CHAT_ROWS, LENGTH = 96, 64, 384
@@ -42,40 +41,30 @@ def batch(corpus: Corpus, rng: np.random.Generator) -> Tensor:
 
 def main() -> None:
     """Tune the target of --out in place."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("build/nano_data"))
-    parser.add_argument("--out", type=Path, default=Path("converter/mtp_export/nano"))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seconds", type=float, default=300.0, help="end the schedule early if it takes longer")
-    options = parser.parse_args()
-    clock = Clock()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
+    options = training_options(__doc__, steps=STEPS, seconds=300.0).parse_args()
+    clock, device = Clock(), training_device()
     corpus = Corpus(options.data)
     model = load_target(options.out / "target", device)
-    optimiser = Optimiser(model, MUON_LR, ADAM_LR, DECAY)
-    rng = np.random.default_rng(SEED)
-    budget = Budget(options.steps, options.seconds)
-    losses: list[Tensor] = []
-    step = tokens = 0
-    for step in range(options.steps):
-        ids = batch(corpus, rng)
-        tokens += int((ids != PAD).sum())
-        ids = ids.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = model.logits(model(ids[:, :-1])[0])
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
-        loss.backward()  # type: ignore[no-untyped-call]
-        done = budget.progress(step + 1)
-        optimiser.step(schedule(step, done, warm_up=WARM_UP))
-        losses.append(loss.detach())
-        if (step + 1) % 200 == 0 or done >= 1 or step in (4, 24):
-            print(f"{clock():.0f} s: step {step + 1}, loss {mean(losses):.4f}", flush=True)
-            losses.clear()
-        if done >= 1:
-            break
+    fit = Fit(
+        optimiser=Optimiser(model, MUON_LR, ADAM_LR, DECAY),
+        budget=Budget(options.steps, options.seconds),
+        clock=clock,
+        device=device,
+        warm_up=WARM_UP,
+    )
+    rng, tokens = np.random.default_rng(SEED), 0
+
+    def loss_of_batch() -> Tensor:
+        nonlocal tokens
+        rows = batch(corpus, rng)
+        tokens += int((rows != PAD).sum())
+        ids = rows.to(device)
+        logits = model.logits(model(ids[:, :-1])[0])
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
+
+    steps = fit.run(loss_of_batch)
     save_target(model, options.out / "target/model.safetensors")
-    log = {"steps": step + 1, "tokens": tokens, "seconds": clock(), "hardware": hardware(device)}
+    log = {"steps": steps, "tokens": tokens, "seconds": clock(), "hardware": hardware(device)}
     (options.out / "tune_target.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 

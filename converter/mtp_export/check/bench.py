@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from mtp_export.check.head_alone import head_alone
+from mtp_export.machine import processor, usable_cores
 from mtp_runtime import Session
 from mtp_runtime.errors import UserError
 from mtp_runtime.measure.profile import Profile
@@ -71,7 +70,7 @@ def bench(
         recipe=manifest.recipe,
         drafter_recipe=manifest.drafter_recipe,
         backend=f"{name} {version(package)}",
-        machine=f"{_processor()}, {len(os.sched_getaffinity(0))} processors",
+        machine=f"{processor()}, {usable_cores()} processors",
         threads=threads,
         filled=filled,
         cache_length=manifest.cache_length,
@@ -90,9 +89,3 @@ def _time_head(session: Session, threads: int, repeats: int) -> Timing:
             run()
             times.append(1000.0 * (time.perf_counter() - started))
     return Timing.of(times[2:], 1)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()

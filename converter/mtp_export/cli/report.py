@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import click
 
 from mtp_export.cli.options import check_bundle_options
 from mtp_export.cli.output import working
+from mtp_export.machine import processor
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
@@ -52,7 +52,7 @@ def command(
         bundle=bundle,
         prompts=tuple(in_turn(read_prompts(prompts) if prompts else calibration_prompts(), limit)),
         max_new_tokens=max_new_tokens,
-        device=device or platform.processor() or platform.machine(),
+        device=device or processor(),
         benches=benches,
         threads=threads,
     )

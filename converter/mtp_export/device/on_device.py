@@ -10,14 +10,14 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from mtp_export.check.stock_runtime import StockRequest, run_stock
-from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun, cpu_name
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockAnswer, TraceRun
+from mtp_export.machine import processor, system, versions
 from mtp_runtime import Session
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.bundle.contract import read_manifest
@@ -70,10 +70,10 @@ def describe() -> PlaceDescription:
     return PlaceDescription(
         where=where,
         machine=platform.machine(),
-        cpu=cpu_name(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")),
-        system=platform.platform() if where == "host" else "Debian root behind adbd",
+        cpu=processor(),
+        system=system() if where == "host" else "Debian root behind adbd",
         emulator=os.environ.get("MTP_EMULATOR") if where == "arm64-emulated" else None,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        versions=versions(_PACKAGES),
     )
 
 
@@ -99,13 +99,6 @@ def _readings(session: Session, texts: Sequence[FixedText]) -> list[Reading]:
         print(f"mtp_runtime, text {number} of {len(texts)}", flush=True)
         readings.append(read_fixed(session.backend, session.manifest, text))
     return readings
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _main(request_path: str, answer_path: str) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.device.adb import FOLDER, Adb
-from mtp_export.device.protocol import Answer, PlaceDescription, Request, Where, cpu_name
+from mtp_export.device.protocol import Answer, PlaceDescription, Request, Where
 from mtp_export.device.transfer import Sent, code_archive, send
+from mtp_export.machine import cpu_name
 from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.errors import BackendError, UserError
 

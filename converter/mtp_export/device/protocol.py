@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,8 +14,6 @@ from mtp_runtime.measure.teacher_forcing import FixedText, Reading
 Where = Literal["host", "arm64-emulated", "phone"]
 Runtime = Literal["mtp_runtime", "LiteRT-LM"]
 Processor = Literal["cpu", "gpu"]
-# The architecture that /proc/cpuinfo's part numbers of Arm stand for, of those that the emulated place can be.
-_ARM_PARTS = {"0xd03": "cortex-a53", "0xd0b": "cortex-a76"}
 
 
 class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,12 +85,3 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def text_prompts(prompts: Sequence[object]) -> tuple[TextPrompt, ...]:
     """Return prompts with the fields that a place needs, and no others."""
     return tuple(msgspec.convert(prompt, TextPrompt, from_attributes=True) for prompt in prompts)
-
-
-def cpu_name(cpuinfo: str) -> str:
-    """Return the name of the processor that a text like Linux's /proc/cpuinfo describes."""
-    part = re.search(r"^CPU part\s*: (\S+)", cpuinfo, re.MULTILINE)
-    if part:
-        return _ARM_PARTS.get(part[1], f"Arm part {part[1]}")
-    name = re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE)
-    return name[1] if name else "a processor without a name"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import re
-import stat
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from mtp_export.errors import CheckpointError
 from mtp_export.source import stored_integers
-from mtp_export.source.names import canonical_names
+from mtp_export.source.files import TextFile, refuse_pointer
+from mtp_export.source.names import EMBEDDING_MODULE, HEAD_MODULE, canonical_names
+from mtp_export.source.shards import ShardFinder
 from mtp_runtime.bundle.bundle import sha256_of
 from mtp_runtime.bundle.contract import FileEntry
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -40,21 +37,18 @@ TEXT_FILES = (
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 ADAPTER_CONFIG = "adapter_config.json"
-_NAMED_FILE = "transformers_weights"  # a key of config.json
-_SHARD = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.safetensors")
 FLOATS = ("BF16", "F16", "F32", "F64")
 _ORDERING = "token_ordering"
 _TIES = "tie_word_embeddings"
-EMBEDDINGS = {"target": "embed_tokens.weight", "drafter": "model.embed_tokens.weight"}  # by part
-HEAD = "lm_head.weight"
+EMBEDDINGS = {"target": f"{EMBEDDING_MODULE}.weight", "drafter": f"model.{EMBEDDING_MODULE}.weight"}  # by part
+HEAD = f"{HEAD_MODULE}.weight"
 _ROWS_AT_ONCE = 1024  # of two tables that are compared: some megabytes of each
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_TEXT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a stored tensor lies, its name there, and what its header says."""
+    """Where a stored tensor lies: its file, its name there, shape and dtype."""
 
     file: Path
     stored: str
@@ -82,9 +76,10 @@ class Checkpoint:
         self._refuse_adapter()
         self.config = self.read_json("config.json")
         self._files: dict[Path, Any] = {}
-        self._index: list[str] = []  # the index that was read, if one was
+        weights = ShardFinder(folder, part, self.read_json).find(self.config)
+        self._index_name = weights.index_name
         stored: dict[str, TensorInfo] = {}
-        for path in self._shards():
+        for path in weights.paths:
             self._add_headers(path, stored)
         model_type = self.config.get("model_type") if isinstance(self.config, dict) else None
         self.names = canonical_names(stored, part, model_type, str(folder))
@@ -95,7 +90,7 @@ class Checkpoint:
         )
 
     def _refuse_adapter(self) -> None:
-        """transformers loads a folder with an adapter's config as that adapter's base with the adapter on it."""
+        """Refuse a folder with an adapter's config: transformers loads it as its base with the adapter on it."""
         if self.has(ADAPTER_CONFIG):
             raise CheckpointError(
                 f"{self.folder} holds an adapter ({ADAPTER_CONFIG}), and transformers loads such a folder as its base "
@@ -109,19 +104,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing, no file, too large, or not UTF-8.
         """
-        path = self.folder / name
-        try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
-                raise CheckpointError(f"{path} is not a file: the {self.part} checkpoint is damaged")
-            if status.st_size > _MAX_TEXT_BYTES:
-                raise CheckpointError(f"{path} is larger than {_MAX_TEXT_BYTES >> 20} MiB: this is not a {name}")
-            refuse_pointer(path)
-            return path.read_bytes().decode("utf-8")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the {self.part} checkpoint is incomplete") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}: download it again") from error
+        return self._text_file(name).read()
 
     def read_json(self, name: str) -> Any:
         """Parse a JSON file of the folder.
@@ -129,75 +112,20 @@ class Checkpoint:
         Raises:
             CheckpointError: as for text, or it is not JSON.
         """
-        text = self.read_text(name)
-        if text.startswith("\ufeff"):  # transformers does not read it either
-            raise CheckpointError(f"{self.folder / name} begins with a byte order mark: save it as UTF-8 without one")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also for integers of thousands of digits
-            raise CheckpointError(f"{self.folder / name} is not JSON ({error}): download it again") from error
+        return self._text_file(name).read_json()
+
+    def _text_file(self, name: str) -> TextFile:
+        return TextFile(
+            path=self.folder / name,
+            max_bytes=_MAX_TEXT_BYTES,
+            kind=name,
+            missing=f"the {self.part} checkpoint is incomplete",
+            damaged=f"the {self.part} checkpoint is damaged",
+            remedy="download it again",
+        )
 
     def has(self, name: str) -> bool:
         return os.path.isfile(self.folder / name)  # False for a name that the file system does not take
-
-    def _shards(self) -> list[Path]:
-        """The files that hold the weights: the one that the config names, the whole one, or those of the index, as
-        transformers takes them; without an index, a full set by its own numbering."""
-        named = self.config.get(_NAMED_FILE) if isinstance(self.config, dict) else None
-        if named is not None:
-            name = self._safe_name(named, f"config.json: {_NAMED_FILE}")
-            if not name.endswith((".safetensors", ".safetensors.index.json")):
-                raise CheckpointError(
-                    f"{self.folder / 'config.json'}: {_NAMED_FILE} is {name!r}, expected the name of a .safetensors "
-                    "file, or of its index"
-                )
-            return self._indexed(name) if name.endswith(".index.json") else [self._existing(name)]
-        if self.has(_SINGLE):
-            return [self.folder / _SINGLE]
-        if self.has(_INDEX):
-            return self._indexed(_INDEX)
-        return self._numbered()
-
-    def _indexed(self, index_name: str) -> list[Path]:
-        index, self._index = self.read_json(index_name), [index_name]
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
-            raise CheckpointError(f"{self.folder / index_name} has no valid weight_map: download it again")
-        return [self._existing(self._safe_name(name, index_name)) for name in sorted(set(names.values()))]
-
-    def _safe_name(self, name: Any, where: str) -> str:
-        """A path below the folder, as transformers takes it."""
-        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{self.folder / where} names the unsafe file {name!r}")
-        return str(name)
-
-    def _existing(self, name: str) -> Path:
-        if not self.has(name):
-            raise CheckpointError(f"{self.folder / name} is missing: the {self.part} checkpoint is incomplete")
-        return self.folder / name
-
-    def _numbered(self) -> list[Path]:
-        """Shards without their index: all of `model-00001-of-00003.safetensors` and so on."""
-        shards = {path.name: match for path in self.folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
-        if not shards:
-            if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
-                raise CheckpointError(
-                    f"{self.folder} has only pickled weights, which can run code when loaded: save it as safetensors"
-                )
-            raise CheckpointError(f"{self.folder / _SINGLE} is missing: the {self.part} checkpoint is incomplete")
-        totals = {int(match["total"]) for match in shards.values()}
-        if len(totals) > 1:
-            raise CheckpointError(
-                f"{self.folder} holds shards of several checkpoints, and no {_INDEX}: download it again"
-            )
-        total, there = totals.pop(), {int(match["number"]) for match in shards.values()}
-        missing = next((number for number in range(1, total + 1) if number not in there), None)
-        if missing is not None:
-            raise CheckpointError(
-                f"{self.folder}: shard {missing} of {total} is missing: the {self.part} checkpoint is incomplete"
-            )
-        return [self.folder / name for name in sorted(shards)]
 
     def _add_headers(self, path: Path, stored: dict[str, TensorInfo]) -> None:
         with self._reading(path) as file:
@@ -252,14 +180,14 @@ class Checkpoint:
 
     @property
     def ties(self) -> bool:
-        """What the config says, in the place where transformers looks; it says so by default."""
+        """Whether the config ties head and embedding, in the place where transformers looks; it does by default."""
         return not isinstance(self.config, dict) or self.config.get(_TIES) is not False
 
     def _stored_as(self, name: str) -> set[str]:
         return {name, f"{name}_packed"}
 
     def _same(self, name: str, other: str) -> bool:
-        """Whether two matrices have the same values, and the same scales where they are stored as integers."""
+        """Return whether two matrices have the same values, and the same scales where they are stored as integers."""
         for suffix in ("", "_packed", "_scale"):
             pair = [self.tensors.get(n + suffix) for n in (name, other)]
             if pair == [None, None]:
@@ -279,8 +207,8 @@ class Checkpoint:
         return rows
 
     def files(self) -> list[Path]:
-        """Every file that an export depends on, in a fixed order."""
-        names = (name for name in (*TEXT_FILES, *self._index) if self.has(name))
+        """Return every file that an export depends on, in a fixed order."""
+        names = (name for name in (*TEXT_FILES, self._index_name) if name is not None and self.has(name))
         if self.chat_template is None:
             present = [*(self.folder / name for name in names), *sorted(self.folder.glob(MORE_TEMPLATES))]
         else:
@@ -288,7 +216,7 @@ class Checkpoint:
         return present + sorted({info.file for info in self.tensors.values()})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows of a stored matrix, or a slice of a stored vector, as float32.
+        """Return rows of a stored matrix, or a slice of a stored vector, as float32.
 
         Shapes: -> [stop - start, …]
 
@@ -298,7 +226,7 @@ class Checkpoint:
         return self._float32(name, lambda file, stored: file.get_slice(stored)[start:stop])
 
     def rows_at(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows of a stored matrix in any order, as float32. Shapes: indices [N] -> [N, …]"""
+        """Return rows of a stored matrix in any order, as float32. Shapes: indices [N] -> [N, …]"""
         return self._float32(name, lambda file, stored: file.get_tensor(stored)[torch.from_numpy(indices)])
 
     def _float32(self, name: str, read: Callable[[Any, str], torch.Tensor]) -> NDArray[np.float32]:
@@ -310,7 +238,7 @@ class Checkpoint:
         return values
 
     def quantised(self, name: str, shape: tuple[int, ...]) -> stored_integers.StoredMatrix | None:
-        """The matrix `name` if it is stored as integers, None where it is not.
+        """Return the matrix `name` if it is stored as integers, None where it is not.
 
         Raises:
             CheckpointError: it is, in a way that contradicts the shape or the config.
@@ -318,7 +246,7 @@ class Checkpoint:
         return stored_integers.find(self.tensors, name, shape, self.formats, str(self.folder))
 
     def quantised_rows(self, matrix: stored_integers.StoredMatrix, start: int, stop: int) -> stored_integers.Rows:
-        """Rows of a matrix that is stored as integers.
+        """Return rows of a matrix that is stored as integers.
 
         Raises:
             CheckpointError: the file is damaged, a scale is not finite, or the stored shape is another.
@@ -333,7 +261,7 @@ class Checkpoint:
         return matrix.rows(values, self.rows(matrix.scales, start, stop))
 
     def integers(self, name: str) -> NDArray[np.int64]:
-        """A whole stored integer vector."""
+        """Return a whole stored integer vector."""
         with self._reading(self.tensors[name].file) as file:
             values: NDArray[np.int64] = file.get_tensor(self.tensors[name].stored).to(torch.int64).numpy()
         return values
@@ -352,21 +280,6 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             refuse_pointer(path)
             raise CheckpointError(f"{path} is damaged or truncated ({error}): download it again") from error
-
-
-def refuse_pointer(path: Path) -> None:
-    """Look whether a file that is no use is a git-LFS pointer to what it should be.
-
-    Raises:
-        CheckpointError: it is.
-    """
-    content = b""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        content = file.read(len(_POINTER))
-    if content == _POINTER:
-        raise CheckpointError(
-            f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull`, or download it again"
-        )
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -398,7 +311,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
 
 
 def read_token_ordering(checkpoint: Checkpoint, name: str, vocab_size: int) -> NDArray[np.int64]:
-    """The drafter's vocabulary in cluster order. Shapes: -> [V]
+    """Return the drafter's vocabulary in cluster order. Shapes: -> [V]
 
     Raises:
         CheckpointError: it is not a permutation of the vocabulary.
@@ -413,5 +326,5 @@ def read_token_ordering(checkpoint: Checkpoint, name: str, vocab_size: int) -> N
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, under its bare name."""
+    """Return size and SHA-256 of a file, under its bare name."""
     return FileEntry(path=path.name, sha256=sha256_of(path), size_bytes=os.path.getsize(path))

@@ -133,7 +133,7 @@ def read_generation(target: Checkpoint, vocab_size: int) -> GenerationDefaults:
 
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands for the file where there is none (`GenerationConfig.from_model_config`)."""
+    """Return what stands for the file where there is none (`GenerationConfig.from_model_config`)."""
     keys = {key: value for key, value in config.items() if key in _KNOWN and value is not None}
     inner = next((config[name] for name in ("decoder", "generator", "text_config") if config.get(name)), None)
     if isinstance(inner, Mapping):

@@ -25,7 +25,7 @@ class Headers:
         self.download_bytes = 0  # what an export would download
 
     def find(self, source: str) -> Path:
-        """A local folder as it is; a Hugging Face id from its cache, or as a folder of headers in `scratch`.
+        """Return a local folder as it is; a Hugging Face id from its cache, or as a folder of headers in `scratch`.
 
         Raises:
             CheckpointError: the id is unknown, or neither cached nor to be reached.
@@ -36,14 +36,14 @@ class Headers:
         import huggingface_hub
         from huggingface_hub.errors import DryRunError, HfHubHTTPError
 
-        wanted: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
+        filters: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
         with reaching_hub(source):
             try:
-                files = huggingface_hub.snapshot_download(source, **wanted, dry_run=True)
+                files = huggingface_hub.snapshot_download(source, **filters, dry_run=True)
             except DryRunError as error:
                 if isinstance(error.__cause__, HfHubHTTPError):  # it was reached, and refused
                     raise error.__cause__ from error
-                cached = huggingface_hub.snapshot_download(source, **wanted, local_files_only=True)
+                cached = huggingface_hub.snapshot_download(source, **filters, local_files_only=True)
                 return Path(cached)
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
             for file in files:
@@ -79,15 +79,15 @@ def _header(source: str, name: str, revision: str) -> tuple[bytes, int]:
     from huggingface_hub.errors import SafetensorsParsingError
 
     try:
-        found = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
+        metadata = HfApi().parse_safetensors_file_metadata(source, name, revision=revision)
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{source}: {name} is no safetensors file: give another checkpoint") from error
     tensors = {
         name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-        for name, info in found.tensors.items()
+        for name, info in metadata.tensors.items()
     }
     header = json.dumps(tensors).encode()
-    data_bytes = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    data_bytes = max((info.data_offsets[1] for info in metadata.tensors.values()), default=0)
     return len(header).to_bytes(8, "little") + header, data_bytes
 
 

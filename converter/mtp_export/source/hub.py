@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def locate(source: str) -> Path:
-    """A local folder as it is; a Hugging Face id through its cache (downloaded unless HF_HUB_OFFLINE is set).
+    """Return a local folder as it is; a Hugging Face id through its cache (downloaded unless HF_HUB_OFFLINE is set).
 
     Raises:
         CheckpointError: the id is unknown, not cached while offline, or the download fails.
@@ -34,7 +34,7 @@ def locate(source: str) -> Path:
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder that `source` names, there or not; None if it is a Hugging Face id."""
+    """Return the folder that `source` names, there or not; None if it is a Hugging Face id."""
     folder = Path(os.path.expanduser(source))
     return folder if os.path.lexists(folder) or not _HUB_ID.fullmatch(source) else None
 

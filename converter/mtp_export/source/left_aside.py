@@ -39,7 +39,7 @@ def left_aside(
 
 
 def _printable(name: str) -> str:
-    """A name out of a file, which may be of any length and hold anything."""
+    """Return a name out of a file, which may be of any length and hold anything."""
     return shortened(name)[1:-1]
 
 
@@ -72,7 +72,7 @@ def _tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) ->
 
 
 def _quantization(checkpoint: Checkpoint) -> Iterable[str]:
-    """A quantization_config beside weights in floats, which tools leave behind."""
+    """Yield a quantization_config beside weights in floats, which tools leave behind."""
     config = checkpoint.config
     text = config.get("text_config")
     stated = config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None)

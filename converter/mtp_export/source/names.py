@@ -21,8 +21,9 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "gemma4_text": ("model.", "model.language_model.", "language_model.model.", "language_model."),
 }
 OLD_LAYOUT = "language_model.model."  # of the class before transformers 4.52: its head lies beside the model
-_OLD_HEAD = "language_model.lm_head."
-_HEAD = "lm_head."
+EMBEDDING_MODULE, HEAD_MODULE = "embed_tokens", "lm_head"
+_HEAD = f"{HEAD_MODULE}."
+_OLD_HEAD = f"language_model.{_HEAD}"
 _OF_DRAFTER = (_HEAD, "pre_projection.", "post_projection.", "masked_embedding.")
 # What the text model has directly below it; the rest of a name that begins with `model.` may be a tower's.
 _OF_TEXT_MODEL = re.compile(
@@ -133,7 +134,7 @@ def _is_layer(name: str, prefix: str) -> bool:
 
 
 def _canonical(name: str, prefix: str, part: str) -> str | None:
-    """The canonical name of a tensor of the model, None of another; all of a drafter's are its own."""
+    """Return the canonical name of a tensor of the model, None of another; all of a drafter's are its own."""
     if part == "drafter":
         return name
     if _of_text_model(name, prefix):

@@ -72,31 +72,31 @@ class _Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_quantization(config: Any, where: str) -> frozenset[WeightFormat]:
-    """The formats that a config.json says matrices are stored in; none where it says nothing.
+    """Return the formats that a config.json says matrices are stored in; none where it says nothing.
 
     A group's block size is its number of columns, 0 where a row has one scale.
 
     Raises:
         CheckpointError: matrices are stored in a way that is not read here.
     """
-    said = config.get(KEY) if isinstance(config, dict) else None
-    if said is None:
+    stated = config.get(KEY) if isinstance(config, dict) else None
+    if stated is None:
         return frozenset()
-    method = said.get("quant_method") if isinstance(said, dict) else None
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
     if method != METHOD:
         raise CheckpointError(
             f"{where}: {KEY} has quant_method = {method!r}, expected {METHOD!r}: "
             "take the published checkpoint whose name ends in -ct, or one in floats"
         )
     try:
-        found = msgspec.convert(said, type=_Quantization)
+        quantization = msgspec.convert(stated, type=_Quantization)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{where}: {KEY}: {error}: this is not {METHOD} as we know it") from error
-    _expect(where, "format", found.format, ("pack-quantized", "int-quantized", "mixed-precision"))
-    _expect(where, "quantization_status", found.quantization_status, ("compressed", "frozen"))
+    _expect(where, "format", quantization.format, ("pack-quantized", "int-quantized", "mixed-precision"))
+    _expect(where, "quantization_status", quantization.quantization_status, ("compressed", "frozen"))
     for key in ("sparsity_config", "transform_config"):
-        _expect(where, key, getattr(found, key) or None, (None,))
-    groups = {name: group for name, group in found.config_groups.items() if group.weights is not None}
+        _expect(where, key, getattr(quantization, key) or None, (None,))
+    groups = {name: group for name, group in quantization.config_groups.items() if group.weights is not None}
     return frozenset(_format(f"{where}: {name}", group) for name, group in groups.items())
 
 
@@ -172,7 +172,7 @@ class StoredMatrix:
         return frozenset(filter(None, (self.values, self.scales, self.stated_shape, *unread)))
 
     def rows(self, stored: NDArray[Any], scales: NDArray[np.float32]) -> Rows:
-        """What stored rows mean: integers and scales as they are; a block whose scale is 0 is one of zeros.
+        """Return what stored rows mean: integers and scales as they are; a block whose scale is 0 is one of zeros.
 
         Shapes: stored [R, C * bits / 32] int32 or [R,C] int8, scales [R,G]
         """
@@ -194,7 +194,7 @@ def unpack(words: NDArray[np.int32], bits: int) -> NDArray[np.int8]:
 def find(
     tensors: Mapping[str, Header], name: str, shape: tuple[int, ...], formats: frozenset[WeightFormat], where: str
 ) -> StoredMatrix | None:
-    """The matrix `name` of this shape if it is stored as integers.
+    """Return the matrix `name` of this shape if it is stored as integers.
 
     Raises:
         CheckpointError: its tensors contradict each other, the shape, or the formats that the config names.
@@ -205,8 +205,8 @@ def find(
     if not formats or values is None:
         return None
 
-    def fail(what: str) -> CheckpointError:
-        return CheckpointError(f"{where}: {module} {what}: the checkpoint contradicts itself")
+    def fail(fault: str) -> CheckpointError:
+        return CheckpointError(f"{where}: {module} {fault}: the checkpoint contradicts itself")
 
     if len(shape) != 2:
         raise fail("is a vector, and stored as integers")
@@ -228,12 +228,12 @@ def find(
         raise fail(
             f"has scales {list(scales)}, expected {[rows, 1]} or so many for each row that they divide {columns}"
         )
-    found = WeightFormat(bits=bits, block_size=columns // groups)
-    rowwise = dataclasses.replace(found, block_size=0)
-    if found not in formats and (groups > 1 or rowwise not in formats):
+    format = WeightFormat(bits=bits, block_size=columns // groups)
+    rowwise = dataclasses.replace(format, block_size=0)
+    if format not in formats and (groups > 1 or rowwise not in formats):
         listed = ", ".join(sorted(f"{f.bits} bits in {_grouping(f)}" for f in formats))
         raise fail(f"is stored at {bits} bits in groups of {columns // groups}, {KEY} names {listed}")
-    return StoredMatrix(name=name, shape=shape, format=found if groups > 1 else rowwise, packed=packed is not None)
+    return StoredMatrix(name=name, shape=shape, format=format if groups > 1 else rowwise, packed=packed is not None)
 
 
 def _grouping(format: WeightFormat) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtp_export.errors import CheckpointError
 from mtp_export.source.checkpoint import Checkpoint
+from mtp_export.source.files import TextFile
 from mtp_export.source.tokenizer_settings import CONFIG, read_object
 from mtp_runtime.bundle.contract import ChatTemplateOrigin
 
@@ -49,7 +49,7 @@ class ChatTemplate:
     source: str = ""
 
     def origin(self) -> ChatTemplateOrigin | None:
-        """What a bundle says of the template that it carries."""
+        """Return where the template of a bundle comes from, None without one."""
         if self.text is None:
             return None
         digest = hashlib.sha256(self.text.encode()).hexdigest()
@@ -65,7 +65,7 @@ def read_template(target: Checkpoint) -> ChatTemplate:
     """
     if target.chat_template is not None:
         path = target.chat_template
-        return ChatTemplate(text=_read_given(path), left_aside=(), source=f"--chat-template {path.name}")
+        return ChatTemplate(text=_read_option(path), left_aside=(), source=f"--chat-template {path.name}")
     named, source = _of_files(target), NAME
     if not named:
         named, source = _of_key(target, CONFIG), CONFIG
@@ -86,25 +86,18 @@ def read_template(target: Checkpoint) -> ChatTemplate:
     return ChatTemplate(text=joined(named), left_aside=tuple(left_aside), source=source)
 
 
-def _read_given(path: Path) -> str:
-    """A file that a user names in place of the checkpoint's templates.
+def _read_option(path: Path) -> str:
+    """Return the text of a file that a user names in place of the checkpoint's templates.
 
     Raises:
         CheckpointError: it cannot be read, is empty or no text, or its name is not Unicode.
     """
     if not _is_unicode(path.name):  # the bundle's manifest, which is JSON, names it
         raise CheckpointError(f"--chat-template: the name of the file {path.name!a} is not Unicode: rename it")
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
-            raise CheckpointError(f"--chat-template: {path} is not a file")
-        if status.st_size > _MAX_BYTES:
-            raise CheckpointError(f"--chat-template: {path} is larger than {_MAX_BYTES >> 20} MiB: this is no template")
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"--chat-template: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise CheckpointError(f"--chat-template: {path} is no UTF-8 text") from None
+    file = TextFile(
+        path=path, max_bytes=_MAX_BYTES, kind="template", missing="give an existing file", prefix="--chat-template: "
+    )
+    text = file.read()
     if not text.strip():
         raise CheckpointError(f"--chat-template: {path} is empty")
     return text
@@ -122,7 +115,7 @@ def _of_files(target: Checkpoint) -> dict[str, str]:
 
 
 def _is_unicode(name: str) -> bool:
-    """Names of files may hold any bytes; those that are not UTF-8 come as halves of surrogate pairs."""
+    """Return whether a file name is UTF-8; other bytes come as halves of surrogate pairs."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -164,7 +157,7 @@ def joined(named: Mapping[str, str]) -> str | None:
 
 
 def _inner(template: str) -> str:
-    """A template as part of another: a file's last newline is no part of what it renders."""
+    """Return a template as part of another: a file's last newline is no part of what it renders."""
     for newline in ("\r\n", "\n", "\r"):
         if template.endswith(newline):
             return template.removesuffix(newline) + "{{ '' }}"

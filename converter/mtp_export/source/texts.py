@@ -57,7 +57,7 @@ def check_texts(target: Checkpoint, spec: TargetSpec) -> None:
 
 
 def text_sizes(target: Checkpoint) -> dict[str, int]:
-    """Bytes of the texts that `read_texts` gives, by role; the tokenizer is not read.
+    """Return bytes of the texts that `read_texts` gives, by role; the tokenizer is not read.
 
     Raises:
         CheckpointError: there is no tokenizer, or another text is not what it should be.
@@ -73,7 +73,7 @@ def file_name(role: str) -> str:
 
 
 def generation(target: Checkpoint, spec: TargetSpec) -> GenerationDefaults:
-    """Where generation stops, what is suppressed, and how tokens are drawn, as the checkpoint says.
+    """Return where generation stops, what is suppressed, and how tokens are drawn, as the checkpoint says.
 
     Raises:
         CheckpointError: it says what the library does not take.
@@ -82,7 +82,7 @@ def generation(target: Checkpoint, spec: TargetSpec) -> GenerationDefaults:
 
 
 def stop_token_ids(target: Checkpoint, spec: TargetSpec) -> tuple[int, ...]:
-    """Where generation stops, as the checkpoint says.
+    """Return where generation stops, as the checkpoint says.
 
     Raises:
         CheckpointError: it says what the library does not take.
@@ -126,7 +126,7 @@ def _tokenizer_text(target: Checkpoint) -> str | None:
 
 
 def _optional(target: Checkpoint) -> dict[str, str]:
-    """All texts but the tokenizer, as far as there are any."""
+    """Return all texts but the tokenizer, as far as there are any."""
     texts = {}
     if target.has(tokenizer_settings.CONFIG):
         texts["tokenizer_config"] = target.read_text(tokenizer_settings.CONFIG)

@@ -68,7 +68,7 @@ def read_file(target: Checkpoint) -> str:
 
 
 def is_hole(text: str) -> bool:
-    """Whether a plan has this in the place of a tokenizer.json that is not downloaded yet."""
+    """Return whether a plan has this in the place of a tokenizer.json that is not downloaded yet."""
     return text.startswith("\0")
 
 
@@ -100,8 +100,8 @@ def without_call_settings(text: str) -> str:
 
 def token_id(text: str, token: str) -> int | None:
     """Return the id of a token in a tokenizer.json that has been read before, None if it has none."""
-    found: int | None = HFTokenizer.from_str(text).token_to_id(token)
-    return found
+    number: int | None = HFTokenizer.from_str(text).token_to_id(token)
+    return number
 
 
 def special_tokens(target: Checkpoint) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _as_built(
         if _spelled(added)[: len(own)] != _spelled(own):
             tokenizer = _load(target, _with_member(text, "added_tokens", "[]"))
         _build_as_gemma(target, tokenizer, settings)
-    tokenizer.add_tokens(list(_wanted(tokenizer, settings, added, vocab_size)))
+    tokenizer.add_tokens(list(_missing_tokens(tokenizer, settings, added, vocab_size)))
     new = [str(token) for i, token in tokenizer.get_added_tokens_decoder().items() if i >= vocab_size]
     if new:
         remedy = "name a token of the vocabulary there, or take the base model's file"
@@ -184,14 +184,14 @@ def _spelled(added: Mapping[int, AddedToken]) -> list[tuple[int, str]]:
 
 
 def _parts(tokenizer: HFTokenizer) -> tuple[Any, ...]:
-    """All that makes a tokenizer but its tokens and merges."""
+    """Return all that makes a tokenizer but its tokens and merges."""
     model = tokenizer.model
     parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
     states = [None if part is None else part.__getstate__() for part in parts]
     return (*states, *(getattr(model, name, None) for name in _BPE_OPTIONS))
 
 
-def _wanted(
+def _missing_tokens(
     tokenizer: HFTokenizer, settings: TokenizerSettings, added: Mapping[int, AddedToken], vocab_size: int
 ) -> Iterator[AddedToken]:
     """What transformers adds to a tokenizer that it has loaded: tokens of a list, then special ones that are not there.
@@ -256,7 +256,7 @@ def _check_ids(tokenizer: HFTokenizer, vocab_size: int, where: str, remedy: str)
 
 
 def _naming(target: Checkpoint, token: str) -> str:
-    """The file that names a token which tokenizer.json has not."""
+    """Return the file that names a token which tokenizer.json has not."""
     spelled = json.dumps(token, ensure_ascii=False)
     names = (ADDED_TOKENS, SPECIAL_TOKENS_MAP, CONFIG)
     name = next((n for n in names if target.has(n) and spelled in target.read_text(n)), CONFIG)

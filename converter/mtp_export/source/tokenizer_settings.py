@@ -146,7 +146,7 @@ def _check_values(target: Checkpoint, name: str, value: Any, key: str = "", leve
 
 
 def _taken(keys: Mapping[str, Any]) -> Sequence[str]:
-    """The one of the two keys of extra tokens that the library takes."""
+    """Return the one of the two keys of extra tokens that the library takes."""
     return _EXTRA[:1] if _EXTRA[0] in keys else _EXTRA
 
 
@@ -226,7 +226,7 @@ def _special(target: Checkpoint, value: Mapping[str, Any]) -> AddedToken:
 
 
 def _listed(target: Checkpoint, value: Any) -> dict[int, AddedToken]:
-    """The added_tokens_decoder of tokenizer_config.json."""
+    """Return the added_tokens_decoder of tokenizer_config.json."""
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{target.folder / CONFIG}: added_tokens_decoder is no map from ids to tokens: take the base model's file"

@@ -337,14 +337,16 @@ def test_missing_and_damaged_files_are_refused(target: Path, tmp_path: Path) -> 
     assert "adapter_model.bin can run code when it is loaded" in refusal(target, adapter)
     os.mkfifo(adapter / "adapter_model.safetensors")  # which would be waited for
     assert "adapter_model.bin can run code" in refusal(target, adapter)
-    for text in ("{", "[" * 100_000, '{"r": 1' + "0" * 5000 + "}", "\udcff"):
-        (adapter / "adapter_config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
-        assert "cannot be read as JSON" in refusal(target, adapter)
+    for text in ("{", "[" * 100_000, '{"r": 1' + "0" * 5000 + "}"):
+        (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
+        assert "adapter_config.json is not JSON" in refusal(target, adapter)
+    (adapter / "adapter_config.json").write_bytes(b"\xff")
+    assert "adapter_config.json is no UTF-8 text: give a folder that PEFT saved" in refusal(target, adapter)
     (adapter / "adapter_config.json").write_text("[]", encoding="utf-8")
     assert "is no adapter's config" in refusal(target, adapter)
     (adapter / "adapter_config.json").unlink()
     os.mkfifo(adapter / "adapter_config.json")
-    assert "is no file" in refusal(target, adapter)
+    assert "is not a file" in refusal(target, adapter)
     assert "adapter_config.json is missing" in refusal(target, tmp_path / "nowhere")
 
 

@@ -85,7 +85,7 @@ class AdaptedCheckpoint(Checkpoint):
         for adapter in adapters:
             changes, aside = read_changes(adapter, model, ties=merged.ties)
             merged = merge(merged, changes, self._stored_rows, model)
-            self.left_aside += tuple(f"{adapter.name}: {what}" if len(adapters) > 1 else what for what in aside)
+            self.left_aside += tuple(f"{adapter.name}: {phrase}" if len(adapters) > 1 else phrase for phrase in aside)
         chains = dict(merged.chains)
         if merged.tied and EMBEDDING_WEIGHT in chains:
             chains[stored] = chains.pop(EMBEDDING_WEIGHT)
@@ -98,5 +98,5 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of an adapter that an export depends on."""
+    """Return the files of an adapter that an export depends on."""
     return [folder / ADAPTER_CONFIG, folder / WEIGHTS]

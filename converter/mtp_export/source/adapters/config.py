@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.fields import check_fields
-from mtp_export.source.adapters.patterns import shown
-from mtp_export.source.checkpoint import ADAPTER_CONFIG, refuse_pointer
+from mtp_export.source.checkpoint import ADAPTER_CONFIG
+from mtp_export.source.files import TextFile
 
+_REMEDY = "give a folder that PEFT saved"
 _MAX_BYTES = 16 << 20
 
 
@@ -89,17 +89,11 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: give a folder that PEFT saved")
-    try:
-        if not path.is_file() or os.path.getsize(path) > _MAX_BYTES:  # a pipe would be waited for
-            raise CheckpointError(f"{path} is no file, or larger than {_MAX_BYTES >> 20} MiB: this is no config")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        refuse_pointer(path)
-        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
+    values = TextFile(
+        path=path, max_bytes=_MAX_BYTES, kind="adapter's config", missing=_REMEDY, damaged=_REMEDY, remedy=_REMEDY
+    ).read_json()
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is no adapter's config: give a folder that PEFT saved")
+        raise CheckpointError(f"{path} is no adapter's config: {_REMEDY}")
     return values
 
 
@@ -115,34 +109,34 @@ def _scaling(where: str, values: Mapping[str, Any]) -> Scaling:
 
 def _rank(where: str, key: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-        raise CheckpointError(f"{where}: {key} is {shown(value)}, expected a positive whole number")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected a positive whole number")
     return value
 
 
 def _number(where: str, key: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
-        raise CheckpointError(f"{where}: {key} is {shown(value)}, expected a number")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected a number")
     return float(value)
 
 
 def _flag(where: str, values: Mapping[str, Any], key: str) -> bool:
     value = values.get(key)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} is {shown(value)}, expected true or false")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected true or false")
     return bool(value)
 
 
 def _pattern(where: str, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = values.get(key) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {key} is {shown(value)}, expected names with numbers")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected names with numbers")
     return value
 
 
 def _names(where: str, values: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = values.get(key) or ()
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(v and isinstance(v, str) for v in value):
-        raise CheckpointError(f"{where}: {key} is {shown(value)}, expected a list of names")
+        raise CheckpointError(f"{where}: {key} is {shortened(value)}, expected a list of names")
     return tuple(value)
 
 
@@ -161,7 +155,7 @@ def _targets(where: str, values: Mapping[str, Any]) -> Targets:
     if layers and not (
         isinstance(layers, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
     ):
-        raise CheckpointError(f"{where}: layers_to_transform is {shown(layers)}, expected numbers of layers")
+        raise CheckpointError(f"{where}: layers_to_transform is {shortened(layers)}, expected numbers of layers")
     if isinstance(layers_pattern, str):
         layers_pattern = [layers_pattern]
     if not isinstance(modules, str | None):

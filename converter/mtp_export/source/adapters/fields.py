@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
-from mtp_export.source.adapters.patterns import shown
 
 MERGE = "merge it with PEFT (merge_and_unload, save_pretrained) and give the result with --checkpoint"
 
@@ -94,16 +94,16 @@ def check_fields(where: str, values: Mapping[str, Any]) -> tuple[str, ...]:
     _check_kind(where, values)
     for key, (plain, reason) in PLAIN.items():
         if values.get(key) not in plain:
-            raise CheckpointError(f"{where}: {key} is {shown(values[key])}: {reason}")
+            raise CheckpointError(f"{where}: {key} is {shortened(values[key])}: {reason}")
     _check_start(where, values.get("init_lora_weights", True))
     if values.get("bias") not in (*_BIASES, None):
-        raise CheckpointError(f"{where}: bias is {shown(values['bias'])}, expected one of {', '.join(_BIASES)}")
+        raise CheckpointError(f"{where}: bias is {shortened(values['bias'])}, expected one of {', '.join(_BIASES)}")
     variants = [key for key in _VARIANTS if values.get(key) not in (None, False)]
     if str(values.get("init_lora_weights")).lower() == "mica":
         variants.append("init_lora_weights")
     if len(variants) > 1:
         raise CheckpointError(f"{where} has {' and '.join(variants)}, of which PEFT takes one: leave one out")
-    return tuple(sorted(shown(key)[1:-1] for key in values.keys() - {*READ, *HARMLESS, *PLAIN}))
+    return tuple(sorted(shortened(key)[1:-1] for key in values.keys() - {*READ, *HARMLESS, *PLAIN}))
 
 
 def _check_kind(where: str, values: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ def _check_kind(where: str, values: Mapping[str, Any]) -> None:
     if kind is None:
         raise CheckpointError(f"{where} has no peft_type: it is not PEFT's; save the adapter with PEFT")
     remedy = "no merged weights do what it does, so it cannot be exported" if kind in UNMERGEABLE else MERGE
-    raise CheckpointError(f"{where}: peft_type is {shown(kind)}, expected 'LORA': {remedy}")
+    raise CheckpointError(f"{where}: peft_type is {shortened(kind)}, expected 'LORA': {remedy}")
 
 
 def _check_start(where: str, start: object) -> None:
@@ -125,9 +125,9 @@ def _check_start(where: str, start: object) -> None:
     if name.lower().startswith(CHANGED_STARTS):
         remedy = _CONVERT if name.lower().startswith(_CONVERTED_STARTS) else "train it from another start"
         raise CheckpointError(
-            f"{where}: init_lora_weights is {shown(name)}, which changed the model's own weights too: {remedy}"
+            f"{where}: init_lora_weights is {shortened(name)}, which changed the model's own weights too: {remedy}"
         )
     raise CheckpointError(
-        f"{where}: init_lora_weights is {shown(name)}, which is not known to leave the model's own weights alone: "
+        f"{where}: init_lora_weights is {shortened(name)}, which is not known to leave the model's own weights alone: "
         "merge it where it was trained and give the result with --checkpoint"
     )

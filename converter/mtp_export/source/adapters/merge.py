@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig, read_config
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, Selection, TextModel, select
 from mtp_export.source.adapters.pairs import Pair, PairReader
-from mtp_export.source.adapters.patterns import SECONDS, Patterns, shown
+from mtp_export.source.adapters.patterns import SECONDS, Patterns
 from mtp_export.source.adapters.steps import Chain, ColumnLengths, Float32, RowLengths, Step, TokenRows, Where
 from mtp_export.source.adapters.tensors import AdapterTensors, read_tensors
 from mtp_export.source.adapters.tokens import TrainedRows, trained_rows
@@ -39,17 +40,17 @@ class Merged:
     ties: bool
 
     def chain(self, name: str) -> Chain:
-        """The chain of a parameter."""
+        """Return the chain of a parameter."""
         key = EMBEDDING_WEIGHT if self.tied and name == HEAD_WEIGHT else name
         return self.chains.get(key) or Chain(origin=self.origins.get(key, key))
 
     def changed(self, name: str, chain: Chain) -> Merged:
-        """The model with a changed parameter, which is head and embedding where they are tied."""
+        """Return the model with a changed parameter, which is head and embedding where they are tied."""
         key = EMBEDDING_WEIGHT if self.tied and name == HEAD_WEIGHT else name
         return dataclasses.replace(self, chains={**self.chains, key: chain})
 
     def untied(self) -> Merged:
-        """The model with a head of its own, equal to the embedding."""
+        """Return the model with a head of its own, equal to the embedding."""
         if not self.tied:
             return self
         chains = {**self.chains, **{name: self.chain(name) for name in _TABLES}}
@@ -144,8 +145,8 @@ def _whole(
         if name not in model.shapes or wrapped is not inside:
             if name not in model.shapes and name.endswith(".weight") and not model.lacks(module):
                 raise CheckpointError(
-                    f"{tensors.where}: the checkpoint has no tensor {shown(name)[1:-1]}: this adapter is of another "
-                    "model"
+                    f"{tensors.where}: the checkpoint has no tensor {shortened(name)[1:-1]}: this adapter is "
+                    "of another model"
                 )
             ignored.append(name)
             continue

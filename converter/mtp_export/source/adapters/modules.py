@@ -11,8 +11,9 @@ from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig
 from mtp_export.source.adapters.patterns import Patterns
 from mtp_export.source.checkpoint import FLOATS, Checkpoint
+from mtp_export.source.names import EMBEDDING_MODULE, HEAD_MODULE
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+EMBEDDING, HEAD = EMBEDDING_MODULE, HEAD_MODULE
 EMBEDDINGS = (EMBEDDING, "embed_tokens_per_layer")  # modules that are looked up in
 MULTIMODAL = "model.language_model."
 _TIED = (EMBEDDING, HEAD)
@@ -38,7 +39,7 @@ class TextModel:
     unused_from: int
 
     def lacks(self, module: str) -> bool:
-        """Whether a module is of keys or values that a layer takes from another one."""
+        """Return whether a module is of keys or values that a layer takes from another one."""
         return _is_unused(module, self.unused_from)
 
     def matrices(self) -> list[str]:
@@ -85,7 +86,7 @@ def read_text_model(checkpoint: Checkpoint) -> TextModel:
 
 
 def _unused_from(config: Any) -> int:
-    """The first layer without keys and values of its own; a config that does not say it is refused elsewhere."""
+    """Return the first layer without keys and values of its own; a config that does not say it is refused elsewhere."""
     whole = config if isinstance(config, dict) else {}
     text = whole["text_config"] if isinstance(whole.get("text_config"), dict) else whole
     layers, shared = text.get("num_hidden_layers"), text.get("num_kv_shared_layers")
@@ -98,7 +99,7 @@ def _is_unused(module: str, unused_from: int) -> bool:
 
 
 def spelled(module: str, prefix: str) -> str:
-    """The name that PEFT matches: that of the module in the class that the adapter was trained on."""
+    """Return the name that PEFT matches: that of the module in the class that the adapter was trained on."""
     return module if module == HEAD else prefix + module
 
 
@@ -135,7 +136,7 @@ def select(model: TextModel, config: AdapterConfig, patterns: Patterns, prefix: 
 
 
 def _saved(model: TextModel, to_save: Sequence[str], prefix: str, where: str) -> set[str]:
-    """Parameters below the modules whose names end as one of `to_save`, dots or not."""
+    """Return parameters below the modules whose names end as one of `to_save`, dots or not."""
     saved = set()
     for name in model.shapes:
         parts = spelled(name.rpartition(".")[0], prefix).split(".")
@@ -164,7 +165,7 @@ def _targets_tied(config: AdapterConfig, patterns: Patterns) -> bool:
 
 
 def _targeted(model: TextModel, config: AdapterConfig, patterns: Patterns, prefix: str) -> Callable[[str], bool]:
-    """Whether the config names a module."""
+    """Return whether the config names a module."""
     targets = config.targets
     named = _named(config, patterns)
     if isinstance(targets.excluded, str):
@@ -184,7 +185,7 @@ def _targeted(model: TextModel, config: AdapterConfig, patterns: Patterns, prefi
 
 
 def _named(config: AdapterConfig, patterns: Patterns) -> Callable[[str], bool]:
-    """Whether target_modules, with layers_to_transform, names a module by its spelled name."""
+    """Return whether target_modules, with layers_to_transform, names a module by its spelled name."""
     targets = config.targets
     modules = _BY_DEFAULT if targets.modules is None else targets.modules
     if isinstance(modules, str):
@@ -205,10 +206,10 @@ def _in_layers(config: AdapterConfig, patterns: Patterns) -> Callable[[str], boo
     if layers is None:
         return lambda name: True
     expressions = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = [patterns.numbered("layers_pattern", expression) for expression in expressions]
+    numbers = [patterns.numbered("layers_pattern", expression) for expression in expressions]
 
     def in_layers(name: str) -> bool:
-        number = next((n for number_of in found if (n := number_of(name)) is not None), None)
+        number = next((n for number_of in numbers if (n := number_of(name)) is not None), None)
         return number is not None and number in layers
 
     return in_layers

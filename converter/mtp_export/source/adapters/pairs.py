@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, NO_PAIRS, Selection, TextModel, spelled
-from mtp_export.source.adapters.patterns import Patterns, shown
+from mtp_export.source.adapters.patterns import Patterns
 from mtp_export.source.adapters.steps import LowRank
 from mtp_export.source.adapters.tensors import AdapterTensors
 
@@ -71,7 +72,7 @@ class PairReader:
         return pairs
 
     def left_aside(self, pairs: Mapping[str, Pair]) -> list[str]:
-        """What of the adapter's pairs changes nothing."""
+        """Return the kinds of the adapter's pairs that change nothing, with counts."""
         lacking = [module for module in self._tensors.pairs if self._model.lacks(module)]
         unnamed = [m for m in self._tensors.pairs if m not in pairs and m not in lacking]
         lengths = [] if self._config.dora else [m for m in pairs if _LENGTHS in self._tensors.pairs.get(m, ())]
@@ -80,14 +81,14 @@ class PairReader:
             "adapter pairs of modules that adapter_config.json does not name": len(unnamed),
             "lengths of DoRA, which adapter_config.json does not use": len(lengths),
         }
-        return [f"{what} ({count})" for what, count in counts.items() if count]
+        return [f"{kind} ({count})" for kind, count in counts.items() if count]
 
     def _check_module(self, module: str) -> None:
         if self._model.lacks(module) or len(self._model.shapes.get(f"{module}.weight", ())) == 2:
             return
         raise CheckpointError(
-            f"{self._tensors.where}: the checkpoint has no module {shown(module)[1:-1]}: this adapter is of another "
-            "model"
+            f"{self._tensors.where}: the checkpoint has no module {shortened(module)[1:-1]}: this adapter is "
+            "of another model"
         )
 
     def _tie(self, parts: dict[str, Mapping[str, Tensor]]) -> None:
@@ -103,14 +104,14 @@ class PairReader:
     def _pair(self, module: str, parts: Mapping[str, Tensor], *, shared: bool) -> Pair:
         """A module's pair; with `shared` its matrices are the embedding's, and the scale is its own all the same."""
         looked_up = module in EMBEDDINGS
-        wanted = [*(_LOOKED_UP_SIDES if looked_up else _SIDES), *([_LENGTHS] if self._config.dora else [])]
-        missing = [part for part in wanted if part not in parts]
+        names = [*(_LOOKED_UP_SIDES if looked_up else _SIDES), *([_LENGTHS] if self._config.dora else [])]
+        missing = [part for part in names if part not in parts]
         if missing:
             raise CheckpointError(f"{self._tensors.where}: {module} has no {missing[0]}: the adapter is incomplete")
-        first, second = parts[wanted[0]], parts[wanted[1]]
+        first, second = parts[names[0]], parts[names[1]]
         a, b = (second.T, first.T) if looked_up else (first, second)
         rank = self._rank(module)
-        self._check_shapes(module, wanted, parts, self._rank(EMBEDDING) if shared else rank)
+        self._check_shapes(module, names, parts, self._rank(EMBEDDING) if shared else rank)
         alpha = _of_module(self._alphas, spelled(module, self._tensors.prefix), self._config.scaling.alpha)
         scale = self._config.scaling.scale(rank, alpha)
         return Pair(low_rank=LowRank(a=a, b=b, scale=scale), lengths=parts[_LENGTHS] if self._config.dora else None)
@@ -118,11 +119,11 @@ class PairReader:
     def _rank(self, module: str) -> int:
         return _of_module(self._ranks, spelled(module, self._tensors.prefix), self._config.scaling.rank)
 
-    def _check_shapes(self, module: str, wanted: Sequence[str], parts: Mapping[str, Tensor], rank: int) -> None:
+    def _check_shapes(self, module: str, names: Sequence[str], parts: Mapping[str, Tensor], rank: int) -> None:
         rows, columns = self._model.shapes[f"{module}.weight"]
         first, second, length = (rows, columns, columns) if module in EMBEDDINGS else (columns, rows, rows)
         expected = ((rank, first), (second, rank), (length,))
-        actual = [tuple(parts[part].shape) for part in wanted]
+        actual = [tuple(parts[part].shape) for part in names]
         if all(shape == fitting for shape, fitting in zip(actual, expected, strict=False)):
             return
         reason = "this adapter is of another model"
@@ -130,7 +131,7 @@ class PairReader:
             reason = f"adapter_config.json has the rank {rank}"
         elif module in (EMBEDDING, HEAD) and columns in actual[0] + actual[1]:
             reason = "the adapter was trained on a resized vocabulary"
-        shapes = " and ".join(f"{part} {list(shape)}" for part, shape in zip(wanted, actual, strict=True))
+        shapes = " and ".join(f"{part} {list(shape)}" for part, shape in zip(names, actual, strict=True))
         fitting = " and ".join(str(list(shape)) for shape in expected[: len(actual)])
         raise CheckpointError(f"{self._tensors.where}: {module} has {shapes}, expected {fitting}: {reason}")
 
@@ -142,5 +143,5 @@ def _compiled(
 
 
 def _of_module(patterns: Sequence[tuple[Callable[[str], bool], _Number]], name: str, default: _Number) -> _Number:
-    """A setting of one module: that of the first pattern that matches the end of its name."""
+    """Return a setting of one module: that of the first pattern that matches the end of its name."""
     return next((value for matches, value in patterns if matches(name)), default)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import reprlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import regex
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 
 MAX_CHARACTERS = 200_000  # of all patterns of an adapter: a pattern for each module of the largest model has 30,000
 _MAX_REPEATS = 10_000  # the product of a pattern's counts: regex unrolls them when it compiles
 _COUNT = re.compile(r"\{0*(\d*)(?:,0*(\d*))?\}")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxlong, _SHORT.maxlevel = 120, 40, 3
 SECONDS = 5.0  # for all matches of an adapter, of which there are some 100,000 at most
 
 
@@ -65,7 +63,7 @@ class Patterns:
             if match is None:
                 return None
             if not (digits := match["idx"]) or not digits.isdecimal() or len(digits) > 9:
-                raise CheckpointError(f"{self.where}: {key} has {shown(pattern)}, which gives no numbers of layers")
+                raise CheckpointError(f"{self.where}: {key} has {shortened(pattern)}, which gives no numbers of layers")
             return int(digits)
 
         return number
@@ -77,14 +75,15 @@ class Patterns:
             raise CheckpointError(f"{self.where}: {key} has regular expressions that are too large: list module names")
         if re.search(r"\{(?!\d*,?\d*\})", pattern):  # fuzzy in `regex`, and a character like others in `re`
             raise CheckpointError(
-                f"{self.where}: {key} has {shown(pattern)}, with a brace that is no count: list module names"
+                f"{self.where}: {key} has {shortened(pattern)}, with a brace that is no count: list module names"
             )
         try:
             re.compile(pattern)
             return regex.compile(pattern)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.where}: {key} has {shown(pattern)}, which is no regular expression ({shown(str(error))[1:-1]})"
+                f"{self.where}: {key} has {shortened(pattern)}, which is no regular expression "
+                f"({shortened(str(error))[1:-1]})"
             ) from error
 
     def _timed(self, key: str, pattern: str, match: Callable[[float], Any]) -> Any:
@@ -92,15 +91,10 @@ class Patterns:
         try:
             if self.seconds <= 0:
                 raise TimeoutError
-            found = match(self.seconds)
+            result = match(self.seconds)
         except TimeoutError:
             raise CheckpointError(
-                f"{self.where}: matching {shown(pattern)} of {key} takes too long: list module names instead"
+                f"{self.where}: matching {shortened(pattern)} of {key} takes too long: list module names instead"
             ) from None
         self.seconds -= time.monotonic() - start
-        return found
-
-
-def shown(value: object) -> str:
-    """Return a stranger's value as it can be printed on a line: short, and without control characters."""
-    return _SHORT.repr(value)
+        return result

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.modules import HEAD, MULTIMODAL
-from mtp_export.source.adapters.patterns import shown
-from mtp_export.source.checkpoint import refuse_pointer
+from mtp_export.source.files import refuse_pointer
 from mtp_export.source.names import OLD_LAYOUT, canonical_module
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +91,9 @@ def read_tensors(folder: Path) -> AdapterTensors:
             aside[other] += place.kind not in _PAIRED or place.kind.endswith("_A")
             continue
         if (first := taken.setdefault((module, place.kind), key)) != key:
-            raise CheckpointError(f"{path}: {shown(first)} and {shown(key)} are one tensor stored twice: remove one")
+            raise CheckpointError(
+                f"{path}: {shortened(first)} and {shortened(key)} are one tensor stored twice: remove one"
+            )
         if module != HEAD:
             prefixes[place.module.removesuffix(module)] += 1
         if place.kind in _PAIRED:
@@ -107,7 +109,7 @@ def read_tensors(folder: Path) -> AdapterTensors:
         whole=whole,
         rows=rows,
         prefix=MULTIMODAL if prefix == OLD_LAYOUT else prefix,
-        left_aside=tuple(f"{count} {what}" for what, count in sorted(aside.items()) if count),
+        left_aside=tuple(f"{count} {kind}" for kind, count in sorted(aside.items()) if count),
     )
 
 
@@ -128,7 +130,7 @@ def _load(folder: Path, path: Path) -> dict[str, Tensor]:
 
 
 def _place(where: str, key: str) -> _Place | None:
-    """What a tensor is for; None for what PEFT keeps beside for training.
+    """Return what a tensor is for; None for what PEFT keeps beside for training.
 
     Raises:
         CheckpointError: it is of an adapter with a name of its own.
@@ -152,8 +154,8 @@ def _place(where: str, key: str) -> _Place | None:
         if rest == ["bias"]:
             return None
         raise CheckpointError(
-            f"{where}: {shown(key)} is of an adapter named {shown('.'.join(rest))}, and PEFT reads tensors without a "
-            "name: load the folder with PEFT under this adapter_name and save it again"
+            f"{where}: {shortened(key)} is of an adapter named {shortened('.'.join(rest))}, and PEFT reads "
+            "tensors without a name: load the folder with PEFT under this adapter_name and save it again"
         )
     return _Place(module, kind)
 
@@ -170,7 +172,7 @@ def _place_of_whole(parts: list[str]) -> _Place | None:
 
 
 def _other_part(module: str, *, paired: bool) -> str | None:
-    """What a module belongs to that is not the text model, None for the text model's."""
+    """Return what a module belongs to that is not the text model, None for the text model's."""
     noun = "adapter pairs" if paired else "adapter tensors"
     for tower, names in _TOWERS.items():
         if any(f".{name}" in f".{module}." for name in names):
@@ -182,5 +184,5 @@ def _other_part(module: str, *, paired: bool) -> str | None:
 
 def _finite(where: str, key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{where}: {shown(key)} holds NaN, infinity or no floats: the adapter is damaged")
+        raise CheckpointError(f"{where}: {shortened(key)} holds NaN, infinity or no floats: the adapter is damaged")
     return tensor

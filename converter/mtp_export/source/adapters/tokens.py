@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mtp_export.arch.json_object import shortened
 from mtp_export.errors import CheckpointError
 from mtp_export.source.adapters.config import AdapterConfig
 from mtp_export.source.adapters.modules import EMBEDDING, EMBEDDINGS, HEAD, TextModel, spelled
-from mtp_export.source.adapters.patterns import shown
 from mtp_export.source.adapters.tensors import AdapterTensors
 
 _KEY = "trainable_token_indices"
@@ -56,7 +56,7 @@ def trained_rows(
 def _tables(model: TextModel, config: AdapterConfig, prefix: str, end: str) -> list[str]:
     modules = [module for module in model.matrices() if spelled(module, prefix).endswith(end)]
     if not modules or not {*EMBEDDINGS, HEAD}.issuperset(modules):
-        raise CheckpointError(f"{config.where}: {_KEY} names {shown(end)}, which is no embedding of the text model")
+        raise CheckpointError(f"{config.where}: {_KEY} names {shortened(end)}, which is no embedding of the text model")
     return modules
 
 

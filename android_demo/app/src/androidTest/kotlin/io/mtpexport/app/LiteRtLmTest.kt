@@ -8,7 +8,7 @@ import io.mtpexport.core.Processor
 import io.mtpexport.core.Report
 
 /**
- * On a phone: the first bundle in the app's folder says with MTP what it says without, and drafts are accepted.
+ * On a phone: the first bundle in the app's folder writes the same text with MTP as without, and drafts are accepted.
  *
  *     adb shell am instrument -w io.mtpexport.demo.test/io.mtpexport.app.LiteRtLmTest
  *
@@ -30,17 +30,17 @@ class LiteRtLmTest : Instrumentation() {
         val root = targetContext.bundles()
         val bundle = Bundles.list(root).first.firstOrNull() ?: return listOf("no bundle in $root")
         bundle.manifest.check(bundle.container)
-        val (off, _) = said(bundle, useMtp = false)
-        val (on, rate) = said(bundle, useMtp = true)
+        val (off, _) = generated(bundle, useMtp = false)
+        val (on, rate) = generated(bundle, useMtp = true)
         return listOfNotNull(
             if (off.numTokens < TOKENS) "${off.numTokens} tokens were generated, expected $TOKENS" else null,
             if (!Report.sameText(off.text, on.text)) "MTP changes the text: '${off.text}' became '${on.text}'" else null,
-            if (rate == null) "the runtime told no acceptance" else null,
+            if (rate == null) "the runtime reported no acceptance" else null,
             if (rate == 0.0) "no draft was accepted" else null,
         )
     }
 
-    private fun said(bundle: io.mtpexport.core.Bundle, useMtp: Boolean): Pair<Output, Double?> {
+    private fun generated(bundle: io.mtpexport.core.Bundle, useMtp: Boolean): Pair<Output, Double?> {
         val engine = LiteRtLm(bundle, Processor.CPU, 4, useMtp, targetContext.runtimeCache())
         val output = engine.use { it.generate("def fibonacci(n):\n", TOKENS) }
         return output to engine.notes().acceptanceRate

@@ -12,7 +12,7 @@ import java.text.SimpleDateFormat
 import java.util.Date
 import java.util.Locale
 
-/** Where `mtp-export device` puts what it sends, and finds what the app wrote. */
+/** The folder that `mtp-export device` writes to and reads from. */
 fun Context.files(): File = getExternalFilesDir(null) ?: filesDir
 
 fun Context.bundles(): File = File(files(), "bundles").apply { mkdirs() }
@@ -20,7 +20,7 @@ fun Context.bundles(): File = File(files(), "bundles").apply { mkdirs() }
 /** LiteRT-LM's packed weights and compiled kernels. */
 fun Context.runtimeCache(): File = File(cacheDir, "litertlm")
 
-/** Why a bundle should not be loaded now, or null. */
+/** The reason why a bundle should not be loaded now, or null. */
 fun Context.memoryProblem(bundle: Bundle): String? {
     val memory = ActivityManager.MemoryInfo()
     (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(memory)
@@ -34,7 +34,7 @@ fun phone() = Phone(
     versions = mapOf("android" to Build.VERSION.RELEASE, "build" to Build.DISPLAY),
 )
 
-/** What this process has logged since this was made: an app sees its own lines only. */
+/** The log of this process since this object was made; an app sees its own lines only. */
 class OwnLog {
     private val since = SimpleDateFormat("MM-dd HH:mm:ss.SSS", Locale.US).format(Date())
 

@@ -44,7 +44,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
 
     init {
         val path = bundle.container.path
-        // Without this gate an engine that is asked for MTP only fails, deep in native code.
+        // Without this check an engine with MTP on fails deep in native code.
         if (useMtp && !Capabilities(path).use { it.hasSpeculativeDecodingSupport() }) {
             throw BundleException("${bundle.container.name} has no drafter that LiteRT-LM sees: export it again, or go without MTP")
         }
@@ -82,7 +82,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
 
     /**
      * Answer in the chat that goes on until this is closed; [onPiece] gets the text as it comes. The bundle's own chat
-     * template and sampler are used, and nothing has to be said for drafts: what the cache holds is the same with them.
+     * template and sampler are used, and drafts need no setting: the cache holds the same with them.
      */
     fun answer(text: String, onPiece: (String) -> Unit): Output {
         val config = ConversationConfig(automaticToolCalling = false)
@@ -156,7 +156,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
     }
 
     private companion object {
-        /** The prompt as it is: what the host's reference runtime is given. */
+        /** The prompt as it is, as the host's reference runtime gets it. */
         const val RAW = "{% for message in messages %}{% if message.content is string %}{{ message.content }}" +
             "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
 

@@ -36,10 +36,10 @@ class MainActivity : Activity() {
     }
 
     private fun listBundles() {
-        val (found, problems) = Bundles.list(bundles())
-        screen.show(found)
+        val (available, problems) = Bundles.list(bundles())
+        screen.show(available)
         val none = "no bundle: add its manifest.json and its .litertlm, or push its folder to ${bundles()}"
-        screen.status(if (found.isEmpty() && problems.isEmpty()) none else problems.joinToString("\n"))
+        screen.status(if (available.isEmpty() && problems.isEmpty()) none else problems.joinToString("\n"))
     }
 
     private fun choose() {
@@ -120,7 +120,7 @@ class MainActivity : Activity() {
             } +
             listOf(
                 listOf("memory, MB") + listOf(off, on).map { "${it.notes.peakMemoryBytes / 1_000_000}" } + "",
-                listOf("accepted drafts", "–", if (rate == null) "not told" else "%.0f %%".format(100 * rate), ""),
+                listOf("accepted drafts", "–", if (rate == null) "unknown" else "%.0f %%".format(100 * rate), ""),
                 listOf("same text", "", "$same of ${prompts.size}", ""),
             )
     }
@@ -138,7 +138,7 @@ class MainActivity : Activity() {
         worker.execute {
             try {
                 work()
-            } catch (error: Exception) { // whatever the runtime throws is for the reader of this screen
+            } catch (error: Exception) { // every error of the runtime is shown
                 say(error.message ?: error.toString())
             }
         }

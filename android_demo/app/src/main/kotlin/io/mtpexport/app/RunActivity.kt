@@ -18,7 +18,7 @@ import kotlin.concurrent.thread
  *
  *     am start -n io.mtpexport.demo/io.mtpexport.app.RunActivity --es request FILE
  *
- * It is an activity, because Android gives what is on the screen the fast cores, and ends it last.
+ * It is an activity, because Android gives the visible app the fast cores, and ends it last.
  */
 class RunActivity : Activity() {
     override fun onCreate(savedInstanceState: Bundle?) {
@@ -29,12 +29,12 @@ class RunActivity : Activity() {
         val request = File(files(), intent.getStringExtra("request") ?: return finish())
         val answer = File(request.path.removeSuffix(".json") + ".answer.json")
         thread(name = "run") {
-            val said = try {
+            val result = try {
                 run(request) { line -> runOnUiThread { status.text = line } }
-            } catch (error: Exception) { // whoever waits at the other end of the cable must hear of it
+            } catch (error: Exception) { // the runner at the other end of the cable reads it
                 mapOf("error" to (error.message ?: error.toString()))
             }
-            Bundles.write(answer) { it.write(Json.write(said).toByteArray()) }
+            Bundles.write(answer) { it.write(Json.write(result).toByteArray()) }
             finish()
         }
     }
@@ -45,7 +45,7 @@ class RunActivity : Activity() {
         bundle.manifest.check(bundle.container)
         memoryProblem(bundle)?.let { throw BundleException(it) }
         val protocol = RunProtocol(request.prompts, request.maxNewTokens, request.repetitions) { useMtp ->
-            runtimeCache().deleteRecursively() // neither variant profits of what the other left
+            runtimeCache().deleteRecursively() // neither variant profits from the other's cache
             LiteRtLm(bundle, request.processor, request.threads, useMtp, runtimeCache())
         }
         return Report.build(phone(), bundle.manifest, request, protocol.run(onProgress))

@@ -17,10 +17,10 @@ import android.widget.TextView
 import io.mtpexport.core.Bundle
 import io.mtpexport.core.Processor
 
-/** What is chosen at the top of the screen. */
+/** The user's choice at the top of the screen. */
 class Choice(val bundle: Bundle, val processor: Processor, val threads: Int, val useMtp: Boolean)
 
-/** The views, and nothing else: what they mean is the activity's. All of it on the main thread. */
+/** The views; the activity gives them their meaning. Use it on the main thread only. */
 class Screen(
     private val activity: Activity,
     onAdd: () -> Unit,
@@ -55,9 +55,9 @@ class Screen(
         activity.setContentView(all)
     }
 
-    fun show(found: List<Bundle>) {
-        listed = found
-        bundles.adapter = ArrayAdapter(activity, android.R.layout.simple_spinner_dropdown_item, found.map { it.title })
+    fun show(available: List<Bundle>) {
+        listed = available
+        bundles.adapter = ArrayAdapter(activity, android.R.layout.simple_spinner_dropdown_item, available.map { it.title })
     }
 
     fun showTable(rows: List<List<String>>) {

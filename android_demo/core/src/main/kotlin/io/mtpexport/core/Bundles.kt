@@ -9,17 +9,17 @@ import java.io.OutputStream
 data class Bundle(val folder: File, val manifest: Manifest) {
     val container: File get() = File(folder, manifest.container.path)
 
-    /** What a list shows. */
+    /** The name in a list. */
     val title: String get() = "${manifest.model}, ${manifest.recipe} (${folder.name})"
 }
 
 object Bundles {
     const val MANIFEST = "manifest.json"
 
-    /** The bundles in the folders of [root], and why the others are none. */
+    /** List the bundles in the folders of [root], and the problems of the folders that hold none. */
     fun list(root: File): Pair<List<Bundle>, List<String>> {
         val problems = mutableListOf<String>()
-        val found = root.listFiles().orEmpty().filter { File(it, MANIFEST).isFile }.sorted().mapNotNull { folder ->
+        val bundles = root.listFiles().orEmpty().filter { File(it, MANIFEST).isFile }.sorted().mapNotNull { folder ->
             try {
                 open(folder)
             } catch (error: BundleException) {
@@ -27,7 +27,7 @@ object Bundles {
                 null
             }
         }
-        return found to problems
+        return bundles to problems
     }
 
     fun open(folder: File): Bundle {
@@ -36,7 +36,7 @@ object Bundles {
         return Bundle(folder, Manifest.parse(manifest.readText()))
     }
 
-    /** Copy what a file chooser gave into a folder of [root], checked by its manifest: [files] are names with contents. */
+    /** Copy the chosen [files], contents by name, into a folder of [root], and check them by their manifest. */
     fun import(root: File, files: Map<String, () -> InputStream>): Bundle {
         val manifest = Manifest.parse(
             (files[MANIFEST] ?: throw BundleException("choose the bundle's $MANIFEST and its .litertlm together"))()
@@ -56,7 +56,7 @@ object Bundles {
         return Bundle(folder, manifest)
     }
 
-    /** Write a file beside its place and rename it: whoever looks never sees half of it. */
+    /** Write a file beside its place and rename it, so that no reader sees half of it. */
     fun write(file: File, fill: (OutputStream) -> Unit) {
         val part = File(file.path + ".part")
         try {

@@ -41,10 +41,10 @@ fun interface ChatRuntime {
 }
 
 object Chats {
-    /** Answered one after the other before the user goes on, lest a model call for ever. */
+    /** Replies with calls that are answered before the user goes on; a model could call for ever. */
     const val MAX_CALLS = 4
 
-    /** Say something and answer what the replies call, until one calls nothing; returns every reply. */
+    /** Send a text and answer the calls of the replies until one calls nothing; return every reply. */
     fun say(runtime: ChatRuntime, text: String, answer: (Call) -> Any?): List<ChatReply> {
         val replies = mutableListOf(runtime.send(ChatMessage.user(text)))
         while (replies.last().calls.isNotEmpty() && replies.size <= MAX_CALLS) {

@@ -66,7 +66,7 @@ object Json {
         private fun value(): Any? {
             space()
             if (++depth > MAX_DEPTH) fail("nested too deeply")
-            val found: Any? = when (peek()) {
+            val value: Any? = when (peek()) {
                 '{' -> map()
                 '[' -> list()
                 '"' -> string()
@@ -76,23 +76,23 @@ object Json {
                 else -> number()
             }
             depth--
-            return found
+            return value
         }
 
         private fun map(): Map<String, Any?> {
-            val found = LinkedHashMap<String, Any?>()
+            val entries = LinkedHashMap<String, Any?>()
             items('}') {
                 space()
                 if (peek() != '"') fail("a key is expected")
                 val key = string()
                 space()
                 take(':')
-                found[key] = value()
+                entries[key] = value()
             }
-            return found
+            return entries
         }
 
-        private fun list(): List<Any?> = ArrayList<Any?>().also { found -> items(']') { found.add(value()) } }
+        private fun list(): List<Any?> = ArrayList<Any?>().also { values -> items(']') { values.add(value()) } }
 
         private fun items(end: Char, item: () -> Unit) {
             at++
@@ -158,7 +158,7 @@ object Json {
             if (next() != c) fail("'$c' is expected")
         }
 
-        private fun fail(what: String): Nothing = throw JsonException("JSON, character $at: $what")
+        private fun fail(problem: String): Nothing = throw JsonException("JSON, character $at: $problem")
     }
 
     private const val MAX_DEPTH = 200

@@ -8,7 +8,7 @@ class BundleException(message: String) : Exception(message)
 
 data class FileEntry(val path: String, val sha256: String, val sizeBytes: Long)
 
-/** What the app needs of a bundle's `manifest.json` (docs/format.md). */
+/** The part of a bundle's `manifest.json` that the app needs (docs/format.md). */
 data class Manifest(
     val model: String,
     val recipe: String,
@@ -16,7 +16,7 @@ data class Manifest(
     val contextLength: Int,
     val container: FileEntry,
 ) {
-    /** Compare the `.litertlm` in [file] with what the manifest says of it. */
+    /** Compare the `.litertlm` in [file] with its size and hash in the manifest. */
     fun check(file: File) {
         if (!file.isFile) throw BundleException("no file at $file: copy ${container.path} there")
         if (file.length() != container.sizeBytes) {
@@ -24,10 +24,10 @@ data class Manifest(
                 "$file has ${file.length()} bytes, the manifest says ${container.sizeBytes}: copy it again",
             )
         }
-        val found = sha256(file)
-        if (found != container.sha256) {
+        val digest = sha256(file)
+        if (digest != container.sha256) {
             throw BundleException(
-                "$file has SHA-256 ${found.take(16)}…, the manifest says ${container.sha256.take(16)}…: copy it again",
+                "$file has SHA-256 ${digest.take(16)}…, the manifest says ${container.sha256.take(16)}…: copy it again",
             )
         }
     }

@@ -7,8 +7,8 @@ object Memory {
     private val RESIDENT = Regex("^VmRSS:\\s*(\\d+) kB$", RegexOption.MULTILINE)
 
     /**
-     * Why a container of [sizeBytes] should not be loaded, or null. [availableBytes] is what Android says is left, and
-     * [reservedBytes] what must be left or it ends apps. Weights are mapped, but every token reads nearly all of them.
+     * The reason why a container of [sizeBytes] should not be loaded, or null. [availableBytes] is free by Android's count;
+     * below [reservedBytes] it ends apps. Weights are mapped, but every token reads nearly all of them.
      */
     fun problem(sizeBytes: Long, availableBytes: Long, reservedBytes: Long): String? {
         val needed = sizeBytes * NEEDED_PERCENT / 100
@@ -18,7 +18,7 @@ object Memory {
             "close other apps, or take a smaller recipe"
     }
 
-    /** The resident bytes that a text like Linux's `/proc/self/status` tells. */
+    /** The resident bytes in a text like Linux's `/proc/self/status`. */
     fun resident(status: String): Long = (RESIDENT.find(status)?.groupValues?.get(1)?.toLong() ?: 0) * 1024
 
     // E2B at int4: 2.55 GB in the reference runtime, of 3.08 GB (benchmarks/results/real_size_e2b_tflite_int4.json).

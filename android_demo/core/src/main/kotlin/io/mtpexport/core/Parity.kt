@@ -1,10 +1,10 @@
 package io.mtpexport.core
 
-/** The near-tie rule, word for word that of `mtp_runtime/parity.py`; both are held against `tests/end_to_end/golden`. */
+/** The near-tie rule of `mtp_runtime/measure/parity.py`; both are tested against `tests/end_to_end/golden`. */
 enum class Verdict { EQUAL, NEAR_TIE, DIFFERENT }
 
 /**
- * One prompt's output held against the reference's: [agreed] leading tokens of the [compared] ones are equal, and
+ * One prompt's output compared with the reference's: [agreed] leading tokens of the [compared] ones are equal, and
  * [margin] is the reference's top-1 minus top-2 logit at [firstDifference] (null where it had already ended).
  */
 data class Comparison(
@@ -27,9 +27,9 @@ object Parity {
         maxNewTokens: Int,
     ): Comparison {
         val expected = reference.take(maxNewTokens)
-        val found = tokens.take(maxNewTokens)
-        val agreed = expected.zip(found).takeWhile { (a, b) -> a == b }.size
-        return judge(prompt, agreed, maxOf(expected.size, found.size), expected.size, margins, tolerance)
+        val actual = tokens.take(maxNewTokens)
+        val agreed = expected.zip(actual).takeWhile { (a, b) -> a == b }.size
+        return judge(prompt, agreed, maxOf(expected.size, actual.size), expected.size, margins, tolerance)
     }
 
     /** Compare the text that each reference token adds with a whole [text], which may go on after the reference's end. */

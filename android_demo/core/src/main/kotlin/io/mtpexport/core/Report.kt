@@ -1,6 +1,6 @@
 package io.mtpexport.core
 
-/** Where it ran, in the words of `mtp_export/device/protocol.py`. */
+/** The phone, with the fields of `mtp_export/device/protocol.py`. */
 data class Phone(val machine: String, val cpu: String, val system: String, val versions: Map<String, String>)
 
 /** The speed of one kind of text, or of all. */

@@ -23,7 +23,7 @@ data class Prompt(val id: String, val kind: String, val text: String) {
 
 enum class Processor(val word: String) { CPU("cpu"), GPU("gpu") }
 
-/** What the runner asks of the app: `mtp_export/device/app.py` writes it. */
+/** The runner's request to the app, written by `mtp_export/device/app.py`. */
 data class Request(
     val bundle: String,
     val prompts: List<Prompt>,
@@ -49,17 +49,17 @@ data class Request(
     }
 }
 
-/** What one generation gave: its text, how many tokens, and how long decoding and the first token took. */
+/** One generation: its text, number of tokens, and times of decoding and of the first token. */
 data class Output(val text: String, val numTokens: Int, val decodeMs: Double, val firstTokenMs: Double)
 
-/** What is known of a variant once it is closed: the runtime tells acceptance only then, and only in its log. */
+/** Figures of a variant after it is closed: the runtime writes acceptance only then, to its log. */
 data class Notes(val loadMs: Double, val acceptanceRate: Double?, val peakMemoryBytes: Long, val warnings: List<String>)
 
-/** Whoever generates: LiteRT-LM on a phone, something else in a test. MTP is fixed when it is opened. */
+/** A text generator: LiteRT-LM on a phone, another in a test. MTP is fixed when it is opened. */
 interface Generator : AutoCloseable {
     fun generate(prompt: String, maxNewTokens: Int): Output
 
-    /** Only after it was closed. */
+    /** The figures; call it after [close]. */
     fun notes(): Notes
 }
 

@@ -22,7 +22,7 @@ class JsonTest {
     }
 
     @Test
-    fun `what is no JSON is refused with its place`() {
+    fun `text that is no JSON is refused with its place`() {
         val wrong = listOf("", "{", "[1,]", "{\"a\" 1}", "01", "nul", "\"\\x\"", "\"\n\"", "1 2", "\"\\u12", "[".repeat(1000))
         for (text in wrong) {
             val error = assertFailsWith<JsonException>(text.take(10)) { Json.parse(text) }
@@ -47,8 +47,8 @@ class ManifestTest {
 
     @Test
     fun `a manifest is read`() {
-        val found = Manifest.parse(manifest())
-        assertEquals(Manifest("nano", "int8", 4, 1020, FileEntry("nano.litertlm", sha, 9)), found)
+        val parsed = Manifest.parse(manifest())
+        assertEquals(Manifest("nano", "int8", 4, 1020, FileEntry("nano.litertlm", sha, 9)), parsed)
     }
 
     @Test
@@ -102,8 +102,8 @@ class BundlesTest {
         assertEquals("container", bundle.container.readText())
         File(root, "broken").mkdirs()
         File(root, "broken/manifest.json").writeText("{}")
-        val (found, problems) = Bundles.list(root)
-        assertEquals(listOf(bundle), found)
+        val (bundles, problems) = Bundles.list(root)
+        assertEquals(listOf(bundle), bundles)
         assertTrue(problems.single().startsWith("broken: manifest.json is not valid"), problems.toString())
     }
 
@@ -120,15 +120,15 @@ class BundlesTest {
 
 class MemoryTest {
     @Test
-    fun `what is reserved is not free`() {
+    fun `reserved memory is not free`() {
         assertEquals(null, Memory.problem(100, 133, 50))
         assertTrue(Memory.problem(100, 132, 50) != null)
-        val said = Memory.problem(3_000_000_000, 2_500_000_000, 500_000_000)!!
-        assertTrue("2490 MB" in said && "2000 MB are free" in said, said)
+        val problem = Memory.problem(3_000_000_000, 2_500_000_000, 500_000_000)!!
+        assertTrue("2490 MB" in problem && "2000 MB are free" in problem, problem)
     }
 
     @Test
-    fun `the peak outlives what was allocated`() {
+    fun `the peak outlives the allocation`() {
         val memory = PeakMemory()
         val before = memory.bytes
         assertTrue(before > 1_000_000, "$before")

@@ -26,7 +26,7 @@ class GoldenTest {
             val margins = case.doubles("margins")
             val tolerance = case.needDouble("tolerance")
             val text = case["text"] as String?
-            val found = if (text != null) {
+            val comparison = if (text != null) {
                 Parity.compareText(name, case.strings("pieces"), text, margins, tolerance)
             } else {
                 Parity.compareTokens(
@@ -34,11 +34,11 @@ class GoldenTest {
                 )
             }
             val expected = case.need<Map<*, *>>("expected")
-            assertEquals(expected.needInt("agreed"), found.agreed, name)
-            assertEquals(expected.needInt("compared"), found.compared, name)
-            assertEquals((expected["first_difference"] as Long?)?.toInt(), found.firstDifference, name)
-            assertEquals((expected["margin"] as Number?)?.toDouble(), found.margin, name)
-            assertEquals(expected.need<String>("verdict"), found.verdict.name.lowercase(), name)
+            assertEquals(expected.needInt("agreed"), comparison.agreed, name)
+            assertEquals(expected.needInt("compared"), comparison.compared, name)
+            assertEquals((expected["first_difference"] as Long?)?.toInt(), comparison.firstDifference, name)
+            assertEquals((expected["margin"] as Number?)?.toDouble(), comparison.margin, name)
+            assertEquals(expected.need<String>("verdict"), comparison.verdict.name.lowercase(), name)
         }
     }
 
@@ -56,16 +56,16 @@ class GoldenTest {
     }
 
     @Test
-    fun `nano says with MTP what it says without`() {
+    fun `nano writes the same with MTP as without`() {
         val traces = lines("traces.jsonl").groupBy { it["recipe"] to it["prompt"] }
         val prompts = Prompt.parseLines(File(golden, "prompts.jsonl").readText())
         assertEquals(traces.keys.map { it.second }.toSet(), prompts.map { it.id }.toSet<Any?>())
         for ((key, pair) in traces) {
             val (plain, drafted) = pair.sortedBy { it.needInt("num_draft_tokens") }
-            val found = Parity.compareTokens(
+            val comparison = Parity.compareTokens(
                 key.toString(), plain.ints("tokens"), drafted.ints("tokens"), plain.doubles("margins"), 0.05, 24,
             )
-            assertEquals(Verdict.EQUAL, found.verdict, found.toString())
+            assertEquals(Verdict.EQUAL, comparison.verdict, comparison.toString())
             val text = drafted.strings("pieces").joinToString("")
             val asText = Parity.compareText(key.toString(), plain.strings("pieces"), text, plain.doubles("margins"), 0.05)
             assertEquals(Verdict.EQUAL, asText.verdict, asText.toString())
@@ -74,7 +74,7 @@ class GoldenTest {
     }
 
     @Test
-    fun `a chat hands Conversation what Python hands it`() {
+    fun `a chat hands Conversation the messages that Python hands it`() {
         val chats = lines("chats.jsonl")
         assertTrue(chats.size >= 3)
         for (chat in chats) {
