@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_calibration.drafter.loss import DEPTH, STEP_WEIGHTS, draft_loss, step_mean
 from tools.train_nano.model import Drafter, KeyValue, LanguageModel
 
 StepLoss = Callable[[Drafter, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-STEPS_PER_ROUND = 4
-HARD_SHARE = 0.6  # of the loss: cross-entropy with the target's argmax; the rest with its distribution
-STEP_WEIGHTS = (1.0, 0.9, 0.8, 0.7)
-REACHED_FLOOR = 0.3  # weight of a step that a greedy round would not have reached
 
 
 def target_view(model: LanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, KeyValue], Tensor]:
@@ -32,14 +29,8 @@ def step_loss(drafter: Drafter, x: Tensor, logits: Tensor, reached: Tensor) -> t
 
     Shapes: x [B, T, H], logits [B, T, V], reached [B, T] → scalar, [B, T].
     """
-    drafts, target = drafter.logits(x), logits.float()
-    best = target.argmax(-1)
-    log_q = drafts.log_softmax(-1)
-    hard = -log_q.gather(-1, best[..., None])[..., 0]
-    soft = -(target.softmax(-1) * log_q).sum(-1)
-    loss = HARD_SHARE * hard + (1 - HARD_SHARE) * soft
-    right = (drafts.argmax(-1) == best).float().detach()
-    return (loss * (REACHED_FLOOR + (1 - REACHED_FLOOR) * reached)).mean(), right
+    loss, right = draft_loss(drafter.logits(x), logits.float())
+    return step_mean(loss, reached), right.float()
 
 
 def chained_loss(drafter: Drafter, model: LanguageModel, ids: Tensor, judge: StepLoss) -> tuple[Tensor, Tensor]:
@@ -48,14 +39,14 @@ def chained_loss(drafter: Drafter, model: LanguageModel, ids: Tensor, judge: Ste
     Shapes: ids [B, T] → scalar, [steps]. Step j is fed token t + j and judged by the target's logits at t + j.
     """
     hidden, shared, logits = target_view(model, ids)
-    starts = ids.shape[1] - STEPS_PER_ROUND
+    starts = ids.shape[1] - DEPTH
     embedded = model.embed(ids).detach()
     shared = {kind: (k[:, :, :starts], v[:, :, :starts]) for kind, (k, v) in shared.items()}
     state = hidden[:, :starts]
     reached = torch.ones_like(ids[:, :starts], dtype=torch.float32)
     total = torch.zeros((), device=ids.device)
     agreement = []
-    for j in range(1, STEPS_PER_ROUND + 1):
+    for j in range(1, DEPTH + 1):
         x, state = drafter(embedded[:, j : j + starts], state, shared)
         loss, right = judge(drafter, x, logits[:, j : j + starts], reached)
         total = total + STEP_WEIGHTS[j - 1] * loss
@@ -72,10 +63,10 @@ def centroid_loss(drafter: Drafter, model: LanguageModel, ids: Tensor, clusters:
     with torch.no_grad():
         hidden, shared, _ = target_view(model, ids)
         embedded = model.embed(ids)
-        starts = ids.shape[1] - STEPS_PER_ROUND
+        starts = ids.shape[1] - DEPTH
         shared = {kind: (k[:, :, :starts], v[:, :, :starts]) for kind, (k, v) in shared.items()}
         state, heads = hidden[:, :starts], []
-        for j in range(1, STEPS_PER_ROUND + 1):
+        for j in range(1, DEPTH + 1):
             x, state = drafter(embedded[:, j : j + starts], state, shared)
             heads.append(x)
         x = torch.cat(heads)

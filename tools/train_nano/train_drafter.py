@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mtp_calibration.drafter.clusters import balanced_clusters, cluster_means
+from mtp_calibration.drafter.loss import DEPTH
 from tools.train_nano.checkpoints import load_drafter, load_target, save_drafter
 from tools.train_nano.configs import DRAFTER_CONFIG, write_configs
-from tools.train_nano.drafter_loss import STEPS_PER_ROUND, StepLoss, centroid_loss, chained_loss, step_loss
+from tools.train_nano.drafter_loss import StepLoss, centroid_loss, chained_loss, step_loss
 from tools.train_nano.fitting import Fit, training_device, training_options
 from tools.train_nano.model import Drafter, LanguageModel, compile_layers
 from tools.train_nano.own_texts import LENGTH, SEED, own_answers, own_outputs
@@ -177,7 +178,7 @@ def main() -> None:
         "generated_tokens": samples.num_tokens,
         "generation_seconds": generated_seconds,
         "steps": steps,
-        "positions": steps * BATCH * (LENGTH - STEPS_PER_ROUND),
+        "positions": steps * BATCH * (LENGTH - DEPTH),
         "dense_seconds": dense_seconds,
         "seconds": clock(),
         "hardware": hardware(device),
