@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.formats.format import Format
-from mtp_export.formats.roles import TraceRequest
+from mtp_export.formats.roles import ROLES, TraceRequest
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.static import GraphShape
 from mtp_export.source import texts
@@ -92,7 +92,7 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
     """
-    *of_target, drafter = graphs
+    of_target, (drafter,) = _by_part(graphs)
     target_recipe = with_embedders(RECIPES[config.quantisation.recipe], RECIPES[config.quantisation.embedders])
     of_roles = mapping.target_parameters(pair.target, of_target, target_recipe)
     for part in of_roles.values():
@@ -103,12 +103,19 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     never_drafted = pair.stop_token_ids if format.container else ()
     drafter_recipe = RECIPES[config.quantisation.drafter]
     of_drafter = mapping.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, drafter_recipe, never_drafted)
-    return of_roles | {"drafter": of_drafter}
+    return of_roles | {drafter.role: of_drafter}
+
+
+def _by_part(graphs: Sequence[TracedGraph]) -> tuple[list[TracedGraph], list[TracedGraph]]:
+    """Return the graphs whose parameters come from the target's checkpoint, and those of the drafter's."""
+    parts = ("target", "drafter")
+    of_target, of_drafter = ([graph for graph in graphs if ROLES[graph.role].part == part] for part in parts)
+    return of_target, of_drafter
 
 
 def pair_left_aside(pair: Pair, graphs: Sequence[TracedGraph], *, reads_weights: bool = True) -> tuple[str, ...]:
     """Return what is not exported of a pair's checkpoints, because it changes nothing of what is, in short phrases."""
-    *of_target, drafter = graphs
+    of_target, (drafter,) = _by_part(graphs)
     drafter_tensors = mapping.drafter_tensors(drafter, pair.drafter_spec)
     of_drafter = left_aside(pair.drafter, drafter_tensors, reads_weights=reads_weights)
     return (

@@ -17,6 +17,11 @@ from mtp_export.formats.roles import ROLES
 from mtp_runtime.bundle.contract import GRAPH_ROLES, MANIFEST_NAME, Manifest
 
 
+def _section_order(role: str) -> int:
+    """Return where a graph lies: first those that every bundle has, in the runtime's order."""
+    return GRAPH_ROLES.index(role) if role in GRAPH_ROLES else len(GRAPH_ROLES)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -37,7 +42,7 @@ def write_litertlm(folder: Path, manifest: Manifest, path: Path) -> None:
         if "chat_template" in manifest.files:  # as the checkpoint has it: the metadata's is LiteRT-LM's own
             builder.add_generic_binary_data(str(folder / manifest.files["chat_template"].path))
         builder.add_hf_tokenizer(str(folder / manifest.files["tokenizer"].path))
-        for role in GRAPH_ROLES:
+        for role in sorted(manifest.signatures, key=_section_order):
             model_type = getattr(TfLiteModelType, ROLES[role].section)
             # No backend constraint: marked for the CPU, the drafter would be refused by the GPU backend.
             builder.add_tflite_model(str(folder / manifest.files[role].path), model_type)

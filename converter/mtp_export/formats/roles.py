@@ -31,12 +31,14 @@ class TraceRequest:
 class GraphRole:
     """A graph by its role.
 
-    part: whose checkpoint its parameters come from. section: its kind of model in a `.litertlm`. on_gpu: a GPU runs it
-    where a bundle is for one. static and dynamic: how it is traced, with fixed numbers of tokens or with any.
+    part: whose checkpoint its parameters come from. looks_up: its matrices are tables of which rows are read, and none
+    is multiplied. section: its kind of model in a `.litertlm`. on_gpu: a GPU runs it where a bundle is for one. static
+    and dynamic: how it is traced, with fixed numbers of tokens or with any.
     """
 
     name: str
     part: Literal["target", "drafter"]
+    looks_up: bool
     section: str
     on_gpu: bool
     static: Callable[[TraceRequest], TracedGraph]
@@ -100,6 +102,7 @@ ROLES = {
         GraphRole(
             name="target",
             part="target",
+            looks_up=False,
             section="PREFILL_DECODE",
             on_gpu=True,
             static=_static_target,
@@ -108,6 +111,7 @@ ROLES = {
         GraphRole(
             name="embedder",
             part="target",
+            looks_up=True,
             section="EMBEDDER",
             on_gpu=False,
             static=_static_embedder("embedder"),
@@ -116,6 +120,7 @@ ROLES = {
         GraphRole(
             name="per_layer_embedder",
             part="target",
+            looks_up=True,
             section="PER_LAYER_EMBEDDER",
             on_gpu=False,
             static=_static_embedder("per_layer_embedder"),
@@ -124,6 +129,7 @@ ROLES = {
         GraphRole(
             name="drafter",
             part="drafter",
+            looks_up=False,
             section="MTP_DRAFTER",
             on_gpu=True,
             static=_static_drafter,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_export.arch.spec import DrafterSpec
+from mtp_export.formats.roles import ROLES
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.source.checkpoint import EMBEDDINGS, Checkpoint, check_tensors, read_token_ordering
 from mtp_export.weights.parameter import Parameter
@@ -57,7 +58,7 @@ def drafter_tensors(graph: TracedGraph, spec: DrafterSpec) -> dict[str, tuple[in
 
 def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: str, recipe: Recipe) -> Parameter:
     """A matrix that the checkpoint stores as integers stays as it is, whatever the recipe says."""
-    looked_up = role != "target"
+    looked_up = ROLES[role].looks_up
     format = target_format(role, name, shape, recipe)
     if name == EMBEDDINGS["target"] and not looked_up and not checkpoint.formats:
         # Which one the head is may take reading both, so it is asked for with the first rows: a plan reads none.
@@ -81,7 +82,7 @@ def target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) 
     if len(shape) == 1:
         return FLOAT32
     if name == "embed_tokens.weight":
-        format = recipe.head if role == "target" else recipe.embedding
+        format = recipe.embedding if ROLES[role].looks_up else recipe.head
     elif name == "embed_tokens_per_layer.weight":
         format = recipe.per_layer_embedding
     else:

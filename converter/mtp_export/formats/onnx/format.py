@@ -17,7 +17,7 @@ from mtp_export.formats.sizes import padded
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.source.stored_integers import check_runs
 from mtp_export.weights.parameter import Parameter, Values
-from mtp_export.weights.recipes import WeightFormat
+from mtp_export.weights.recipes import FLOAT32, WeightFormat
 from mtp_export.weights.stored import StoredWeight
 from mtp_runtime import Bundle
 from mtp_runtime.bundle.contract import BATCH_ROLES, GraphSignature, batch_role
@@ -49,6 +49,8 @@ class OnnxFormat:
         check_runs(name, parameter.format, self.name, looked_up=parameter.looked_up)
 
     def stored_format(self, parameter: Parameter) -> WeightFormat:
+        if parameter.format.bits == FLOAT32.bits or parameter.unit_scale:
+            return parameter.format
         return dataclasses.replace(parameter.format, block_size=block_size(parameter))
 
     def stored_bytes(self, values: Mapping[str, Parameter]) -> int:
