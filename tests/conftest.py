@@ -41,7 +41,7 @@ SLOW = (
     "stock",
 )
 QUICK = ("differential/test_models.py", "differential/test_page.py", "end_to_end/cli/test_fuzz.py")
-LONG = {"full_size", "real_size"}
+LONG = {"full_size"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
