@@ -7,9 +7,8 @@ alpha, by a wrong one otherwise.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -114,9 +113,10 @@ def time_rounds(
     wall_ms, same, last = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, True), {}
     for _ in range(repeats):
         for drafts, alpha in runs:
-            imposed = alpha is not None and drafts
-            with impose(session, drafted.tokens, len(prompt), alpha or 0.0) if imposed else contextlib.nullcontext():
-                trace = session.generate(prompt, num_draft_tokens=drafts, **options).finish()
+            timed = session
+            if alpha is not None and drafts:
+                timed = Session(session.bundle, ImposedDrafts(session, drafted.tokens, len(prompt), alpha))
+            trace = timed.generate(prompt, num_draft_tokens=drafts, **options).finish()
             same[drafts, alpha] &= trace.tokens == (drafted if drafts else plain).tokens
             wall_ms[drafts, alpha] += trace.stats.generate_wall_ms
             last[drafts, alpha] = trace.stats
@@ -135,34 +135,38 @@ def time_rounds(
     ]
 
 
-@contextlib.contextmanager
-def impose(session: Session, tokens: Sequence[int], prompt_length: int, alpha: float) -> Iterator[None]:
-    """Let drafts be the target's own next tokens, `tokens`, with a probability of `alpha` each, and wrong otherwise.
+class ImposedDrafts:
+    """A Backend whose drafts are the target's own next tokens with a probability of `alpha` each, and wrong otherwise.
 
-    Rounds take their chances evenly from 0 to 1, not at random: a short run commits nearly what a long one does.
+    It runs the passes of another backend, its drafter too, so that a round takes the time that it takes. `tokens` are
+    the target's after a prompt of `prompt_length`. Rounds take their chances evenly from 0 to 1, not at random: a short
+    run commits nearly what a long one does.
     """
-    backend, own = session.backend, session.backend.draft
-    filled, step, chance = -1, 0, 0.0
 
-    def imposed(token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
-        nonlocal filled, step, chance
-        draft = own(token_id, activations, with_candidates=with_candidates)
-        if backend.kv_cache.filled_length == filled:
-            step += 1
+    def __init__(self, session: Session, tokens: Sequence[int], prompt_length: int, alpha: float) -> None:
+        self._own, self._tokens, self._alpha = session.backend, tokens, alpha
+        self._prompt_length, self._vocab_size = prompt_length, session.manifest.vocab_size
+        self._filled, self._step, self._chance = -1, 0, 0.0
+        self.kv_cache = self._own.kv_cache
+        self.prefill, self.verify, self.close = self._own.prefill, self._own.verify, self._own.close
+
+    @property
+    def embed_ms(self) -> float:
+        return self._own.embed_ms
+
+    def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
+        draft = self._own.draft(token_id, activations, with_candidates=with_candidates)
+        filled = self.kv_cache.filled_length
+        if filled == self._filled:
+            self._step += 1
         else:
-            filled, step, chance = backend.kv_cache.filled_length, 0, (chance + _GOLDEN_RATIO) % 1.0
+            self._filled, self._step, self._chance = filled, 0, (self._chance + _GOLDEN_RATIO) % 1.0
         # The pending token, at `filled`, is output number filled - prompt_length; the first draft is the one after it.
-        number = filled - prompt_length + 1 + step
-        right = tokens[number] if number < len(tokens) else 0
+        number = filled - self._prompt_length + 1 + self._step
+        right = self._tokens[number] if number < len(self._tokens) else 0
         # The first n drafts of a round are all right with a chance of alpha^n.
-        is_right = chance < alpha ** (step + 1)
-        return draft._replace(best=right if is_right else (right + 1) % session.manifest.vocab_size)
-
-    backend.draft = imposed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        backend.draft = own  # type: ignore[method-assign]
+        is_right = self._chance < self._alpha ** (self._step + 1)
+        return draft._replace(best=right if is_right else (right + 1) % self._vocab_size)
 
 
 def expected_committed(alpha: float, num_drafts: int) -> float:
