@@ -261,5 +261,5 @@ def check_runs(name: str, format: WeightFormat, export_format: str, *, looked_up
     if format.block_size not in known[format.bits]:
         raise CheckpointError(
             f"{name} is stored at {format.bits} bits in {_grouping(format)}, which {export_format} cannot "
-            f"{'look up' if looked_up else 'multiply'}: take the checkpoint in floats, or another --target"
+            f"{'look up' if looked_up else 'multiply'}: take the checkpoint in floats, or another --format"
         )

@@ -25,7 +25,7 @@ def open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider:
         return OnnxBackend.open(bundle, threads=threads, cache_dir=cache_dir, provider=provider)
     if provider != "cpu":
         raise UserError(
-            f"a {bundle.manifest.export_format} bundle runs on the cpu, not on {provider}: export it with --target onnx"
+            f"a {bundle.manifest.export_format} bundle runs on the cpu, not on {provider}: export it with --format onnx"
         )
     from mtp_runtime.backends.litert.backend import LiteRTGraphs
     from mtp_runtime.backends.litert.static import StaticBackend

@@ -46,7 +46,7 @@ class SessionBatch:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
             if bundle.manifest.batch_size < 2:
                 raise UserError(
-                    f"{path} is for one sequence at a time: export it with --target onnx --batch-size 2 to 8"
+                    f"{path} is for one sequence at a time: export it with --format onnx --batch-size 2 to 8"
                 )
             from mtp_runtime.backends.onnx.backend import OnnxBackend
 

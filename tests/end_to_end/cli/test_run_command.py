@@ -30,7 +30,7 @@ def bundle(export_nano: Export) -> Path:
 
 
 def test_the_provider_is_asked_for_by_its_name(bundle: Path) -> None:
-    assert "export it with --target onnx" in refused("run", str(bundle), PROMPT, "--provider", "webgpu")
+    assert "export it with --format onnx" in refused("run", str(bundle), PROMPT, "--provider", "webgpu")
 
 
 @pytest.fixture(scope="module")

@@ -286,5 +286,5 @@ def test_a_scale_that_blocks_cannot_have_is_refused(
     graphs: list[TracedGraph], lowered: list[tflite.LoweredGraph], tmp_path: Path
 ) -> None:
     parameters = stored_parameters(graphs[1], WeightFormat(bits=4, block_size=32), scale=2.0**-16)
-    with pytest.raises(CheckpointError, match=r"is stored with a scale of .*take --target onnx"):
+    with pytest.raises(CheckpointError, match=r"is stored with a scale of .*take --format onnx"):
         write_graph(copy.deepcopy(lowered[1]), parameters, tmp_path / "tiny.tflite")

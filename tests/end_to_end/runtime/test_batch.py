@@ -141,7 +141,7 @@ def resized(bundle: Path, sequences: int, folder: Path) -> Path:
 
 
 def test_a_bundle_for_one_sequence_says_what_to_do(export_nano: Export) -> None:
-    with pytest.raises(UserError, match="export it with --target onnx --batch-size 2 to 8"):
+    with pytest.raises(UserError, match="export it with --format onnx --batch-size 2 to 8"):
         SessionBatch.open(export_nano("int8"))
 
 

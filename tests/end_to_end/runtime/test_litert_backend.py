@@ -194,5 +194,5 @@ def test_threads_must_be_positive(toy_folder: Path) -> None:
 
 
 def test_a_tflite_bundle_names_the_format_that_it_takes(toy_talking: Path) -> None:
-    with pytest.raises(UserError, match="--target onnx"):
+    with pytest.raises(UserError, match="--format onnx"):
         Session.open(toy_talking, verify=False, provider="webgpu")

@@ -205,7 +205,7 @@ def _half(name: str, scales: NDArray[np.float32]) -> NDArray[np.float16]:
     if bad.any():
         raise CheckpointError(
             f"{name} is stored with a scale of {scales[bad][0]:g}, expected {SMALLEST_SCALE:g} to 65504, which is what "
-            "blocks in a .tflite can have: take --target onnx, or the checkpoint in floats"
+            "blocks in a .tflite can have: take --format onnx, or the checkpoint in floats"
         )
     return scales.astype(np.float16)
 

@@ -43,7 +43,7 @@ data class Manifest(
                     throw BundleException("the bundle has format version $version, this app reads $FORMAT_VERSION: update it")
                 }
                 val container = json.need<Map<*, *>>("files")["litertlm"] as? Map<*, *>
-                    ?: throw BundleException("the bundle has no .litertlm: export it with --target tflite")
+                    ?: throw BundleException("the bundle has no .litertlm: export it with --format tflite")
                 return Manifest(
                     model = json.need("model"),
                     recipe = json.need("recipe"),

@@ -59,7 +59,7 @@ class ManifestTest {
         assertTrue("version 2" in assertFailsWith<BundleException> { Manifest.parse(manifest(version = 2)) }.message!!)
         assertTrue("not valid" in assertFailsWith<BundleException> { Manifest.parse("[]") }.message!!)
         assertTrue("model is null" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {\"litertlm\": {}}}") }.message!!)
-        assertTrue("--target tflite" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {}}") }.message!!)
+        assertTrue("--format tflite" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {}}") }.message!!)
     }
 
     @Test
