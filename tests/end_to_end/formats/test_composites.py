@@ -68,9 +68,9 @@ def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], 
     assert [plain[name] for name in KEPT] == [composed[name] for name in KEPT]
     assert composed.total() < 0.6 * plain.total()
 
-    expected, found = (run(path, signature) for path in targets)
+    expected, actual = (run(path, signature) for path in targets)
     assert float(np.std(expected["logits"])) > 0.1
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
 
 class Norms(nn.Module):

@@ -268,7 +268,7 @@ def test_a_constraint_sees_every_committed_prefix_once_and_no_other() -> None:
 
 @pytest.mark.parametrize("drafts", [0, K])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_constraint_is_not_asked_what_follows_a_stop_token(seed: int, drafts: int) -> None:
+def test_a_constraint_is_not_called_after_a_stop_token(seed: int, drafts: int) -> None:
     def nothing_after_it(output: Sequence[int]) -> NDArray[np.bool_]:
         return np.full(VOCAB, 6 not in output)
 

@@ -140,7 +140,7 @@ def test_a_stop_sequence_that_the_last_token_completes_wins(open_session: OpenSe
     assert generation.text == "".join(pieces[: count - 1])
 
 
-def test_text_leaves_a_stop_id_out_and_reads_what_came_before_it_was_asked_for(open_session: OpenSession) -> None:
+def test_text_contains_earlier_tokens_and_no_stop_id(open_session: OpenSession) -> None:
     plain_ids = expected(open_session, PROMPT, COUNT)
     session = open_session()
     stop_id = next(token for token in plain_ids[5:] if token > 6)
