@@ -97,7 +97,7 @@ def norms_graph(shape: tuple[int, ...], calls: int) -> TracedGraph:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 2, 4), (1, 1, 1, 4)], ids=["rows", "a single row"])
-def test_parts_are_copied_once_and_say_what_torch_says(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_parts_are_copied_once_and_compute_torch_s_values(shape: tuple[int, ...], tmp_path: Path) -> None:
     graph = norms_graph(shape, calls=3)
     (lowered,) = lower([graph], 1)
     parameters = random_parameters(graph, FLOAT32)

@@ -57,7 +57,7 @@ def test_a_bundle_for_the_gpu_is_wholly_delegated_and_one_for_the_cpu_is_not(exp
     assert "drafter: 3 operators are left to the CPU" in done.stdout
 
 
-def test_both_bundles_say_the_same(export_nano: Export) -> None:
+def test_both_bundles_generate_the_same_tokens(export_nano: Export) -> None:
     """The delegated head is another way to the same drafts, on the CPU too."""
     traces = []
     for export_format in ("tflite", "tflite-gpu"):

@@ -43,7 +43,7 @@ def is_consistent(session: Session) -> bool:
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
-def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, drafts: int) -> None:
+def test_each_turn_equals_a_fresh_session(open_session: OpenSession, drafts: int) -> None:
     opened = open_session()
     backend = CountingBackend(opened.backend)
     session = Session(opened.bundle, backend)

@@ -149,7 +149,7 @@ def test_arguments_that_are_a_text_are_refused() -> None:
         rendered(TEMPLATE, [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}])
 
 
-def test_what_is_written_otherwise_than_by_the_published_template() -> None:
+def test_differences_from_the_published_template() -> None:
     """Text beside calls comes before them, and each message of the model is a turn."""
     question = {"role": "user", "content": "?"}
     beside = rendered(TEMPLATE, [question, {"role": "assistant", "content": "Let me see.", "tool_calls": [WORD]}])
