@@ -1,10 +1,10 @@
-"""Which scheme is fastest for which matrix, and which number of tokens is still cheap? E2B's matrices, one at a time.
+"""Measure E2B's matrices one at a time: the fastest weight format of each, and the number of tokens that stays cheap.
 
     python -m benchmarks.matrices [--threads 2]
 
 Enough copies of a matrix to be out of the caches, as in a model; times are medians of turns, as multiples of what int4
 by row takes for one token. "fused" is one product in place of two or three of the same input. From the sum over all
-matrices of the target follows what K drafts gain at an acceptance of 0.8 with each scheme, the drafter left out.
+matrices of the target follows what K drafts gain at an acceptance of 0.8 with each weight format, without the drafter.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CASES = {
     "o": (QUERY, (HIDDEN,), 35),
     "head": (HIDDEN, (VOCAB,), 1),
 }
-SCHEMES = {
+FORMATS = {
     "LiteRT int4": ("tflite", INT4),
     "LiteRT int4 blocks of 32": ("tflite", WeightFormat(bits=4, block_size=32)),
     "LiteRT int8": ("tflite", INT8),
@@ -87,7 +87,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 steps = {
                     f"{name}{label}": steps_of(width, cut, copies, name, Path(folder), options.threads)
-                    for name, (target, _) in SCHEMES.items()
+                    for name, (target, _) in FORMATS.items()
                     if target == runtime
                     for label, cut in cuts.items()
                 }
@@ -96,7 +96,7 @@ def main() -> int:
         least = table[case]["LiteRT int4"]["1"]
         for name, row in table[case].items():
             print(f"{case:10} {name:31}", *(f"{row[str(m)] / least:6.2f}" for m in TOKENS), f"  (1 is {least:.0f} us)")
-    whole = {name: {str(m): total(table, name, m) for m in TOKENS} for name in SCHEMES}
+    whole = {name: {str(m): total(table, name, m) for m in TOKENS} for name in FORMATS}
     for name, row in whole.items():
         gains = {m - 1: expected_committed(ALPHA, m - 1) * row["1"] / row[str(m)] for m in TOKENS[1:]}
         ratios = " ".join(f"{row[str(m)] / row['1']:.2f}" for m in TOKENS)
@@ -106,9 +106,9 @@ def main() -> int:
     return 0
 
 
-def total(table: dict[str, dict[str, dict[str, float]]], scheme: str, tokens: int) -> float:
+def total(table: dict[str, dict[str, dict[str, float]]], name: str, tokens: int) -> float:
     """Microseconds of all matrices of the target in CASES, none of them fused."""
-    return round(sum(count * table[case][scheme][str(tokens)] for case, (_, _, count) in CASES.items()), 1)
+    return round(sum(count * table[case][name][str(tokens)] for case, (_, _, count) in CASES.items()), 1)
 
 
 def trace(width: int, outputs: tuple[int, ...], copies: int, tokens: Iterable[int]) -> TracedGraph:
@@ -130,29 +130,29 @@ def steps_of(
     width: int, outputs: tuple[int, ...], copies: int, name: str, folder: Path, threads: int
 ) -> dict[int, Step]:
     """One call for every number of tokens."""
-    target, scheme = SCHEMES[name]
+    target, format = FORMATS[name]
     x = {m: np.random.default_rng(m).standard_normal((1, m, width), np.float32) for m in TOKENS}
     if target == "tflite":
         graph = trace(width, outputs, copies, TOKENS)
         (lowered,) = lower_tflite.lower([graph], 1)
-        path = folder / f"{scheme.bits}-{scheme.block_size}-{len(outputs)}.tflite"
-        write_graph(lowered, parameters(graph, scheme), path)
+        path = folder / f"{format.bits}-{format.block_size}-{len(outputs)}.tflite"
+        write_graph(lowered, parameters(graph, format), path)
         steps = litert_steps(path, threads, {f"m{count}": {"x": values} for count, values in x.items()})
         return {count: steps[f"m{count}"] for count in x}
     sessions: dict[int, Step] = {}
     for m in TOKENS:
         graph = trace(width, outputs, copies, (m,))
         (lowered_onnx,) = lower_onnx.lower([graph], 1, portable=False)
-        path = folder / f"{scheme.bits}-{scheme.block_size}-{m}.onnx"
-        write_onnx(lowered_onnx, parameters(graph, scheme), path)
+        path = folder / f"{format.bits}-{format.block_size}-{m}.onnx"
+        write_onnx(lowered_onnx, parameters(graph, format), path)
         sessions[m] = partial(open_graph(path, threads).run, None, {"x": x[m]})
     return sessions
 
 
-def parameters(graph: TracedGraph, scheme: WeightFormat) -> dict[str, Parameter]:
+def parameters(graph: TracedGraph, format: WeightFormat) -> dict[str, Parameter]:
     """Weights that are the same ones again and again: time does not depend on them."""
     return {
-        name: Parameter(shape=shape, format=scheme, rows=partial(random_rows, shape[1:]))
+        name: Parameter(shape=shape, format=format, rows=partial(random_rows, shape[1:]))
         for name, shape in graph.weights.items()
     }
 
@@ -168,7 +168,7 @@ def _random_block() -> NDArray[np.float32]:
 
 
 def timed(steps: dict[str, dict[int, Step]], turns: int, copies: int) -> dict[str, dict[str, float]]:
-    """Median microseconds of one copy, by scheme and number of tokens; all take turns, the first of which packs."""
+    """Return the median microseconds of a copy, by weight format and number of tokens. The first turn packs."""
     times: dict[str, dict[int, list[float]]] = {name: {m: [] for m in TOKENS} for name in steps}
     for _ in range(turns + 1):
         for name, by_tokens in steps.items():

@@ -74,7 +74,7 @@ def check(report: DeviceReport, reference: str) -> Check:
     return next(check for check in report.checks if check.reference == reference)
 
 
-def test_what_a_place_reads_is_what_it_generates(here: Answer) -> None:
+def test_a_place_reads_the_tokens_that_it_generates(here: Answer) -> None:
     assert [reading.choices for reading in here.readings] == [trace.tokens for trace in here.plain]
     for trace, reading in zip(here.plain, here.readings, strict=True):
         assert reading.margins == pytest.approx(trace.margins, abs=1e-6)

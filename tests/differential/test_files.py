@@ -210,7 +210,7 @@ def a_tensor_in_two_shards(pair: Pair) -> None:
     write_tensors(stored | {name: load_file(shards[0])[name]}, shards[1])
 
 
-def test_another_model_than_the_one_that_is_asked_for() -> None:
+def test_a_wrong_model_option_is_refused_with_the_right_model() -> None:
     """The refusal names the right one, which is taken."""
     with nano_pair() as pair:
         source = oracle.export_config(pair, pair.target / "out").source

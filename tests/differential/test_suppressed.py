@@ -104,14 +104,14 @@ def test_the_checkpoints_sampling(suppressing: Suppressing) -> None:
 
 
 @pytest.mark.parametrize("suppressing", ["onnx"], indirect=True)
-def test_a_batch_says_none(suppressing: Suppressing) -> None:
+def test_a_batch_generates_no_suppressed_token(suppressing: Suppressing) -> None:
     with SessionBatch.open(suppressing.bundle, threads=1) as batch:
         for trace in batch.generate([PROMPT] * 3, max_new_tokens=NEW_TOKENS):
             assert trace.tokens == suppressing.expected
 
 
 @pytest.mark.parametrize("suppressing", ["tflite"], indirect=True)
-def test_the_litertlm_says_both(suppressing: Suppressing) -> None:
+def test_the_litertlm_metadata_has_suppressed_tokens_and_sampler(suppressing: Suppressing) -> None:
     metadata = llm_metadata_pb2.LlmMetadata()
     with (suppressing.bundle / "nano.litertlm").open("rb") as file:
         section = next(s for s in litertlm.read_sections(file) if s.kind == AnySectionDataType.LlmMetadataProto)
@@ -125,7 +125,7 @@ def test_the_litertlm_says_both(suppressing: Suppressing) -> None:
 
 @pytest.mark.parametrize("suppressing", ["tflite"], indirect=True)
 @pytest.mark.parametrize("use_mtp", [False, True])
-def test_stock_litert_lm_says_the_same(suppressing: Suppressing, use_mtp: bool) -> None:
+def test_stock_litert_lm_generates_the_expected_tokens(suppressing: Suppressing, use_mtp: bool) -> None:
     manifest = json.loads((suppressing.bundle / "manifest.json").read_text(encoding="utf-8"))
     path = suppressing.bundle / manifest["files"]["litertlm"]["path"]
     stock = run_stock(

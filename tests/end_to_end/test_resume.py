@@ -68,7 +68,7 @@ def test_without_a_leftover_resuming_starts_anew(tmp_path: Path) -> None:
         assert names(folder) == []
 
 
-def test_a_leftover_is_not_gone_on_with_unasked(tmp_path: Path) -> None:
+def test_an_export_without_resume_ignores_leftovers(tmp_path: Path) -> None:
     leftover(tmp_path)
     write_bundle(tmp_path / "out", "x")
     assert names(tmp_path / "out") == ["manifest.json", "target.tflite"]

@@ -85,11 +85,11 @@ def test_tokens_go_by_the_names_of_the_checkpoint(bundle: Path) -> None:
     assert "start_of_image_token" not in gemma4
 
 
-def test_without_a_stop_token_one_that_never_comes(bundle: Path) -> None:
+def test_metadata_without_a_stop_token_names_an_impossible_one(bundle: Path) -> None:
     assert fields(bundle, stop_token_ids=())["stop_tokens"] == [{"token_ids": {"ids": [4096]}}]
 
 
-def test_without_a_template_only_fields_that_need_none(bundle: Path) -> None:
+def test_metadata_without_a_template_has_no_prompt_fields(bundle: Path) -> None:
     files = {role: entry for role, entry in read_manifest(bundle).files.items() if role != "chat_template"}
     metadata = fields(bundle, files=files)
     assert "jinja_prompt_template" not in metadata

@@ -62,14 +62,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: Path) -> None:
         content, size = path.read_bytes(), path.stat().st_size
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         headers = {"X-Repo-Commit": _COMMIT, "ETag": f'"{_digest(path)}"'}
-        if wanted:
-            start, stop = int(wanted[1]), min(size, int(wanted[2] or size) + 1)
+        if byte_range:
+            start, stop = int(byte_range[1]), min(size, int(byte_range[2] or size) + 1)
             content, headers["Content-Range"] = content[start:stop], f"bytes {start}-{stop - 1}/{size}"
         if self.command == "GET":
             self.server.sent[path.name] = self.server.sent.get(path.name, 0) + len(content)
-        self._answer(206 if wanted else 200, content, headers)
+        self._answer(206 if byte_range else 200, content, headers)
 
     def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

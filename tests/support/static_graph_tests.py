@@ -29,7 +29,7 @@ def graphs_of(session: Session) -> LiteRTGraphs:
 
 def embed(session: Session, tokens: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
     """Return the embeddings and per-layer embeddings of `tokens`. Shapes: [1, T, H], [1, T, L, P]."""
-    found = []
+    embeddings = []
     for role in ("embedder", "per_layer_embedder"):
         bound = graphs_of(session).bound(role, "embed")
         rows = []
@@ -37,8 +37,8 @@ def embed(session: Session, tokens: tuple[int, ...]) -> tuple[FloatArray, FloatA
             bound.write("token_ids", np.array([[token]], np.int32))
             bound.run()
             rows.append(bound.read("embeddings"))
-        found.append(np.concatenate(rows, 1))
-    return found[0], found[1]
+        embeddings.append(np.concatenate(rows, 1))
+    return embeddings[0], embeddings[1]
 
 
 def run_target(session: Session, name: str, tokens: tuple[int, ...], position: int) -> BoundSignature:

@@ -34,9 +34,9 @@ def open_session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tal
         yield opened
 
 
-def _refuse(what: str) -> Callable[..., None]:
+def _refuse(action: str) -> Callable[..., None]:
     def refuse(*_: object, **__: object) -> None:
-        pytest.fail(f"a unit test {what}: move it to tests/end_to_end", pytrace=False)
+        pytest.fail(f"a unit test {action}: move it to tests/end_to_end", pytrace=False)
 
     return refuse
 

@@ -36,7 +36,7 @@ def test_a_readme_is_there_and_is_the_projects(project: dict[str, Any]) -> None:
     assert (ROOT / "README.md").read_text(encoding="utf-8").startswith("# ")
 
 
-def test_an_export_has_what_it_is_made_with(project: dict[str, Any]) -> None:
+def test_an_export_requires_its_libraries(project: dict[str, Any]) -> None:
     required = names_of(project["dependencies"]) | names_of(project["optional-dependencies"]["export"])
     assert set(DEPENDENCIES) <= required
 

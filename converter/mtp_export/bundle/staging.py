@@ -168,7 +168,7 @@ def _take_leftovers(output: Path, *, keep_one: bool) -> tuple[Path, int] | None:
         With `keep_one` the workspace with most in it, which then is not removed, and the lock on it.
     """
     name = re.compile(re.escape(f".{output.name}.partial-") + r"[a-z0-9_]{8}")
-    found: list[tuple[Path, int]] = []
+    locked: list[tuple[Path, int]] = []
     for leftover in output.parent.iterdir():
         if not name.fullmatch(leftover.name):
             continue
@@ -177,10 +177,10 @@ def _take_leftovers(output: Path, *, keep_one: bool) -> tuple[Path, int] | None:
             continue
         if (leftover / "old").exists() and not os.path.lexists(output):
             (leftover / "old").rename(output)
-        found.append((leftover, lock))
-    found.sort(key=lambda item: _bytes_in(item[0]))
-    kept = found.pop() if keep_one and found else None
-    for leftover, lock in found:
+        locked.append((leftover, lock))
+    locked.sort(key=lambda item: _bytes_in(item[0]))
+    kept = locked.pop() if keep_one and locked else None
+    for leftover, lock in locked:
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(lock)
     return kept

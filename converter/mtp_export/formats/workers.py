@@ -80,24 +80,24 @@ def _start(function: Callable[[Any], Any]) -> _Worker:
 
 def _exchange(pipes: Sequence[Connection], jobs: Sequence[Any]) -> Iterator[Any]:
     """Give each worker one job at a time; a worker that answers gets the next."""
-    given: dict[Connection, int] = {}
+    running: dict[Connection, int] = {}
     done: dict[int, Any] = {}
     waiting = iter(enumerate(jobs))
     for pipe, (number, job) in zip(pipes, waiting, strict=False):
         _send(pipe, job)
-        given[pipe] = number
-    for wanted in range(len(jobs)):
-        while wanted not in done:
-            for pipe in cast(list[Connection], wait(list(given))):
+        running[pipe] = number
+    for position in range(len(jobs)):
+        while position not in done:
+            for pipe in cast(list[Connection], wait(list(running))):
                 succeeded, result = _receive(pipe)
                 if not succeeded:
                     raise result
-                done[given.pop(pipe)] = result
+                done[running.pop(pipe)] = result
                 for number, job in waiting:
                     _send(pipe, job)
-                    given[pipe] = number
+                    running[pipe] = number
                     break
-        yield done.pop(wanted)
+        yield done.pop(position)
 
 
 def _send(pipe: Connection, job: Any) -> None:

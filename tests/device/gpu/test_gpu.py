@@ -50,10 +50,10 @@ def test_the_drafter_changes_nothing(exported: Callable[[str, str], Path]) -> No
     assert acceptance["exported"] > 0.1 > acceptance["noise"]
 
 
-def test_the_table_says_what_the_backend_does(exported: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_the_table_lists_what_the_backend_delegates(exported: Callable[[str, str], Path], tmp_path: Path) -> None:
     forms = collect([exported("int8", "cpu") / "drafter.tflite"])  # the CPU's, whose scatter is refused
     write_probes(forms, tmp_path)
-    found = {row["form"]: row["delegated"] for row in run_probes(tmp_path)}
+    delegated = {row["form"]: row["delegated"] for row in run_probes(tmp_path)}
     table = delegate_table("gpu")
-    assert found == {form: table.reasons[form] is None for form in forms}
-    assert not all(found.values())
+    assert delegated == {form: table.reasons[form] is None for form in forms}
+    assert not all(delegated.values())

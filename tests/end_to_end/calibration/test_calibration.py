@@ -62,7 +62,7 @@ def test_a_sound_bundle_passes_unless_a_bar_is_missed(export_nano: Export, tmp_p
     assert max(quality.hops.values()) < 0.05
 
 
-def test_damages_are_told_apart(export_nano: Export, pair: Pair, tmp_path: Path) -> None:
+def test_each_damage_has_its_own_finding(export_nano: Export, pair: Pair, tmp_path: Path) -> None:
     """Each has one finding that says what is wrong: no output would show three of the four."""
 
     def damage(folder: Path) -> None:

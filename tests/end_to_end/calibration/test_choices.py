@@ -68,7 +68,7 @@ class Stages:
 
 
 @pytest.fixture
-def asked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ExportConfig]:
+def config_with(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ExportConfig]:
     """An export of the tiny pair with options and two prompts."""
     monkeypatch.setitem(MODELS, "tiny", tiny_model(tiny))
     prompts = tmp_path / "prompts.jsonl"
@@ -82,9 +82,9 @@ def asked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return of
 
 
-def test_settings_of_the_drafter_are_measured(asked: Callable[..., ExportConfig]) -> None:
+def test_settings_of_the_drafter_are_measured(config_with: Callable[..., ExportConfig]) -> None:
     """Along what transformers' own target would say."""
-    config = asked("--drafter-position-offset", "auto", "--centroid-top-k", "auto")
+    config = config_with("--drafter-position-offset", "auto", "--centroid-top-k", "auto")
     assert config.refinement.measured == ("drafter_position_offset", "centroid_top_k")
     pair = open_pair(config.source)
     texts = [[2, 30, 40, 50], [2, 31]]
@@ -99,8 +99,8 @@ def test_settings_of_the_drafter_are_measured(asked: Callable[..., ExportConfig]
     assert dataclasses.replace(measured.drafter_spec, head=pair.drafter_spec.head) == pair.drafter_spec
 
 
-def test_a_size_and_a_rounding_are_kept(asked: Callable[..., ExportConfig], tmp_path: Path) -> None:
-    config = asked("--max-size", "0.4MB", "--rounding", "gptq")
+def test_a_size_and_a_rounding_are_kept(config_with: Callable[..., ExportConfig], tmp_path: Path) -> None:
+    config = config_with("--max-size", "0.4MB", "--rounding", "gptq")
     pair, format = open_pair(config.source), format_of(config.format)
     traced = trace_pair(Settings(config=config, pair=pair), format)
     request = WeightsRequest(traced=traced, format=format, folder=tmp_path, written=frozenset())

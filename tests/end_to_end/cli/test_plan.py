@@ -192,7 +192,7 @@ DAMAGED_TOKENIZERS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGED_TOKENIZERS)
-def test_a_damaged_tokenizer_is_told_as_an_export_tells_it(tmp_path: Path, name: str) -> None:
+def test_plan_and_export_refuse_a_damaged_tokenizer_with_one_message(tmp_path: Path, name: str) -> None:
     shutil.copytree(EMBEDDED / "target", tmp_path / "target")
     path = tmp_path / "target" / "tokenizer.json"
     path.write_text(DAMAGED_TOKENIZERS[name](path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -226,7 +226,7 @@ class TestCommand:
         assert options("export") - options("plan") == {"--dry-run", "--resume"}
         assert options("plan") < options("export")
 
-    def test_a_taken_output_is_told_before_torch_is_loaded(self, tmp_path: Path) -> None:
+    def test_an_existing_output_is_refused_before_torch_is_loaded(self, tmp_path: Path) -> None:
         code, imported = packages_imported(["plan", "--output", str(tmp_path)])
         assert code == 2
         assert not HEAVY & imported

@@ -29,7 +29,7 @@ def bundle(export_nano: Export) -> Path:
     return export_nano("int8")
 
 
-def test_the_provider_is_asked_for_by_its_name(bundle: Path) -> None:
+def test_the_webgpu_provider_refuses_a_bundle_for_litert(bundle: Path) -> None:
     assert "export it with --format onnx" in refused("run", str(bundle), PROMPT, "--provider", "webgpu")
 
 
@@ -96,7 +96,7 @@ def test_the_text_ends_before_the_first_of_several_stop_texts(bundle: Path, sess
         ("--no-mtp --num-draft-tokens 2", "--no-mtp and --num-draft-tokens contradict each other: give one"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_the_bundle_is_opened(arguments: str, message: str) -> None:
+def test_wrong_options_are_refused_in_one_line_before_the_bundle_is_opened(arguments: str, message: str) -> None:
     assert refused("run", "there is no such bundle", PROMPT, *arguments.split()).startswith(message)
 
 

@@ -68,9 +68,9 @@ def test_the_bits_are_the_same_with_fewer_operators(targets: tuple[Path, Path], 
     assert [plain[name] for name in KEPT] == [composed[name] for name in KEPT]
     assert composed.total() < 0.6 * plain.total()
 
-    expected, found = (run(path, signature) for path in targets)
+    expected, actual = (run(path, signature) for path in targets)
     assert float(np.std(expected["logits"])) > 0.1
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
 
 class Norms(nn.Module):
@@ -97,7 +97,7 @@ def norms_graph(shape: tuple[int, ...], calls: int) -> TracedGraph:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 2, 4), (1, 1, 1, 4)], ids=["rows", "a single row"])
-def test_parts_are_copied_once_and_say_what_torch_says(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_parts_are_copied_once_and_compute_torch_s_values(shape: tuple[int, ...], tmp_path: Path) -> None:
     graph = norms_graph(shape, calls=3)
     (lowered,) = lower([graph], 1)
     parameters = random_parameters(graph, FLOAT32)

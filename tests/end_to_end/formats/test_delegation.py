@@ -41,23 +41,23 @@ def test_the_delegated_head_gives_the_same_row() -> None:
 def test_a_bundle_for_the_gpu_is_wholly_delegated_and_one_for_the_cpu_is_not(export_nano: Export) -> None:
     for_gpu, for_cpu = export_nano("int8", export_format="tflite-gpu"), export_nano("int8")
     done = run_cli("inspect", str(for_gpu), "--delegate", "gpu", "--json")
-    found = json.loads(done.stdout)
-    assert found["wholly_delegated"] is True
-    assert found["graphs"] == {"target": [], "drafter": []}
+    report = json.loads(done.stdout)
+    assert report["wholly_delegated"] is True
+    assert report["graphs"] == {"target": [], "drafter": []}
 
     done = run_cli("inspect", str(for_cpu / "nano.litertlm"), "--json", check=False)
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["wholly_delegated"]) == (1, False)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["wholly_delegated"]) == (1, False)
     # Its own caches are no hindrance; what prefill mends for LiteRT-LM 0.18 (reply_ends.py) was not tried on a GPU.
-    passes = {name for refusal in found["graphs"]["target"] for name in refusal["signatures"]}
+    passes = {name for refusal in report["graphs"]["target"] for name in refusal["signatures"]}
     assert passes == {"prefill_16", "prefill_128"}
-    assert [refusal["form"] for refusal in found["graphs"]["drafter"]] == [SCATTER]
-    assert found["graphs"]["drafter"][0]["reason"] == "SCATTER_ND: Operation is not supported."
+    assert [refusal["form"] for refusal in report["graphs"]["drafter"]] == [SCATTER]
+    assert report["graphs"]["drafter"][0]["reason"] == "SCATTER_ND: Operation is not supported."
     done = run_cli("inspect", str(for_cpu), check=False)
     assert "drafter: 3 operators are left to the CPU" in done.stdout
 
 
-def test_both_bundles_say_the_same(export_nano: Export) -> None:
+def test_both_bundles_generate_the_same_tokens(export_nano: Export) -> None:
     """The delegated head is another way to the same drafts, on the CPU too."""
     traces = []
     for export_format in ("tflite", "tflite-gpu"):

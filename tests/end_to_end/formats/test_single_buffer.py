@@ -32,10 +32,10 @@ def test_nothing_else_touches_a_cache(export_nano: Export) -> None:
         ("target", "verify", 5, 20, 0),
         ("drafter", "draft", 0, 8, 1),  # one of the clustered head
     ):
-        found = operator_counts(open_graph(folder / f"{role}.tflite"), signature)
-        assert found["STABLEHLO_COMPOSITE odml.cache_update"] == written, signature
-        assert found["STABLEHLO_COMPOSITE odml.runtime_bmm"] == products, signature
-        assert (found["DYNAMIC_UPDATE_SLICE"], found["BATCH_MATMUL"]) == (0, others), signature
+        counts = operator_counts(open_graph(folder / f"{role}.tflite"), signature)
+        assert counts["STABLEHLO_COMPOSITE odml.cache_update"] == written, signature
+        assert counts["STABLEHLO_COMPOSITE odml.runtime_bmm"] == products, signature
+        assert (counts["DYNAMIC_UPDATE_SLICE"], counts["BATCH_MATMUL"]) == (0, others), signature
         tensors = {tensor.name: tensor.shape for tensor in manifest.signature(role, signature).inputs}
         assert tensors["param_tensor"] == (1, 1, 1, 7)
         (layer,) = {name[-1] for name in tensors if name.startswith("kv_cache_k_4")}
@@ -43,7 +43,7 @@ def test_nothing_else_touches_a_cache(export_nano: Export) -> None:
     assert {spec.attention_length for spec in manifest.signatures["target"]} == {manifest.cache_length}
 
 
-def test_what_an_operator_is_told(export_nano: Export) -> None:
+def test_composites_have_the_attributes_of_their_cache(export_nano: Export) -> None:
     model = open_graph(export_nano("int8", export_format="tflite-gpu") / "target.tflite").model
     entry = next(entry for entry in model.signatureDefs if entry.signatureKey == b"verify")
     subgraph = model.subgraphs[entry.subgraphIndex]
@@ -54,7 +54,7 @@ def test_what_an_operator_is_told(export_nano: Export) -> None:
         options = operator.builtinOptions2
         if options is None:
             continue
-        told = flexbuffers.Loads(bytes(options.compositeAttributes))
+        attributes = flexbuffers.Loads(bytes(options.compositeAttributes))
         tensors = [int(i) for i in operator.inputs]
         if options.name == b"odml.cache_update":
             assert [inputs.get(i) for i in tensors[2:5]] == [
@@ -62,11 +62,11 @@ def test_what_an_operator_is_told(export_nano: Export) -> None:
                 *(outputs[int(i)] for i in operator.outputs),
             ]
             rows = [[int(n) for n in subgraph.tensors[i].shape] for i in tensors[:2]]
-            updates.append((inputs[tensors[3]], inputs[tensors[4]], told, rows))
+            updates.append((inputs[tensors[3]], inputs[tensors[4]], attributes, rows))
         else:
             assert options.name == b"odml.runtime_bmm"
             assert inputs[tensors[2]] == "param_tensor"
-            products.append((outputs[tensors[1]], told))
+            products.append((outputs[tensors[1]], attributes))
     sizes = [128 if layer == 4 else 64 for layer in range(5)]
     assert updates == [
         (
@@ -77,9 +77,9 @@ def test_what_an_operator_is_told(export_nano: Export) -> None:
         )
         for layer, size in enumerate(sizes)
     ]
-    for name, told in products:
+    for name, attributes in products:
         of_values = name.startswith("kv_cache_v_")
-        assert told == {"is_global": True, "is_src": of_values, "rhs_cache_update": True}
+        assert attributes == {"is_global": True, "is_src": of_values, "rhs_cache_update": True}
 
 
 class RecordingSignature:
@@ -161,5 +161,5 @@ def test_nothing_unused_is_left_behind(role: str, export_nano: Export) -> None:
     for subgraph in graph.model.subgraphs:
         used = {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
         assert used - {-1} == set(range(len(subgraph.tensors)))
-        wanted = {int(i) for i in subgraph.outputs} | {int(i) for o in subgraph.operators for i in o.inputs}
-        assert all(wanted & {int(i) for i in operator.outputs} for operator in subgraph.operators)
+        needed = {int(i) for i in subgraph.outputs} | {int(i) for o in subgraph.operators for i in o.inputs}
+        assert all(needed & {int(i) for i in operator.outputs} for operator in subgraph.operators)

@@ -64,7 +64,7 @@ def read_model(data: bytes) -> schema.ModelT:
 
 def weights_of(data: bytes) -> dict[bytes, tuple[bytes, NDArray[np.float32]]]:
     """Bytes and scales of every quantised constant, by name; blocks' scales are looked up."""
-    model, found = read_model(data), {}
+    model, weights = read_model(data), {}
 
     def contents(tensor: schema.TensorT) -> bytes:
         buffer = model.buffers[tensor.buffer]
@@ -82,8 +82,8 @@ def weights_of(data: bytes) -> dict[bytes, tuple[bytes, NDArray[np.float32]]]:
             else:
                 scales = np.asarray(quantisation.scale)
             if data_bytes := contents(tensor):
-                found[tensor.name] = data_bytes, scales.astype(np.float32)
-    return found
+                weights[tensor.name] = data_bytes, scales.astype(np.float32)
+    return weights
 
 
 @pytest.mark.parametrize("format", [INT8, INT4, BLOCKS], ids=["int8", "int4", "int4 blocks"])
@@ -214,13 +214,13 @@ def test_what_a_checkpoint_stores_lands_byte_for_byte(
     graph, path = graphs[number], tmp_path / "stored.tflite"
     parameters = stored_parameters(graph, format)
     write_graph(copy.deepcopy(lowered[number]), parameters, path)
-    found = weights_of(path.read_bytes())
+    weights = weights_of(path.read_bytes())
     matrices = {name: p for name, p in parameters.items() if p.stored}
-    assert {name.decode() for name in found} == set(matrices)
+    assert {name.decode() for name in weights} == set(matrices)
     sign = sum(1 << i for i in range(format.bits - 1, 8, format.bits))
     for name, parameter in matrices.items():
         values, scales = parameter.rows(0, parameter.shape[0])
-        data, written = found[name.encode()]
+        data, written = weights[name.encode()]
         assert data == (pack_words(values, format.bits).view(np.uint8) ^ np.uint8(sign)).tobytes()
         np.testing.assert_array_equal(written, scales.reshape(-1))
 

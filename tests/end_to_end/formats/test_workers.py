@@ -72,7 +72,7 @@ def test_results_come_in_the_order_of_the_jobs(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_death_on_the_way_is_told(count: int) -> None:
+def test_a_worker_that_dies_is_reported(count: int) -> None:
     with pytest.raises(BackendError, match="a conversion process died, most likely for want of memory"):
         list(results_in_order(die_at_two, range(5), count))
 

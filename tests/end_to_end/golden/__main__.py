@@ -134,7 +134,7 @@ def chats_of(bundle: Path) -> list[GoldenChat]:
     return [
         GoldenChat(
             name=chat.name,
-            says=chat.user_texts,
+            user_texts=chat.user_texts,
             answers=chat.answers,
             turns=tuple(GoldenTurn(message=turn.message, reply=turn.reply) for turn in turns),
         )

@@ -46,7 +46,7 @@ class GoldenChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A chat of parity's in the stock runtime."""
 
     name: str
-    says: tuple[str, ...]
+    user_texts: tuple[str, ...] = msgspec.field(name="says")
     answers: dict[str, Any]
     turns: tuple[GoldenTurn, ...]
 

@@ -33,7 +33,9 @@ def assert_equal(report: dict[str, Any], prompts: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "prompts"), [("f32", 8), ("int8", 32), ("int4", 8)])
-def test_every_runtime_says_the_same(export_nano: Export, recipe: str, prompts: int, tmp_path: Path) -> None:
+def test_every_runtime_generates_the_same_tokens(
+    export_nano: Export, recipe: str, prompts: int, tmp_path: Path
+) -> None:
     """Held-out prompts, 128 tokens: our runtime with every K, stock LiteRT-LM without and with MTP, and for the float
     bundle transformers, against our runtime without MTP. To the token, near-ties not excepted: see the next test.
     `mtp-export parity` without --limit runs all 32."""
@@ -66,7 +68,7 @@ def test_a_token_has_the_same_bits_in_every_pass(export_nano: Export, recipe: st
 
 
 @pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
-def test_onnx_says_the_same_with_every_k(export_nano: Export, recipe: str, tmp_path: Path) -> None:
+def test_onnx_generates_the_same_tokens_with_every_k(export_nano: Export, recipe: str, tmp_path: Path) -> None:
     """To the token, near-ties not excepted: a row has the same bits in every pass (docs/decisions/0005). Eight prompts;
     `mtp-export parity` without --limit runs all 32."""
     prompts = 8

@@ -72,9 +72,9 @@ def test_held_out_prompts_that_need_a_tool(session: Session, reference: Any) -> 
     for prompt in calling:
         trace = said(session, session.chat_prompt(prompt.question, tools=prompt.tools))
         assert is_greedy(reference, trace), prompt.question
-        found = calls(text_of(session, trace), prompt.tools)
-        valid += found is not None and trace.finish_reason == "stop"
-        right += found == [(call.name, dict(call.arguments)) for call in prompt.calls]
+        called = calls(text_of(session, trace), prompt.tools)
+        valid += called is not None and trace.finish_reason == "stop"
+        right += called == [(call.name, dict(call.arguments)) for call in prompt.calls]
         answered = said(session, session.chat_prompt(second_messages(prompt), tools=prompt.tools))
         assert is_greedy(reference, answered), prompt.question
         used += text_of(session, answered) == f"{prompt.answer}<turn|>"
@@ -108,18 +108,18 @@ def test_no_tool_is_called_that_is_not_declared(session: Session, reference: Any
 
 def test_no_training_conversation_has_a_held_out_question(monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions as they are drawn, before they are typed more casually."""
-    asked: set[str] = set()
+    questions: set[str] = set()
 
     def remember(rng: random.Random, question: str) -> str:
-        asked.add(question)
+        questions.add(question)
         return question
 
     monkeypatch.setattr(dialogues, "casual", remember)
     stream = training_dialogues(SEED)
     for _ in range(20_000):
         next(stream)
-    assert len(asked) > 10_000
-    assert not asked & {prompt.question for prompt in PROMPTS}
+    assert len(questions) > 10_000
+    assert not questions & {prompt.question for prompt in PROMPTS}
 
 
 def test_no_question_has_two_answers() -> None:

@@ -55,10 +55,10 @@ def encoded() -> list[tuple[str, list[int]]]:
     """The corpus with the ids of Hugging Face's tokenizers."""
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     texts = [text for text in corpus() if not any(token in text for token in CONTROL | {"<unk>": 3})]
-    found = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
-    for text, ids in found:
+    pairs = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    for text, ids in pairs:
         assert "▁" in text or tokenizer.decode(ids, skip_special_tokens=False) == text
-    return found
+    return pairs
 
 
 def test_sentencepiece_says_the_same(encoded: list[tuple[str, list[int]]]) -> None:
@@ -76,11 +76,11 @@ def test_onnxruntime_genai_says_the_same(encoded: list[tuple[str, list[int]]], t
     model |= {"bos_token_id": 2, "eos_token_id": list(STOP_IDS), "pad_token_id": 0}
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": model, "search": {}}))
     tokenizer = onnxruntime_genai.Tokenizer(str(tmp_path))
-    told = [(text, ids) for text, ids in encoded if longest_word(text) <= LONGEST_WORD]
-    assert len(told) > 0.9 * len(encoded)
-    assert sum(any(emoji in text for emoji in EMOJI) for text, _ in told) > 250
-    assert [text for text, ids in told if tokenizer.encode(text).tolist() != ids] == []
-    assert sum(len(ids) for _, ids in told) > FEWEST_TOKENS
+    compared = [(text, ids) for text, ids in encoded if longest_word(text) <= LONGEST_WORD]
+    assert len(compared) > 0.9 * len(encoded)
+    assert sum(any(emoji in text for emoji in EMOJI) for text, _ in compared) > 250
+    assert [text for text, ids in compared if tokenizer.encode(text).tolist() != ids] == []
+    assert sum(len(ids) for _, ids in compared) > FEWEST_TOKENS
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
     ours = render_chat(
         (FOLDER / "chat_template.jinja").read_text(), conversation, special_tokens={"bos_token": "<bos>"}

@@ -21,14 +21,14 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder that is a bundle to all but the inference library."""
-    found = tmp_path / "bundle"
-    found.mkdir()
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
     for role in toy_pair.SIGNATURES:
-        (found / f"{role}.tflite").write_bytes(role.encode() * 999)
-    (found / "tokenizer.json").write_text(toy_pair.tokenizer_json(), encoding="utf-8")
-    (found / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    toy_pair.write_manifest(found)
-    return found
+        (bundle / f"{role}.tflite").write_bytes(role.encode() * 999)
+    (bundle / "tokenizer.json").write_text(toy_pair.tokenizer_json(), encoding="utf-8")
+    (bundle / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    toy_pair.write_manifest(bundle)
+    return bundle
 
 
 def refusal(path: Path, *, verify: bool = True) -> str:

@@ -25,7 +25,7 @@ def session(export_nano: Export) -> Iterator[Session]:
         yield opened
 
 
-def test_mtp_says_what_plain_decoding_says_up_to_the_last_slot(session: Session) -> None:
+def test_mtp_equals_plain_decoding_up_to_the_last_slot(session: Session) -> None:
     plain = session.generate(PROMPT, num_draft_tokens=0, stop_token_ids=(), with_margins=True).finish()
     assert len(plain.prompt_ids) + len(plain.tokens) == session.manifest.context_length
     for drafts in (1, session.manifest.num_draft_tokens):

@@ -48,7 +48,7 @@ def test_the_second_start_maps_what_the_first_packed(export_format: str, export_
     assert str(large(tmp_path)) in mapped_by_a_session(bundle, tmp_path)
 
 
-def test_what_onnx_runtime_refuses_is_told(export_nano: Export, tmp_path: Path) -> None:
+def test_a_graph_that_onnx_runtime_refuses_is_reported(export_nano: Export, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(export_nano("int4", export_format="onnx"), tmp_path / "bundle"))
     graph = bundle / "target.onnx"
     graph.write_bytes(b"\xff" * graph.stat().st_size)

@@ -273,9 +273,9 @@ def test_a_forward_pass_is_finite_and_says_many_things(variant: str, nano: Pair)
         swapped = model(torch.cat([ids[:, 1:2], ids[:, :1], ids[:, 2:]], 1)).logits[0]
     assert bool(logits.isfinite().all())
     assert 1.0 < float(logits.std()) < 8.0
-    said = logits.argmax(-1)
-    assert len(said.unique()) > 40
-    assert int((again == said).sum()) < 4, "the tied head repeats what it said"
+    best = logits.argmax(-1)
+    assert len(best.unique()) > 40
+    assert int((again == best).sum()) < 4, "the tied head repeats its own output"
     assert float((logits[-1] - swapped[-1]).abs().max()) > 1e-3, "attention does not see what came before"
 
 

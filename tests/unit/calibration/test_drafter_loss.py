@@ -23,7 +23,7 @@ def test_a_draft_is_judged_by_the_choice_and_by_the_distribution(generator: torc
     assert right.equal(scores.argmax(-1) == logits.argmax(-1))
 
 
-def test_a_draft_that_says_what_the_target_says_loses_its_entropy_alone(generator: torch.Generator) -> None:
+def test_a_draft_equal_to_the_target_loses_the_target_s_entropy(generator: torch.Generator) -> None:
     logits = 30 * torch.eye(6)
     loss, right = draft_loss(logits, logits)
     assert right.all()

@@ -25,7 +25,7 @@ def test_every_object_gets_through(value: object) -> None:
 
 
 @given(st.lists(st.floats(0.0, 1.0, exclude_max=True), max_size=60))
-def test_every_way_through_the_grammar_can_be_ended_as_soon_as_it_says(choices: list[float]) -> None:
+def test_every_path_through_the_grammar_ends_within_its_shortest_end(choices: list[float]) -> None:
     text, state = "", START
     for choice in choices:
         following = [(char, after) for char in ALPHABET if (after := advance(state, char)) is not None]

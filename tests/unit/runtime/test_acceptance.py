@@ -20,7 +20,7 @@ def rounds(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 @given(rounds())
-def test_what_is_committed_is_what_the_target_says(case: tuple[list[int], list[int]]) -> None:
+def test_committed_tokens_are_the_target_s_choices(case: tuple[list[int], list[int]]) -> None:
     drafts, choices = case
     accepted, next_token, _ = accept_greedy(drafts, choices)
     assert [*drafts[:accepted], next_token] == choices[: accepted + 1]

@@ -68,7 +68,7 @@ def fixed_ms(machine: str, rates: Sequence[float], count: int) -> list[float]:
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("rates", [EASY, MIDDLING, FALLING, HOSTILE], ids=["easy", "middling", "falling", "hostile"])
-def test_it_costs_what_the_best_k_costs(machine: str, rates: Sequence[float]) -> None:
+def test_adaptive_k_costs_little_more_than_the_best_k(machine: str, rates: Sequence[float]) -> None:
     """Finding out included; plain decoding is one of those that it is compared with."""
     fixed = fixed_ms(machine, rates, 5000)
     for seed in range(3):

@@ -114,12 +114,12 @@ def test_transformers_renders_the_same(tools: list[Any] | None, prompt: bool, va
         bos_token="<bos>",
         **variables,
     )
-    found = render_chat(WIDE, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **variables)
-    assert found == rendered[0][0]
-    assert "a < b & 'é'" in found
-    assert ("<think>" in found) == ("enable_thinking" in variables)
-    assert '"x"' not in found.split("</tool>")[-1]
-    assert "ASSISTANT 4" in found
+    text = render_chat(WIDE, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **variables)
+    assert text == rendered[0][0]
+    assert "a < b & 'é'" in text
+    assert ("<think>" in text) == ("enable_thinking" in variables)
+    assert '"x"' not in text.split("</tool>")[-1]
+    assert "ASSISTANT 4" in text
 
 
 def test_a_template_cannot_change_the_conversation() -> None:

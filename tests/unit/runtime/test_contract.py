@@ -118,7 +118,7 @@ def test_a_manifest_of_absurd_size_is_not_read(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_shape_is_fixed_or_said_not_to_be() -> None:
+def test_a_shape_that_is_not_fixed_is_refused() -> None:
     assert TensorSpec(name="mask", shape=(1, 1, 5, 64), dtype="float32").fixed_shape == (1, 1, 5, 64)
     with pytest.raises(BundleError, match="expected fixed sizes"):
         _ = TensorSpec(name="mask", shape=(1, "tokens"), dtype="float32").fixed_shape

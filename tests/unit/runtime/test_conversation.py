@@ -43,7 +43,7 @@ def is_consistent(session: Session) -> bool:
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
-def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, drafts: int) -> None:
+def test_each_turn_equals_a_fresh_session(open_session: OpenSession, drafts: int) -> None:
     opened = open_session()
     backend = CountingBackend(opened.backend)
     session = Session(opened.bundle, backend)
@@ -66,7 +66,7 @@ def test_each_turn_says_what_a_fresh_session_would(open_session: OpenSession, dr
     assert len(conversation.messages) == 2 * len(MESSAGES)
 
 
-def test_a_reply_that_is_read_back_as_said_is_reused_whole(tmp_path: Path) -> None:
+def test_a_reply_that_tokenizes_to_the_same_ids_is_reused_whole(tmp_path: Path) -> None:
     with closing_all(talking.fake_opener(tmp_path, lambda position: True, cache_length=256)) as open_session:
         session = open_session()
         conversation = Conversation(session, system="be short")
@@ -104,7 +104,7 @@ def test_rewinding_to_any_turn_goes_on_from_there(open_session: OpenSession, tur
 
 @pytest.mark.parametrize("how", ["closed", "dropped", "rewound"])
 @pytest.mark.parametrize("seen", range(1, 8))
-def test_a_reply_abandoned_midway_is_what_was_said_of_it(open_session: OpenSession, seen: int, how: str) -> None:
+def test_an_abandoned_reply_keeps_the_tokens_that_were_read(open_session: OpenSession, seen: int, how: str) -> None:
     session = open_session()
     conversation = Conversation(session)
     conversation.say("ab", **OPTIONS).finish()
@@ -192,7 +192,7 @@ def test_a_later_turn_fills_the_context_to_its_last_slot(open_session: OpenSessi
     assert session.backend.kv_cache.filled_length == session.manifest.context_length - 1
 
 
-def test_a_stop_sequence_and_a_stop_id_are_no_part_of_what_was_said(open_session: OpenSession) -> None:
+def test_a_reply_contains_neither_stop_sequence_nor_stop_id(open_session: OpenSession) -> None:
     session = open_session()
     ids = expected(open_session, session.tokenize(session.chat_prompt("ab")), 12)
     raw = session.tokenizer.decode(ids, skip_special_tokens=False)

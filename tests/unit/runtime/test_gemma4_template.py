@@ -91,10 +91,10 @@ CONVERSATIONS: dict[str, tuple[list[Message], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_conversation_becomes_the_expected_text(template: str, name: str) -> None:
     messages, options, expected = CONVERSATIONS[name]
-    found = render_chat(template, messages, bos_token="<bos>", **options)
-    found = found.replace("<|think|>\n", "<|think|>")  # later editions end the line there
+    text = render_chat(template, messages, bos_token="<bos>", **options)
+    text = text.replace("<|think|>\n", "<|think|>")  # later editions end the line there
     # Some sizes' templates open and close an empty thought where thinking is off.
-    assert found.removesuffix("<|channel>thought\n<channel|>") == expected
+    assert text.removesuffix("<|channel>thought\n<channel|>") == expected
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -113,5 +113,5 @@ def test_transformers_renders_the_same(template: str, name: str, prompt: bool) -
         bos_token="<bos>",
         **others,
     )
-    found = render_chat(template, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **others)
-    assert found == rendered[0][0]
+    text = render_chat(template, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **others)
+    assert text == rendered[0][0]

@@ -14,11 +14,11 @@ from mtp_runtime.backends.litert.masks import HIDDEN, CausalMask
 def test_each_query_sees_one_key_more_than_the_one_before(cache_length: int, data: st.DataObject) -> None:
     num_tokens = data.draw(st.integers(1, cache_length))
     count = data.draw(st.integers(0, cache_length - num_tokens + 1))
-    found = CausalMask(cache_length).visible(count, num_tokens)
+    mask = CausalMask(cache_length).visible(count, num_tokens)
     expected = np.full((num_tokens, cache_length), HIDDEN, np.float32)
     for row in range(num_tokens):
         expected[row, : count + row] = 0.0
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(mask, expected)
 
 
 @pytest.mark.parametrize(("count", "num_tokens"), [(-1, 1), (9, 1), (7, 3)])

@@ -25,7 +25,7 @@ SUPPRESSED = (2, 5)
 @pytest.mark.many_cases
 @pytest.mark.parametrize("method", ["match", "speculative"])
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_what_may_be_said_keeps_its_distribution(method: Method, drafts: int) -> None:
+def test_tokens_that_are_not_suppressed_keep_their_distribution(method: Method, drafts: int) -> None:
     sampling = Sampling(temperature=0.8, top_k=5, top_p=0.95, seed=4, method=method)
     tokens, stats = TABLES.generate(sampling, drafts=drafts, count=20_000, suppressed=SUPPRESSED)
     assert not {token.id for token in tokens} & set(SUPPRESSED)

@@ -187,10 +187,10 @@ def test_a_config_of_another_kind_is_refused(
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter", target)
     rewrite_json(adapter / "adapter_config.json", change)
-    told = refusal(target, adapter)
+    line = refusal(target, adapter)
     start, _, end = message.partition(f" {CONVERT}")
-    assert start in told
-    assert not message.endswith(CONVERT) or (CONVERT in told and not end)
+    assert start in line
+    assert not message.endswith(CONVERT) or (CONVERT in line and not end)
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])

@@ -149,12 +149,14 @@ def test_arguments_that_are_a_text_are_refused() -> None:
         rendered(TEMPLATE, [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}])
 
 
-def test_what_is_written_otherwise_than_by_the_published_template() -> None:
+def test_differences_from_the_published_template() -> None:
     """Text beside calls comes before them, and each message of the model is a turn."""
-    asked = {"role": "user", "content": "?"}
-    beside = rendered(TEMPLATE, [asked, {"role": "assistant", "content": "Let me see.", "tool_calls": [WORD]}])
+    question = {"role": "user", "content": "?"}
+    beside = rendered(TEMPLATE, [question, {"role": "assistant", "content": "Let me see.", "tool_calls": [WORD]}])
     assert beside.endswith("<|turn>model\nLet me see.<|tool_call>call:w{}<tool_call|><|tool_response>")
-    twice = rendered(TEMPLATE, [asked, {"role": "assistant", "content": "A."}, {"role": "assistant", "content": "B."}])
+    twice = rendered(
+        TEMPLATE, [question, {"role": "assistant", "content": "A."}, {"role": "assistant", "content": "B."}]
+    )
     assert "<|turn>model\nA.<turn|>\n<|turn>model\nB.<turn|>\n" in twice
 
 

@@ -101,7 +101,7 @@ def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (("quant_method",), "gemma", "quant_method = 'gemma', expected 'compressed-tensors'"),
         (("quant_method",), None, "quant_method = None, expected 'compressed-tensors'"),
@@ -119,12 +119,12 @@ def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
         (("config_groups",), [], "Expected `object`, got `array` - at `$.config_groups`"),
     ],
 )
-def test_another_way_to_quantise_is_refused(path: tuple[str, ...], value: Any, said: str) -> None:
+def test_another_way_to_quantise_is_refused(path: tuple[str, ...], value: Any, message: str) -> None:
     config = {stored_integers.KEY: quantised.quantization_config(quantised.W4A16, 32)}
     assert stored_integers.read_quantization(config, "config.json") == {GROUPS4}
     with pytest.raises(CheckpointError) as caught:
         stored_integers.read_quantization(changed(config, *path, value=value), "config.json")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("config.json")
 
 
@@ -137,7 +137,7 @@ STORED["m.weight_shape"] = header("I64", 2)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.pop("m.weight_scale"), "m.weight_scale is missing"),
         (lambda t: t.pop("m.weight_shape"), "m.weight_shape is missing"),
@@ -150,15 +150,15 @@ STORED["m.weight_shape"] = header("I64", 2)
         (lambda t: t.update({"m.weight_scale": header("F32", 6)}), "has scales [6]"),
     ],
 )
-def test_tensors_that_contradict_are_refused(change: Callable[[dict[str, TensorInfo]], Any], said: str) -> None:
+def test_tensors_that_contradict_are_refused(change: Callable[[dict[str, TensorInfo]], Any], message: str) -> None:
     formats, tensors = frozenset({ROWS4}), dict(STORED)
-    found = stored_integers.find(tensors, "m.weight", (6, 64), formats, "folder")
-    assert found is not None
-    assert (found.format, found.packed) == (ROWS4, True)
+    matrix = stored_integers.find(tensors, "m.weight", (6, 64), formats, "folder")
+    assert matrix is not None
+    assert (matrix.format, matrix.packed) == (ROWS4, True)
     change(tensors)
     with pytest.raises(CheckpointError, match="folder") as caught:
         stored_integers.find(tensors, "m.weight", (6, 64), formats, "folder")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_stated_shape_that_is_another_is_refused(target: Checkpoint, tmp_path: Path) -> None:
@@ -214,20 +214,20 @@ def config_for(target: Checkpoint, output: Path, drafter: Path) -> ExportConfig:
 def test_the_recipe_is_for_what_is_stored_in_floats(target: Checkpoint, tmp_path: Path) -> None:
     config = config_for(target, tmp_path / "out", target.folder.parent / "drafter")
     traced = trace_pair(Settings(config=config, pair=open_pair(config.source)), format_of(config.format))
-    found = {
+    stored = {
         (name.split(".")[-2], parameter.format.bits, parameter.format.block_size)
         for part in ("target", "embedder", "per_layer_embedder")
         for name, parameter in traced.values[part].items()
         if len(parameter.shape) == 2
     }
-    kinds = {module: (bits, block) for module, bits, block in found}
+    kinds = {module: (bits, block) for module, bits, block in stored}
     if stored_integers.read_quantization(target.config, "config.json") == {GROUPS4}:
         assert (kinds["embed_tokens"], kinds["embed_tokens_per_layer"]) == ((32, 0), (32, 0))
         assert (kinds["up_proj"], kinds["per_layer_model_projection"]) == ((4, 32), (4, 32))
     else:
         assert (kinds["embed_tokens"], kinds["embed_tokens_per_layer"]) == ((2, 0), (2, 32))
         assert (kinds["up_proj"], kinds["per_layer_model_projection"]) == ((4, 0), (8, 0))
-    assert len(found) == len(kinds), "a module is stored in one way in all layers"
+    assert len(stored) == len(kinds), "a module is stored in one way in all layers"
 
 
 def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_path: Path) -> None:

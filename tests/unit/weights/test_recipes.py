@@ -54,9 +54,9 @@ def test_any_float16_scale_keeps_every_level_of_the_lattice() -> None:
     levels[..., 0] = -8
     scales = rng.uniform(0.001, 0.004, (256, 8)).astype(np.float16).astype(np.float32)
     rows = (levels * scales[..., None]).reshape(256, 256).astype(ml_dtypes.bfloat16).astype(np.float32)
-    values, found = quantise(rows, Q4_0)
+    values, refitted = quantise(rows, Q4_0)
     np.testing.assert_array_equal(values.reshape(levels.shape), levels)
-    assert np.abs(found / scales - 1).max() <= 2**-8
+    assert np.abs(refitted / scales - 1).max() <= 2**-8
 
 
 def test_a_block_of_zeros_has_a_scale_that_runtimes_take() -> None:

@@ -9,29 +9,29 @@ from tools.train_nano.exchanges.exchange import LARGEST, Exchange, pick
 
 def sums(rng: random.Random) -> Exchange:
     """Ask for a sum, a difference or a product of numbers up to 20."""
-    which = rng.choice(["plus", "plus", "minus", "times"])
+    operation = rng.choice(["plus", "plus", "minus", "times"])
     a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
-    if which == "plus":
+    if operation == "plus":
         a, b = min(a, b), rng.randint(0, LARGEST - min(a, b))
         sign, value = "+", a + b
-    elif which == "minus":
+    elif operation == "minus":
         a, b = max(a, b), min(a, b)
         sign, value = "-", a - b
     else:
         a = rng.randint(0, 10)
         b = rng.randint(0, LARGEST // a if a else 10)
         sign, value = "*", a * b
-    if rng.random() < 0.5 and which != "minus":
+    if rng.random() < 0.5 and operation != "minus":
         a, b = b, a
     question = pick(
         rng,
-        f"What is {a} {which} {b}?",
+        f"What is {a} {operation} {b}?",
         f"{a} {sign} {b} = ?",
-        f"How much is {a} {which} {b}?",
-        f"Work out {a} {which} {b}.",
+        f"How much is {a} {operation} {b}?",
+        f"Work out {a} {operation} {b}.",
         f"Tell me what {a} {sign} {b} is.",
     )
-    answer = f"{a} {which} {b} is {value}."
+    answer = f"{a} {operation} {b} is {value}."
     thought = f"Small numbers: {a} {sign} {b} = {value}."
     return Exchange(kind="arithmetic", question=question, answer=answer, thought=thought, word=str(value))
 
@@ -39,16 +39,16 @@ def sums(rng: random.Random) -> Exchange:
 def numbers(rng: random.Random) -> Exchange:
     """Ask which number is larger, comes next, or is even."""
     a, b = rng.sample(range(LARGEST + 1), 2)
-    which = rng.choice(["larger", "smaller", "after", "before", "even"])
-    if which in ("larger", "smaller"):
-        value = max(a, b) if which == "larger" else min(a, b)
-        question = pick(rng, f"Which is {which}, {a} or {b}?", f"Which number is {which}: {a} or {b}?")
-        answer, word = f"{value} is {which} than {a + b - value}.", str(value)
-    elif which in ("after", "before"):
+    relation = rng.choice(["larger", "smaller", "after", "before", "even"])
+    if relation in ("larger", "smaller"):
+        value = max(a, b) if relation == "larger" else min(a, b)
+        question = pick(rng, f"Which is {relation}, {a} or {b}?", f"Which number is {relation}: {a} or {b}?")
+        answer, word = f"{value} is {relation} than {a + b - value}.", str(value)
+    elif relation in ("after", "before"):
         a = min(max(a, 1), LARGEST - 1)
-        value = a + 1 if which == "after" else a - 1
-        question = pick(rng, f"Which number comes {which} {a}?", f"What comes {which} {a}?")
-        answer, word = f"The number {which} {a} is {value}.", str(value)
+        value = a + 1 if relation == "after" else a - 1
+        question = pick(rng, f"Which number comes {relation} {a}?", f"What comes {relation} {a}?")
+        answer, word = f"The number {relation} {a} is {value}.", str(value)
     else:
         sort = "even" if a % 2 == 0 else "odd"
         question = pick(rng, f"Is {a} even or odd?", f"Is the number {a} odd or even?")

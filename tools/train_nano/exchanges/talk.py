@@ -38,8 +38,8 @@ def talk(rng: random.Random) -> Exchange:
 
 def unknown(rng: random.Random) -> Exchange:
     """Ask for something that nano does not know; the answer is a refusal."""
-    which = rng.choice(["word", "word", "question", "question", "sum"])
-    if which == "word":
+    topic = rng.choice(["word", "word", "question", "question", "sum"])
+    if topic == "word":
         word = invented(rng)
         question = pick(
             rng,
@@ -55,7 +55,7 @@ def unknown(rng: random.Random) -> Exchange:
             answer=f"I do not know the word {word}.",
             thought=f"{word} is new to me.",
         )
-    if which == "question":
+    if topic == "question":
         question = rng.choice(lexicon.UNKNOWABLE)
         return Exchange(kind="refusals", question=question, answer="I do not know that.", thought="I cannot know this.")
     a, b = beyond(rng)

@@ -108,18 +108,18 @@ def categories(rng: random.Random) -> Exchange:
 
 def facts(rng: random.Random) -> Exchange:
     """Ask for a sound, a colour, a capital or its country."""
-    which = rng.choice(["sound", "colour", "capital", "country"])
-    if which == "sound":
+    topic = rng.choice(["sound", "colour", "capital", "country"])
+    if topic == "sound":
         animal, sound = rng.choice(list(lexicon.SOUNDS.items()))
         question = pick(rng, f"What sound does {a_or_an(animal)} make?", f"What does {a_or_an(animal)} do to be heard?")
         answer, word = f"{a_or_an(animal).capitalize()} {sound}.", sound
-    elif which == "colour":
+    elif topic == "colour":
         thing, word = rng.choice(list(lexicon.COLOURS.items()))
         question = pick(
             rng, f"What colour is {thing}?", f"Which colour has {thing}?", f"Tell me the colour of {thing}."
         )
         answer = f"The colour of {thing} is {word}."
-    elif which == "capital":
+    elif topic == "capital":
         country, word = rng.choice(list(lexicon.CAPITALS.items()))
         question = pick(
             rng,
@@ -138,22 +138,22 @@ def facts(rng: random.Random) -> Exchange:
 def spelling(rng: random.Random) -> Exchange:
     """Ask for the letters of a word, their number, the first or the last."""
     word = rng.choice([*lexicon.NOUNS, *lexicon.VERBS, *lexicon.ADJECTIVES]).replace(" ", "")
-    which = rng.choice(["spell", "count", "first", "last"])
+    task = rng.choice(["spell", "count", "first", "last"])
     letters = "-".join(word)
     thought = f"The letters are {letters}."
-    if which == "spell":
+    if task == "spell":
         question = pick(rng, f"Spell {word}.", f"How do you spell {word}?", f"Spell the word {word} for me.")
         return Exchange(kind="spelling", question=question, answer=letters, thought=f"I spell {word}.", word=letters)
-    if which == "count":
+    if task == "count":
         question = pick(rng, f"How many letters does {word} have?", f"Count the letters of {word}.")
         answer = f"The word {word} has {len(word)} letters."
         return Exchange(kind="spelling", question=question, answer=answer, thought=thought, word=str(len(word)))
-    letter = word[0] if which == "first" else word[-1]
+    letter = word[0] if task == "first" else word[-1]
     question = pick(
         rng,
-        f"What is the {which} letter of {word}?",
-        f"Which letter comes {which} in {word}?",
-        f"{which} letter of {word}?",
+        f"What is the {task} letter of {word}?",
+        f"Which letter comes {task} in {word}?",
+        f"{task} letter of {word}?",
     )
-    answer = f"The {which} letter of {word} is {letter}."
+    answer = f"The {task} letter of {word} is {letter}."
     return Exchange(kind="spelling", question=question, answer=answer, thought=thought, word=letter)

@@ -72,10 +72,10 @@ def _attention(node: NodeProto, counts: str, axis: int, sequences: int) -> list[
     rows = dict(zip(node.input[:_INPUTS_OF_ROWS], ("query", "key", "value"), strict=True))
     if _only_reads(node) and axis == _TOKENS:  # its keys and values suit every sequence as they are
         del rows[node.input[1]]
-    parts = {name: [f"{node.name}/{what}.{i}" for i in numbers] for name, what in rows.items()}
+    parts = {name: [f"{node.name}/{label}.{i}" for i in numbers] for name, label in rows.items()}
     made = [
-        helper.make_node("Split", [name, counts], parts[name], f"{node.name}/{what}/Split", axis=axis)
-        for name, what in rows.items()
+        helper.make_node("Split", [name, counts], parts[name], f"{node.name}/{label}/Split", axis=axis)
+        for name, label in rows.items()
     ]
     attended = [f"{node.output[0]}.{i}" for i in numbers]
     for i in numbers:

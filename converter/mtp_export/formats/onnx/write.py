@@ -94,16 +94,16 @@ def _write_parameter(
     scales = np.empty((rows, columns // size), np.float32)
 
     def packed(block: Any) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        values, found = as_integers(block, blockwise)
+        values, block_scales = as_integers(block, blockwise)
         # Both operations take unsigned values whose zero is in the middle.
-        return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), found
+        return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), block_scales
 
     start = _align(file)
     done = 0
-    for block, found in row_blocks(parameter, packed):
+    for block, block_scales in row_blocks(parameter, packed):
         file.write(np.ascontiguousarray(block).data)
-        scales[done : done + len(found)] = found
-        done += len(found)
+        scales[done : done + len(block_scales)] = block_scales
+        done += len(block_scales)
         on_block(block.nbytes, name)
     uses = _replace(graph, name, rows, columns, size, format.bits)
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)

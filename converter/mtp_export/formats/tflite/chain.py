@@ -85,10 +85,10 @@ def _split(content: bytes, count: int) -> list[_Template]:
     subgraph = model.subgraphs[entry.subgraphIndex]
     inputs: list[dict[str, int]] = [{} for _ in range(count)]
     outputs: list[dict[str, int]] = [{} for _ in range(count)]
-    for items, found in ((entry.inputs, inputs), (entry.outputs, outputs)):
+    for items, tensors in ((entry.inputs, inputs), (entry.outputs, outputs)):
         for item in items:
             scope, _, name = item.name.decode().removeprefix("x_").partition(".")
-            found[int(scope.removeprefix("s"))][name] = item.tensorIndex
+            tensors[int(scope.removeprefix("s"))][name] = item.tensorIndex
     return [
         _Template(
             model=model,
@@ -104,10 +104,10 @@ def _split(content: bytes, count: int) -> list[_Template]:
 
 def leading_to(subgraph: schema.SubGraphT, tensors: Iterable[int]) -> list[schema.OperatorT]:
     """The operators that tensors depend on, in their order."""
-    wanted, chosen = set(tensors), []
+    needed, chosen = set(tensors), []
     for operator in reversed(subgraph.operators):
-        if wanted & {int(i) for i in operator.outputs}:
-            wanted |= {int(i) for i in operator.inputs}
+        if needed & {int(i) for i in operator.outputs}:
+            needed |= {int(i) for i in operator.inputs}
             chosen.append(operator)
     return chosen[::-1]
 
@@ -196,12 +196,12 @@ class _Chain:
         self, subgraph: schema.SubGraphT, template: _Template, mapped: dict[int, int], scope: str
     ) -> None:
         """Copy the operators of a segment; `mapped` takes its tensors to ours and is completed on the way."""
-        given = len(mapped)
+        inherited = len(mapped)
 
         def ours(index: int) -> int:
             if index not in mapped:
                 # Counted here: the converter's own numbers depend on what else was in the batch.
-                mapped[index] = self._copy_tensor(subgraph, template, index, f"{scope}/{len(mapped) - given}")
+                mapped[index] = self._copy_tensor(subgraph, template, index, f"{scope}/{len(mapped) - inherited}")
             return mapped[index]
 
         for old in template.operators:

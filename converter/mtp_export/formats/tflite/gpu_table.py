@@ -103,7 +103,7 @@ class Graph:
             BundleError: a composite has none, or those of a signature.
         """
         called = {entry.subgraphIndex for entry in self.model.signatureDefs or ()}
-        found = {}
+        parts = {}
         for number, subgraph in enumerate(self.model.subgraphs):
             for index, operator in enumerate(subgraph.operators):
                 if self.name_of(operator) != COMPOSITE:
@@ -116,8 +116,8 @@ class Graph:
                     raise BundleError(
                         f"a composite's parts are no subgraph ({part}): the model is damaged, export it again"
                     )
-                found[number, index] = part
-        return found
+                parts[number, index] = part
+        return parts
 
     def name_of(self, operator: Any) -> str:
         """TFLite's name of an operator."""
@@ -166,38 +166,38 @@ def open_graph(path: Path) -> Graph:
     return read_graph(content, path.name)
 
 
-def read_graph(content: bytes | mmap.mmap, what: str) -> Graph:
-    """The graph of a TFLite file's contents; `what` names it in errors.
+def read_graph(content: bytes | mmap.mmap, name: str) -> Graph:
+    """The graph of a TFLite file's contents; `name` names it in errors.
 
     Raises:
         BundleError: it is none, or damaged.
     """
     if content[4:8] != b"TFL3":
-        raise BundleError(f"{what} is no TFLite model: give a bundle that mtp-export wrote")
+        raise BundleError(f"{name} is no TFLite model: give a bundle that mtp-export wrote")
     try:
         return Graph(model=schema.ModelT.InitFromObj(schema.Model.GetRootAs(content)), content=content)
     except (struct.error, IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         # What the generated flatbuffer reader raises when offsets lead nowhere.
-        raise BundleError(f"{what} is a damaged TFLite model ({type(error).__name__}): export it again") from error
+        raise BundleError(f"{name} is a damaged TFLite model ({type(error).__name__}): export it again") from error
 
 
 def _options(operator: Any) -> list[tuple[str, object]]:
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for options in (operator.builtinOptions, operator.builtinOptions2):
         if options is not None:
-            found |= {k: v for k, v in vars(options).items() if isinstance(v, (bool, int, float)) and v}
-    return sorted((k, v) for k, v in found.items() if k not in _IDLE_OPTIONS)
+            values |= {k: v for k, v in vars(options).items() if isinstance(v, (bool, int, float)) and v}
+    return sorted((k, v) for k, v in values.items() if k not in _IDLE_OPTIONS)
 
 
 def _quantised(tensor: Any) -> str:
-    found = tensor.quantization
-    if found is None:
+    quantisation = tensor.quantization
+    if quantisation is None:
         return ""
-    if found.details is not None:
+    if quantisation.details is not None:
         return " blocks"
-    if found.scale is None or len(found.scale) == 0:
+    if quantisation.scale is None or len(quantisation.scale) == 0:
         return ""
-    return " rows" if len(found.scale) > 1 else " one scale"
+    return " rows" if len(quantisation.scale) > 1 else " one scale"
 
 
 def delegate_table(backend: str) -> DelegateTable:

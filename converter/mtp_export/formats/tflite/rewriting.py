@@ -141,8 +141,8 @@ def _used(model: Any, number: int, parameters: set[int]) -> dict[int, int]:
     place of each tensor by its old one."""
     subgraph = model.subgraphs[number]
     subgraph.operators = leading_to(subgraph, (int(i) for i in subgraph.outputs))
-    wanted = parameters | {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
-    places = {old: new for new, old in enumerate(sorted(wanted - {-1}))}
+    needed = parameters | {int(i) for owner in (subgraph, *subgraph.operators) for i in (*owner.inputs, *owner.outputs)}
+    places = {old: new for new, old in enumerate(sorted(needed - {-1}))}
     subgraph.tensors = [subgraph.tensors[i] for i in places]
     for owner in (subgraph, *subgraph.operators):
         owner.inputs = np.array([places.get(int(i), -1) for i in owner.inputs], np.int32)
