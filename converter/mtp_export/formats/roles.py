@@ -93,6 +93,18 @@ def _dynamic_drafter(request: TraceRequest) -> TracedGraph:
     )
 
 
+def _embedder(name: str, *, section: str) -> GraphRole:
+    """Return the role of a table of the target that looks rows up, which takes no GPU."""
+    return GraphRole(
+        name=name,
+        part="target",
+        section=section,
+        on_gpu=False,
+        static=_static_embedder(name),
+        dynamic=_dynamic_embedder(name),
+    )
+
+
 # In the order in which they are traced, converted and listed.
 ROLES = {
     role.name: role
@@ -105,22 +117,8 @@ ROLES = {
             static=_static_target,
             dynamic=_dynamic_target,
         ),
-        GraphRole(
-            name="embedder",
-            part="target",
-            section="EMBEDDER",
-            on_gpu=False,
-            static=_static_embedder("embedder"),
-            dynamic=_dynamic_embedder("embedder"),
-        ),
-        GraphRole(
-            name="per_layer_embedder",
-            part="target",
-            section="PER_LAYER_EMBEDDER",
-            on_gpu=False,
-            static=_static_embedder("per_layer_embedder"),
-            dynamic=_dynamic_embedder("per_layer_embedder"),
-        ),
+        _embedder("embedder", section="EMBEDDER"),
+        _embedder("per_layer_embedder", section="PER_LAYER_EMBEDDER"),
         GraphRole(
             name="drafter",
             part="drafter",

@@ -64,13 +64,7 @@ RECIPES = {
         Recipe(name="int8", linear=INT8, head=INT8, embedding=INT8, per_layer_embedding=INT8),
         # The head decides between near words and the embedding feeds both models: at 8 bits they cost little.
         Recipe(name="int4", linear=INT4, head=INT8, embedding=INT8, per_layer_embedding=INT4),
-        Recipe(
-            name="int4-block",
-            linear=INT4_BLOCKS,
-            head=INT8,
-            embedding=INT8,
-            per_layer_embedding=INT4_BLOCKS,
-        ),
+        Recipe(name="int4-block", linear=INT4_BLOCKS, head=INT8, embedding=INT8, per_layer_embedding=INT4_BLOCKS),
         # For phones, the smallest, and with 8 bits where 4 cost most; docs/decisions/0007 has what each choice costs.
         Recipe(
             name="mobile",
