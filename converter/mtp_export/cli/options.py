@@ -82,6 +82,11 @@ def threads_option(default: int) -> Decorator:
     )
 
 
+def count_option(name: str, default: int, help_text: str, *, least: int = 1, most: int | None = None) -> Decorator:
+    """Return the option `name`, a whole number from `least` to `most`."""
+    return click.option(name, type=click.IntRange(least, most), default=default, show_default=True, help=help_text)
+
+
 def prompts_option(help_text: str, *, required: bool = False) -> Decorator:
     """Return `--prompts`, a JSONL file."""
     return click.option("--prompts", type=click.Path(path_type=Path), required=required, help=help_text)

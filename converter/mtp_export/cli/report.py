@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from mtp_export.cli.options import check_bundle_options
+from mtp_export.cli.options import (
+    bundle_argument,
+    check_bundle_options,
+    debug_option,
+    json_option,
+    limit_option,
+    max_new_tokens_option,
+    output_option,
+    prompts_option,
+    threads_option,
+)
 from mtp_export.cli.output import working
 from mtp_export.machine import processor
 from mtp_runtime.atomic import write_atomically
@@ -14,10 +24,10 @@ from mtp_runtime.errors import UserError
 
 
 @click.command("report")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [32 in four kinds]")
-@click.option("--limit", type=int, default=16, show_default=True, help="Use so many, of all kinds in turn.")
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@bundle_argument
+@prompts_option("JSONL, as for `calibrate`.  [32 of the package, in four kinds]")
+@limit_option(16)
+@max_new_tokens_option(64, help_text="Longest answer, in tokens.")
 @click.option("--device", help="What to call this device.  [its processor]")
 @click.option(
     "--bench",
@@ -26,10 +36,10 @@ from mtp_runtime.errors import UserError
     type=click.Path(path_type=Path),
     help="JSON that `bench` or `device bench` printed of another device: also report when drafts pay there.",
 )
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Write report.html, report.json there.  [the bundle]")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@threads_option(1)
+@output_option("Write report.html and report.json to this folder.  [the bundle]")
+@json_option("the report")
+@debug_option
 def command(
     bundle: Path,
     prompts: Path | None,
