@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,51 +28,23 @@ from tests.end_to_end.golden.files import (
     ParityCase,
 )
 
+
+def _case(name: str, **changes: Any) -> ParityCase:
+    return ParityCase(name=name, **({"tolerance": 0.05, "max_new_tokens": 8} | changes))
+
+
 _CASES = (
-    ParityCase(
-        name="equal", reference=(5, 6, 7), tokens=(5, 6, 7), margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="near-tie at the tolerance",
-        reference=(5, 6, 7),
-        tokens=(5, 9, 7),
-        margins=(1, 0.05, 1),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
-    ParityCase(
-        name="just above it", reference=(5, 6), tokens=(5, 9), margins=(1, 0.051), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="only the first difference counts",
-        reference=(5, 6, 7),
-        tokens=(4, 6, 9),
-        margins=(1, 1, 0.01),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
-    ParityCase(name="ended early", reference=(5, 6), tokens=(5,), margins=(1, 1), tolerance=0.05, max_new_tokens=8),
-    ParityCase(name="went on", reference=(5,), tokens=(5, 6), margins=(1,), tolerance=0.05, max_new_tokens=8),
-    ParityCase(
-        name="more than asked", reference=(5, 6), tokens=(5, 6, 7), margins=(1, 1), tolerance=0, max_new_tokens=2
-    ),
-    ParityCase(
-        name="text", pieces=("de", "f ", "x"), text="def x", margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text goes on", pieces=("de", "f "), text="def more", margins=(1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text differs", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.2, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text, near-tie",
-        pieces=("ä", "é", "x"),
-        text="äêx",
-        margins=(1, 0.02, 1),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
+    _case("equal", reference=(5, 6, 7), tokens=(5, 6, 7), margins=(1, 1, 1)),
+    _case("near-tie at the tolerance", reference=(5, 6, 7), tokens=(5, 9, 7), margins=(1, 0.05, 1)),
+    _case("just above it", reference=(5, 6), tokens=(5, 9), margins=(1, 0.051)),
+    _case("only the first difference counts", reference=(5, 6, 7), tokens=(4, 6, 9), margins=(1, 1, 0.01)),
+    _case("ended early", reference=(5, 6), tokens=(5,), margins=(1, 1)),
+    _case("went on", reference=(5,), tokens=(5, 6), margins=(1,)),
+    _case("more than asked", reference=(5, 6), tokens=(5, 6, 7), margins=(1, 1), tolerance=0, max_new_tokens=2),
+    _case("text", pieces=("de", "f ", "x"), text="def x", margins=(1, 1, 1)),
+    _case("text goes on", pieces=("de", "f "), text="def more", margins=(1, 1)),
+    _case("text differs", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.2, 1)),
+    _case("text, near-tie", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.02, 1)),
 )
 
 
