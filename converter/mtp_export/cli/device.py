@@ -17,11 +17,8 @@ from mtp_export.cli.options import (
     combined,
     debug_option,
     json_option,
-    limit_option,
-    max_new_tokens_option,
     output_option,
-    prompts_option,
-    threads_option,
+    over_prompts,
 )
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
@@ -52,10 +49,7 @@ _shared = combined(
     ),
     click.option("--app", is_flag=True, help="Run LiteRT-LM by the sample app (android_demo), which is installed."),
     click.option("--backend", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True),
-    prompts_option("JSONL: a text in each line.  [held-out prompts]"),
-    limit_option(8),
-    max_new_tokens_option(64, help_text="Longest output, in tokens."),
-    threads_option(2),
+    over_prompts("JSONL: a text in each line.  [held-out prompts]", limit=8, max_new_tokens=64, threads=2),
     click.option(
         "--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds."
     ),

@@ -109,6 +109,19 @@ def max_new_tokens_option(default: int, *, least: int | None = None, help_text: 
     return click.option("--max-new-tokens", type=kind, default=default, show_default=True, help=help_text)
 
 
+def over_prompts(
+    prompts: str, *, limit: int | None, max_new_tokens: int, threads: int, output: str = "output"
+) -> Decorator:
+    """Return the options of a command that runs a bundle over prompts: with these defaults, `prompts` as the help text
+    of `--prompts`, and `output` as the word for what the model writes."""
+    return combined(
+        prompts_option(prompts),
+        limit_option(limit),
+        max_new_tokens_option(max_new_tokens, help_text=f"Longest {output}, in tokens."),
+        threads_option(threads),
+    )
+
+
 def output_option(help_text: str, *, required: bool = False) -> Decorator:
     """Return `--output`."""
     return click.option("--output", type=click.Path(path_type=Path), required=required, help=help_text)

@@ -14,11 +14,8 @@ from mtp_export.cli.options import (
     bundle_argument,
     debug_option,
     json_option,
-    limit_option,
-    max_new_tokens_option,
     output_option,
-    prompts_option,
-    threads_option,
+    over_prompts,
 )
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
@@ -30,14 +27,11 @@ if TYPE_CHECKING:
 
 @click.command("parity")
 @bundle_argument
-@prompts_option("JSONL: a text in each line.  [32 held-out prompts]")
-@limit_option(None)
-@max_new_tokens_option(128, help_text="Longest output, in tokens.")
+@over_prompts("JSONL: a text in each line.  [32 held-out prompts]", limit=None, max_new_tokens=128, threads=2)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Target checkpoint, for transformers.  [nano's own]"
 )
 @click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
-@threads_option(2)
 @output_option("Write parity.json and parity.md to this folder.  [the bundle]")
 @json_option("the report")
 @debug_option

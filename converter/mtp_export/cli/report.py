@@ -11,11 +11,8 @@ from mtp_export.cli.options import (
     check_bundle_options,
     debug_option,
     json_option,
-    limit_option,
-    max_new_tokens_option,
     output_option,
-    prompts_option,
-    threads_option,
+    over_prompts,
 )
 from mtp_export.cli.output import working
 from mtp_export.machine import processor
@@ -25,9 +22,13 @@ from mtp_runtime.errors import UserError
 
 @click.command("report")
 @bundle_argument
-@prompts_option("JSONL, as for `calibrate`.  [32 of the package, in four kinds]")
-@limit_option(16)
-@max_new_tokens_option(64, help_text="Longest answer, in tokens.")
+@over_prompts(
+    "JSONL, as for `calibrate`.  [32 of the package, in four kinds]",
+    limit=16,
+    max_new_tokens=64,
+    threads=1,
+    output="answer",
+)
 @click.option("--device", help="What to call this device.  [its processor]")
 @click.option(
     "--bench",
@@ -36,7 +37,6 @@ from mtp_runtime.errors import UserError
     type=click.Path(path_type=Path),
     help="JSON that `bench` or `device bench` printed of another device: also report when drafts pay there.",
 )
-@threads_option(1)
 @output_option("Write report.html and report.json to this folder.  [the bundle]")
 @json_option("the report")
 @debug_option
