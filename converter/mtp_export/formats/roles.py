@@ -55,24 +55,6 @@ def _dynamic_target(request: TraceRequest) -> TracedGraph:
     return trace_target(request.target)
 
 
-def _static_embedder(role: str) -> Callable[[TraceRequest], TracedGraph]:
-    def trace(request: TraceRequest) -> TracedGraph:
-        from mtp_export.graph.static import trace_embedder
-
-        return trace_embedder(request.target, role)
-
-    return trace
-
-
-def _dynamic_embedder(role: str) -> Callable[[TraceRequest], TracedGraph]:
-    def trace(request: TraceRequest) -> TracedGraph:
-        from mtp_export.graph.dynamic import trace_embedder
-
-        return trace_embedder(request.target, role)
-
-    return trace
-
-
 def _static_drafter(request: TraceRequest) -> TracedGraph:
     from mtp_export.graph.static import trace_drafter
 
@@ -95,14 +77,18 @@ def _dynamic_drafter(request: TraceRequest) -> TracedGraph:
 
 def _embedder(name: str, *, section: str) -> GraphRole:
     """Return the role of a table of the target that looks rows up, which takes no GPU."""
-    return GraphRole(
-        name=name,
-        part="target",
-        section=section,
-        on_gpu=False,
-        static=_static_embedder(name),
-        dynamic=_dynamic_embedder(name),
-    )
+
+    def static(request: TraceRequest) -> TracedGraph:
+        from mtp_export.graph.static import trace_embedder
+
+        return trace_embedder(request.target, name)
+
+    def dynamic(request: TraceRequest) -> TracedGraph:
+        from mtp_export.graph.dynamic import trace_embedder
+
+        return trace_embedder(request.target, name)
+
+    return GraphRole(name=name, part="target", section=section, on_gpu=False, static=static, dynamic=dynamic)
 
 
 # In the order in which they are traced, converted and listed.

@@ -48,18 +48,15 @@ _CASES = (
 )
 
 
+_AS_GENERATED = ("prompt_ids", "tokens", "origins", "finish_reason")  # fields that golden traces have unchanged
+
+
 def judge(case: ParityCase) -> Comparison:
     """Return Python's verdict on a case."""
+    near_ties: dict[str, Any] = {"margins": case.margins, "tolerance": case.tolerance}
     if case.text is not None:
-        return compare_text(case.name, case.pieces, case.text, margins=case.margins, tolerance=case.tolerance)
-    return compare_tokens(
-        case.name,
-        case.reference,
-        case.tokens,
-        margins=case.margins,
-        tolerance=case.tolerance,
-        max_new_tokens=case.max_new_tokens,
-    )
+        return compare_text(case.name, case.pieces, case.text, **near_ties)
+    return compare_tokens(case.name, case.reference, case.tokens, max_new_tokens=case.max_new_tokens, **near_ties)
 
 
 def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
@@ -77,12 +74,9 @@ def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
                         prompt=prompt.id,
                         recipe=recipe,
                         num_draft_tokens=depth,
-                        prompt_ids=trace.prompt_ids,
-                        tokens=trace.tokens,
-                        origins=trace.origins,
                         margins=tuple(round(margin, 3) for margin in trace.margins),
                         pieces=tuple(session.text_pieces(trace.tokens)),
-                        finish_reason=trace.finish_reason,
+                        **{name: getattr(trace, name) for name in _AS_GENERATED},
                     )
                 )
     return traces

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from mtp_export.formats.onnx.convert import MICROSOFT_DOMAIN, LoweredGraph
-from mtp_export.weights.parameter import OnBlock, Parameter, row_blocks
+from mtp_export.weights.parameter import OnBlock, Parameter, check_complete, row_blocks
 from mtp_export.weights.quantise import as_integers, pack
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
@@ -58,9 +58,7 @@ def write_onnx(
     `on_block` is told of every block of a parameter that was written.
     """
     model = lowered.model
-    missing = sorted(set(lowered.weights) - set(parameters))
-    if missing:
-        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
+    check_complete(lowered.role, lowered.weights, parameters)
     data = path.with_name(path.name + ".data")
     with data.open("wb") as file:
         for name in lowered.weights:

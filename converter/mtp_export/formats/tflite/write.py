@@ -21,6 +21,7 @@ from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.weights.parameter import (
     OnBlock,
     Parameter,
+    check_complete,
     row_blocks,
 )
 from mtp_export.weights.quantise import as_integers, pack, with_positive_scales
@@ -47,12 +48,10 @@ def write_graph(
     data = {i: np.asarray(buffer.data, np.uint8) for i, buffer in constants}
     for _, buffer in constants:
         _reserve(buffer)
+    check_complete(lowered.role, lowered.weights, parameters)
     places = {
         name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights
     }
-    missing = sorted(set(lowered.weights) - set(places))
-    if missing:
-        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
     header_bytes = _aligned(len(_serialise(model)))
     with path.open("wb") as file:
         file.seek(header_bytes)
