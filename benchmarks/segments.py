@@ -76,11 +76,15 @@ def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[Trac
     """The target's pass for every number of tokens and the drafter's, over the shortest prefix that holds them behind
     what is filled."""
     pair = published.PAIRS[model]
-    prefixes = (n for n in pair.prefix_lengths if n >= filled + max(tokens))
-    length = min((pair.cache_length, *prefixes))
+    sizes = pair.sizes
+    prefixes = (n for n in sizes.prefix_lengths if n >= filled + max(tokens))
+    length = min((sizes.cache_length, *prefixes))
     shapes = [
         GraphShape(
-            cache_length=pair.cache_length, num_draft_tokens=max(n - 1, 1), prefill_lengths=(), prefix_lengths=(length,)
+            cache_length=sizes.cache_length,
+            num_draft_tokens=max(n - 1, 1),
+            prefill_lengths=(),
+            prefix_lengths=(length,),
         )
         for n in tokens
     ]

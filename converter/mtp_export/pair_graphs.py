@@ -55,17 +55,17 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     Raises:
         UserError: --cache-length is nothing that the target or its prefill can have.
     """
-    model, longest = pair.model, pair.target_spec.max_position_embeddings
+    sizes, longest = pair.model.sizes, pair.target_spec.max_position_embeddings
     requested = config.graph.cache_length
-    cache_length = min(model.cache_length, longest) if requested is None else requested
-    shortest = max(MIN_CACHE_LENGTH, min(model.prefill_lengths) + 1)  # a bundle needs a prefill
+    cache_length = min(sizes.cache_length, longest) if requested is None else requested
+    shortest = max(MIN_CACHE_LENGTH, min(sizes.prefill_lengths) + 1)  # a bundle needs a prefill
     in_range("--cache-length", cache_length, shortest, longest)
     drafts = config.graph.num_draft_tokens
     return GraphShape(
         cache_length=cache_length,
-        num_draft_tokens=model.num_draft_tokens if drafts is None else drafts,
-        prefill_lengths=tuple(n for n in model.prefill_lengths if n < cache_length),
-        prefix_lengths=model.prefix_lengths,
+        num_draft_tokens=sizes.num_draft_tokens if drafts is None else drafts,
+        prefill_lengths=tuple(n for n in sizes.prefill_lengths if n < cache_length),
+        prefix_lengths=sizes.prefix_lengths,
         single_buffer=config.format.delegate == "gpu",
         composites=config.format.composites,
     )

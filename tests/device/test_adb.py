@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,13 +92,22 @@ def test_programs_that_end_badly(place: Place) -> None:
         device.pull(f"{FOLDER}/absent", Path("absent"))
 
 
+@contextlib.contextmanager
+def killed_meanwhile(program: str) -> Iterator[None]:
+    """Kill a program of the device a second after the block begins."""
+    killer = threading.Timer(1.0, Adb.open().try_shell, [f"pkill -9 {program}"])
+    killer.start()
+    yield
+    killer.join()
+
+
 def test_killed_when_memory_is_low(place: Place) -> None:
     """SIGKILL is what Android's low-memory killer sends."""
-    killer = threading.Timer(1.0, Adb.open().try_shell, ["pkill -9 sleep"])
-    killer.start()
-    with pytest.raises(AdbError, match=r"sleep was killed on .*memory runs low: close other apps"):
+    with (
+        killed_meanwhile("sleep"),
+        pytest.raises(AdbError, match=r"sleep was killed on .*memory runs low: close"),
+    ):
         Adb.open().shell("sleep 30")
-    killer.join()
 
 
 def test_disk_full(place: Place, tmp_path: Path) -> None:
@@ -142,11 +153,8 @@ def test_a_damaged_part_is_noticed_and_not_kept(place: Place, tmp_path: Path) ->
 
 
 def test_the_daemon_dies_during_a_run(place: Place) -> None:
-    killer = threading.Timer(1.0, Adb.open().try_shell, ["pkill -9 adbd"])
-    killer.start()
-    with pytest.raises(AdbError, match=r"the connection to .* was lost"):
+    with killed_meanwhile("adbd"), pytest.raises(AdbError, match=r"the connection to .* was lost"):
         Adb.open().shell("sleep 30")
-    killer.join()
     time.sleep(0.5)
     adb("disconnect", SERIAL)
     deadline = time.monotonic() + 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from mtp_export.check.parity import has_same_bits
 from mtp_runtime import BackendError, ContextFullError, Conversation, GenerationTrace, MtpError, Session
 from mtp_runtime.bundle.contract import CacheName
-from mtp_runtime.generate.backend import FloatArray
+from mtp_runtime.generate.backend import FloatArray, TargetPass
 
 PROMPT = 'class Stack:\n    """A stack."""\n\n    def push(self, item):'
 # For ONNX Runtime, and bundles for a GPU, whose passes over one and over several tokens use other kernels: float32 sums
@@ -56,6 +56,22 @@ def assert_same_rows(session: Session, expected: dict[str, FloatArray], toleranc
         np.testing.assert_allclose(actual[name], rows, rtol=0, atol=tolerance, err_msg=name)
 
 
+class Continued(NamedTuple):
+    """Two tokens and the pass over them that is expected after a number of others, whose cache rows are `rows`."""
+
+    tokens: list[int]
+    rows: dict[str, FloatArray]
+    expected: TargetPass
+
+
+def continued(session: Session, filled: int) -> Continued:
+    """Fill the cache with so many tokens, and verify two more, which stay out of it."""
+    tokens = tokens_of(session, filled + 2)
+    start(session, tokens[:filled])
+    rows = all_rows(session)
+    return Continued(tokens=tokens[filled:], rows=rows, expected=session.backend.verify(tokens[filled:]))
+
+
 class BackendTests:
     """One cache, shared and in place; every pass equals its one-token equivalent; a rewind leaves no trace."""
 
@@ -87,15 +103,12 @@ class BackendTests:
 
     @pytest.mark.parametrize("filled", [3, 300])
     def test_a_rejected_pass_leaves_no_trace(self, session: Session, filled: int) -> None:
-        tokens = tokens_of(session, filled + 2)
-        start(session, tokens[:filled])
-        rows = all_rows(session)
-        expected = session.backend.verify(tokens[filled:])
+        tokens, rows, expected = continued(session, filled)
         session.backend.verify((7, 7, 7, 7, 7))
         session.backend.kv_cache.advance(5)
         session.backend.kv_cache.rewind(filled)
         assert_same_rows(session, rows, 0.0)
-        np.testing.assert_array_equal(session.backend.verify(tokens[filled:]).logits, expected.logits)
+        np.testing.assert_array_equal(session.backend.verify(tokens).logits, expected.logits)
 
     @pytest.mark.parametrize("filled", [3, 300])
     def test_a_rewind_far_back_continues_as_if_nothing_had_followed(self, session: Session, filled: int) -> None:
@@ -111,14 +124,11 @@ class BackendTests:
 
     @pytest.mark.parametrize("filled", [3, 300])
     def test_rows_that_are_restored_continue_to_the_bit(self, session: Session, filled: int) -> None:
-        tokens = tokens_of(session, filled + 2)
-        start(session, tokens[:filled])
-        rows = all_rows(session)
-        expected = session.backend.verify(tokens[filled:])
+        tokens, rows, expected = continued(session, filled)
         start(session, (3, 4, 5))
         session.backend.kv_cache.restore(rows)
         assert session.backend.kv_cache.filled_length == filled
-        restored = session.backend.verify(tokens[filled:])
+        restored = session.backend.verify(tokens)
         np.testing.assert_array_equal(restored.logits, expected.logits)
         np.testing.assert_array_equal(restored.activations, expected.activations)
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
+from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, TensorSpec
 from mtp_runtime.generate.backend import FloatArray, IntArray
 from mtp_runtime.generate.kv_cache import StaticKVCache
+from tests.support.signatures import SmallModel
 
 VOCAB, HIDDEN, STOP = 50, 16, 1
 # Beyond any real token, to be seen at once if a stale row leaks.
@@ -153,51 +154,6 @@ class FakeBackend:
         signature.outputs = {"logits": logits, "projected_activations": projected}
 
 
-def _target_signature(name: str, kind: SignatureKind, tokens: int, length: int, cache: TensorSpec) -> GraphSignature:
-    inputs = (
-        TensorSpec(name="embeddings", shape=(1, tokens, HIDDEN), dtype="float32"),
-        TensorSpec(name="per_layer_embeddings", shape=(1, tokens, 1, 1), dtype="float32"),
-        TensorSpec(name="input_pos", shape=(tokens,), dtype="int32"),
-        TensorSpec(name="mask", shape=(1, 1, tokens, cache.shape[2]), dtype="float32"),
-        cache,
-    )
-    heads = (
-        TensorSpec(name="logits", shape=(1, tokens, VOCAB), dtype="float32"),
-        TensorSpec(name="activations", shape=(1, tokens, HIDDEN), dtype="float32"),
-    )
-    outputs = (cache,) if kind == "prefill" else (cache, *heads)
-    return GraphSignature(
-        name=name, kind=kind, num_tokens=tokens, attention_length=length, inputs=inputs, outputs=outputs
-    )
-
-
-def _draft_signature(name: str, length: int, cache: TensorSpec) -> GraphSignature:
-    inputs = (
-        TensorSpec(name="activations", shape=(1, 1, 2 * HIDDEN), dtype="float32"),
-        TensorSpec(name="input_pos", shape=(1,), dtype="int32"),
-        TensorSpec(name="mask", shape=(1, 1, 1, cache.shape[2]), dtype="float32"),
-        cache,
-    )
-    outputs = (
-        TensorSpec(name="logits", shape=(1, 1, VOCAB), dtype="float32"),
-        TensorSpec(name="projected_activations", shape=(1, 1, HIDDEN), dtype="float32"),
-    )
-    return GraphSignature(
-        name=name, kind="draft", num_tokens=1, attention_length=length, inputs=inputs, outputs=outputs
-    )
-
-
-def _embed_signature(shape: tuple[int, ...]) -> GraphSignature:
-    return GraphSignature(
-        name="embed",
-        kind="embed",
-        num_tokens=1,
-        attention_length=0,
-        inputs=(TensorSpec(name="token_ids", shape=(1, 1), dtype="int32"),),
-        outputs=(TensorSpec(name="embeddings", shape=(1, 1, *shape), dtype="float32"),),
-    )
-
-
 def fake_manifest(
     *,
     cache_length: int = 64,
@@ -207,17 +163,17 @@ def fake_manifest(
 ) -> Manifest:
     """Return a manifest for FakeBackend, with variants of decode, verify and draft for each attention length."""
     cache = TensorSpec(name="kv_cache_k_0", shape=(1, 1, cache_length, 1), dtype="float32")
+    model = SmallModel(vocab_size=VOCAB, hidden_size=HIDDEN, per_layer=(1, 1), caches=(cache,), drafter_caches=1)
     verified = num_draft_tokens + 1
     suffixes = [("", cache_length), *((f"_{length}", length) for length in attention_lengths)]
     signatures = {
         "target": (
-            *(_target_signature(f"prefill_{size}", "prefill", size, cache_length, cache) for size in prefill),
-            *(_target_signature(f"decode{suffix}", "decode", 1, length, cache) for suffix, length in suffixes),
-            *(_target_signature(f"verify{suffix}", "verify", verified, length, cache) for suffix, length in suffixes),
+            *(model.target(f"prefill_{size}", "prefill", size, cache_length) for size in prefill),
+            *(model.target(f"decode{suffix}", "decode", 1, length) for suffix, length in suffixes),
+            *(model.target(f"verify{suffix}", "verify", verified, length) for suffix, length in suffixes),
         ),
-        "drafter": tuple(_draft_signature(f"draft{suffix}", length, cache) for suffix, length in suffixes),
-        "embedder": (_embed_signature((HIDDEN,)),),
-        "per_layer_embedder": (_embed_signature((1, 1)),),
+        "drafter": tuple(model.drafter(f"draft{suffix}", length) for suffix, length in suffixes),
+        **model.embedders(),
     }
     entry = FileEntry(path="x", sha256="", size_bytes=0)
     return Manifest(

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -19,6 +17,7 @@ from mtp_runtime import Bundle, Session
 from mtp_runtime.backends.litert.static import StaticBackend
 from mtp_runtime.bundle.contract import FileEntry, Manifest
 from tests.support.fake_backend import FakeBackend, fake_manifest
+from tests.support.tokenizers import bpe_json
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|turn>{{ 'm' if message.role == 'assistant' else message.role[0] }}"
@@ -32,33 +31,7 @@ OpenSession = Callable[[], Session]
 def tokenizer_json(vocab_size: int) -> str:
     """Return a tokenizer of `vocab_size` tokens: the special ones, "ab", and single characters."""
     words = [*SPECIAL, "ab", *"abcdefghijklmnopqrstuvwxyz\n .,;:!?ABCDEFGHIJKLMNOPQRSTUVWXYZ"][:vocab_size]
-    special = [
-        {"id": index, "content": word, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
-        | {"normalized": False}
-        for index, word in enumerate(SPECIAL)
-    ]
-    document: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {word: index for index, word in enumerate(words)},
-            "merges": [["a", "b"]],
-        },
-    }
-    return json.dumps(document)
+    return bpe_json(words, len(SPECIAL), merges=[("a", "b")])
 
 
 def write_texts(folder: Path, vocab_size: int) -> dict[str, FileEntry]:

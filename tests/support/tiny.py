@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mtp_export.arch.published import NANO
 from mtp_export.arch.spec import (
     FULL,
     SLIDING,
@@ -21,7 +22,6 @@ from mtp_export.arch.spec import (
     DrafterSpec,
     LayerSpec,
     LayerType,
-    RopeSpec,
     TargetSpec,
     with_caches,
 )
@@ -37,7 +37,7 @@ ROPE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """The varying part of a tiny pair."""
+    """The varying part of a tiny pair, which is nano with other sizes."""
 
     num_kv_heads: int = 1
     double_wide: bool = True
@@ -49,47 +49,37 @@ class Tiny:
         widths = (48, 48, 48) + (96 if self.double_wide else 48,) * 3
         kinds = (SLIDING, SLIDING, FULL) * 2
         layers = [self._layer(kind, width, per_layer=8) for kind, width in zip(kinds, widths, strict=True)]
-        return TargetSpec(
+        return dataclasses.replace(
+            NANO.target,
             vocab_size=128,
             hidden_size=32,
             layers=with_caches(layers, 3),
-            num_heads=4,
-            rms_norm_eps=1e-6,
             vocab_size_per_layer_input=128,
-            final_logit_softcapping=30.0,
             max_position_embeddings=1024,
-            pad_token_id=0,
-            bos_token_id=2,
             eos_token_ids=(1,),
         )
 
     @property
     def drafter_spec(self) -> DrafterSpec:
         kinds = (SLIDING, SLIDING, SLIDING, FULL)
-        return DrafterSpec(
+        return dataclasses.replace(
+            NANO.drafter,
             vocab_size=128,
             hidden_size=24,
             layers=tuple(self._layer(kind, 40, per_layer=None) for kind in kinds),
-            num_heads=4,
-            rms_norm_eps=1e-6,
             backbone_hidden_size=32,
             head=ClusteredHeadSpec(num_centroids=16, top_k=4, vocab_size=128),
         )
 
     def _layer(self, kind: LayerType, width: int, *, per_layer: int | None) -> LayerSpec:
         sliding = kind == SLIDING
-        return LayerSpec(
-            kind=kind,
+        return dataclasses.replace(
+            NANO.drafter.kinds[kind],  # its caches are no layer's own
             intermediate_size=width,
             head_dim=16 if sliding else 32,
             num_kv_heads=self.num_kv_heads,
-            rope=RopeSpec(theta=1e4 if sliding else 1e6, partial_rotary_factor=1.0 if sliding else 0.25),
             window=self.sliding_window if sliding else None,
-            cache=None,
-            owns_cache=False,
             per_layer=per_layer,
-            experts=None,
-            keys_are_values=False,
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mtp_export.arch import gemma4, published
-from mtp_export.arch.spec import PairSpec
+from mtp_export.arch.spec import GraphSizes, PairSpec
 from mtp_export.cli import main as cli
 
 CACHE_LENGTH = 48
@@ -44,9 +44,12 @@ def tiny_model(folder: Path) -> PairSpec:
         name="tiny",
         target=gemma4.read_target_spec(configs[0], "target"),
         drafter=gemma4.read_drafter_spec(configs[1], "drafter"),
-        cache_length=CACHE_LENGTH,
-        prefill_lengths=(8,),
-        prefix_lengths=(),
+        sizes=GraphSizes(
+            cache_length=CACHE_LENGTH,
+            num_draft_tokens=published.NANO.sizes.num_draft_tokens,
+            prefill_lengths=(8,),
+            prefix_lengths=(),
+        ),
     )
 
 

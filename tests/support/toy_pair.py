@@ -7,7 +7,6 @@ The drafter knows the answer: it reads its drafts from a table by position, and 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ import litert_torch
 import torch
 from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
 
-from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, SignatureKind, TensorSpec
+from mtp_runtime.bundle.contract import FileEntry, GraphSignature, Manifest, TensorSpec
+from tests.support.signatures import SmallModel
+from tests.support.tokenizers import bpe_json
 
 HIDDEN, LAYERS, PLE, VOCAB, HEAD, WINDOW = 32, 2, 4, 64, 16, 8
 CACHE_LENGTH, NUM_DRAFT_TOKENS, SHORT = 64, 4, 32
@@ -122,75 +123,23 @@ class ToyLookup(torch.nn.Module):
         }
 
 
-def _caches() -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name=name, shape=(1, 1, CACHE_LENGTH, HEAD), dtype="float32") for name in CACHES)
-
-
-def _target_signature(name: str, kind: SignatureKind, num_tokens: int, attention_length: int) -> GraphSignature:
-    t = num_tokens
-    inputs = (
-        TensorSpec(name="embeddings", shape=(1, t, HIDDEN), dtype="float32"),
-        TensorSpec(name="per_layer_embeddings", shape=(1, t, LAYERS, PLE), dtype="float32"),
-        TensorSpec(name="input_pos", shape=(t,), dtype="int32"),
-        TensorSpec(name="mask", shape=(1, 1, t, CACHE_LENGTH), dtype="float32"),
-    )
-    heads = (
-        TensorSpec(name="logits", shape=(1, t, VOCAB), dtype="float32"),
-        TensorSpec(name="activations", shape=(1, t, HIDDEN), dtype="float32"),
-    )
-    return GraphSignature(
-        name=name,
-        kind=kind,
-        num_tokens=t,
-        attention_length=attention_length,
-        inputs=inputs + _caches(),
-        outputs=_caches() + (heads if kind != "prefill" else ()),
-    )
-
-
+_MODEL = SmallModel(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    per_layer=(LAYERS, PLE),
+    caches=tuple(TensorSpec(name=name, shape=(1, 1, CACHE_LENGTH, HEAD), dtype="float32") for name in CACHES),
+    drafter_caches=2,
+)
 TARGET_SIGNATURES = (
-    _target_signature("prefill_8", "prefill", 8, CACHE_LENGTH),
-    _target_signature("prefill_16", "prefill", 16, CACHE_LENGTH),
-    _target_signature("decode", "decode", 1, CACHE_LENGTH),
-    _target_signature(f"decode_{SHORT}", "decode", 1, SHORT),
-    _target_signature("verify", "verify", NUM_DRAFT_TOKENS + 1, CACHE_LENGTH),
-    _target_signature(f"verify_{SHORT}", "verify", NUM_DRAFT_TOKENS + 1, SHORT),
+    _MODEL.target("prefill_8", "prefill", 8, CACHE_LENGTH),
+    _MODEL.target("prefill_16", "prefill", 16, CACHE_LENGTH),
+    _MODEL.target("decode", "decode", 1, CACHE_LENGTH),
+    _MODEL.target(f"decode_{SHORT}", "decode", 1, SHORT),
+    _MODEL.target("verify", "verify", NUM_DRAFT_TOKENS + 1, CACHE_LENGTH),
+    _MODEL.target(f"verify_{SHORT}", "verify", NUM_DRAFT_TOKENS + 1, SHORT),
 )
-DRAFT_SIGNATURE = GraphSignature(
-    name="draft",
-    kind="draft",
-    num_tokens=1,
-    attention_length=CACHE_LENGTH,
-    inputs=(
-        TensorSpec(name="activations", shape=(1, 1, 2 * HIDDEN), dtype="float32"),
-        TensorSpec(name="input_pos", shape=(1,), dtype="int32"),
-        TensorSpec(name="mask", shape=(1, 1, 1, CACHE_LENGTH), dtype="float32"),
-        *_caches()[2:],
-    ),
-    outputs=(
-        TensorSpec(name="logits", shape=(1, 1, VOCAB), dtype="float32"),
-        TensorSpec(name="projected_activations", shape=(1, 1, HIDDEN), dtype="float32"),
-    ),
-)
-
-
-def _embed_signature(shape: tuple[int, ...]) -> GraphSignature:
-    return GraphSignature(
-        name="embed",
-        kind="embed",
-        num_tokens=1,
-        attention_length=0,
-        inputs=(TensorSpec(name="token_ids", shape=(1, 1), dtype="int32"),),
-        outputs=(TensorSpec(name="embeddings", shape=(1, 1, *shape), dtype="float32"),),
-    )
-
-
-SIGNATURES = {
-    "target": TARGET_SIGNATURES,
-    "drafter": (DRAFT_SIGNATURE,),
-    "embedder": (_embed_signature((HIDDEN,)),),
-    "per_layer_embedder": (_embed_signature((LAYERS, PLE)),),
-}
+DRAFT_SIGNATURE = _MODEL.drafter("draft", CACHE_LENGTH)
+SIGNATURES = {"target": TARGET_SIGNATURES, "drafter": (DRAFT_SIGNATURE,), **_MODEL.embedders()}
 
 
 def _lower(path: Path, modules: Sequence[tuple[GraphSignature, torch.nn.Module]]) -> None:
@@ -222,40 +171,17 @@ def tokenizer_json() -> str:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "▁def", "▁add", "s", "▁"]
     fallback = [f"<0x{byte:02X}>" for byte in sorted({*"é€".encode()})]
     vocab = words + fallback + [f"▁w{index}" for index in range(VOCAB - len(words) - len(fallback))]
-    special = [
-        {"id": index, "content": words[index], "special": True, "single_word": False, "lstrip": False, "rstrip": False}
-        | {"normalized": False}
-        for index in range(4)
-    ]
-    document: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {word: index for index, word in enumerate(vocab)},
-            "merges": [],
-        },
-    }
-    return json.dumps(document)
+    return bpe_json(
+        vocab,
+        4,
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        decoders=(
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ),
+        fallback=True,
+    )
 
 
 def write_manifest(folder: Path, **changes: Any) -> Manifest:

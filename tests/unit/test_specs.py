@@ -15,11 +15,7 @@ from mtp_export.graph.walk import drafter_places, target_places
 # What every manifest of nano has held so far: a bundle's bytes, and what runtimes read of it, hang on these.
 SLIDING_ROPE = {"theta": 10000.0, "partial_rotary_factor": 1.0}
 FULL_ROPE = {"theta": 1000000.0, "partial_rotary_factor": 0.25}
-TARGET = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 2,
-    "intermediate_sizes": [512] * 5 + [1024] * 5,
+ATTENTION = {
     "num_heads": 4,
     "num_kv_heads": 1,
     "head_dim": 64,
@@ -28,6 +24,13 @@ TARGET = {
     "sliding_rope": SLIDING_ROPE,
     "full_rope": FULL_ROPE,
     "rms_norm_eps": 1e-06,
+}
+TARGET = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 2,
+    "intermediate_sizes": [512] * 5 + [1024] * 5,
+    **ATTENTION,
     "num_kv_shared_layers": 5,
     "per_layer_size": 32,
     "vocab_size_per_layer_input": 4096,
@@ -42,14 +45,7 @@ DRAFTER = {
     "hidden_size": 128,
     "layer_types": [*["sliding_attention"] * 3, "full_attention"],
     "intermediate_sizes": [256] * 4,
-    "num_heads": 4,
-    "num_kv_heads": 1,
-    "head_dim": 64,
-    "global_head_dim": 128,
-    "sliding_window": 128,
-    "sliding_rope": SLIDING_ROPE,
-    "full_rope": FULL_ROPE,
-    "rms_norm_eps": 1e-06,
+    **ATTENTION,
     "backbone_hidden_size": 256,
     "head": {"num_centroids": 128, "top_k": 24, "vocab_size": 4096},
 }

@@ -11,6 +11,7 @@ from mtp_export.arch.spec import (
     SLIDING,
     ClusteredHeadSpec,
     DrafterSpec,
+    GraphSizes,
     LayerSpec,
     LayerType,
     PairSpec,
@@ -84,16 +85,19 @@ _E2B_DRAFTER = DrafterSpec(
     backbone_hidden_size=1536,
     head=ClusteredHeadSpec(num_centroids=2048, top_k=32, vocab_size=262144),
 )
+_LARGE_SIZES = GraphSizes(
+    cache_length=4096,
+    num_draft_tokens=3,
+    prefill_lengths=(16, 128, 1024),
+    prefix_lengths=(1024,),
+)
 E2B = PairSpec(
     name="e2b",
     target=_E2B_TARGET,
     drafter=_E2B_DRAFTER,
     target_id="google/gemma-4-E2B-it",
     drafter_id="google/gemma-4-E2B-it-assistant",
-    cache_length=4096,
-    num_draft_tokens=3,
-    prefill_lengths=(16, 128, 1024),
-    prefix_lengths=(1024,),
+    sizes=_LARGE_SIZES,
 )
 E4B = PairSpec(
     name="e4b",
@@ -109,10 +113,7 @@ E4B = PairSpec(
     ),
     target_id="google/gemma-4-E4B-it",
     drafter_id="google/gemma-4-E4B-it-assistant",
-    cache_length=4096,
-    num_draft_tokens=3,
-    prefill_lengths=(16, 128, 1024),
-    prefix_lengths=(1024,),
+    sizes=_LARGE_SIZES,
 )
 NANO = PairSpec(
     name="nano",
@@ -137,9 +138,8 @@ NANO = PairSpec(
     ),
     target_id="",  # embedded in the package
     drafter_id="",
-    cache_length=1024,
-    num_draft_tokens=4,
-    prefill_lengths=(16, 128),
-    prefix_lengths=(256, 512, 1024, 2048),
+    sizes=GraphSizes(
+        cache_length=1024, num_draft_tokens=4, prefill_lengths=(16, 128), prefix_lengths=(256, 512, 1024, 2048)
+    ),
 )
 PAIRS: Mapping[str, PairSpec] = {pair.name: pair for pair in (NANO, E2B, E4B)}

@@ -241,6 +241,16 @@ class DrafterSpec(DecoderSpec):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphSizes:
+    """Sizes of a pair's graphs, in tokens: a choice of the export, and none of the models."""
+
+    cache_length: int
+    num_draft_tokens: int
+    prefill_lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PairSpec:
     """A target and the drafter that fits it, the published ids that they come from, and the default sizes of their
     graphs."""
@@ -250,7 +260,4 @@ class PairSpec:
     drafter: DrafterSpec
     target_id: str
     drafter_id: str
-    cache_length: int
-    num_draft_tokens: int
-    prefill_lengths: tuple[int, ...]
-    prefix_lengths: tuple[int, ...]
+    sizes: GraphSizes

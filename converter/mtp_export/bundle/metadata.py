@@ -112,27 +112,30 @@ def _set_sampler(parameters: Any, sampler: SamplerDefaults, vocab_size: int) -> 
         parameters.p, parameters.temperature = sampler.top_p, sampler.temperature
 
 
+# Fields of LiteRT-LM's Gemma 4 by the names that a tokenizer's config has their tokens by.
+_TEXT_FIELDS = {
+    "code_fence_start": "stc_token",
+    "code_fence_end": "etc_token",
+    "function_response_start": "str_token",
+    "open_quote": "escape_token",
+    "close_quote": "escape_token",
+}
+_MEDIA_FIELDS = {
+    "start_of_image_token": "boi_token",
+    "end_of_image_token": "eoi_token",
+    "start_of_audio_token": "boa_token",
+    "end_of_audio_token": "eoa_token",
+}
+
+
 def _set_gemma4(metadata: Any, tokens: Mapping[str, str]) -> None:
     """Write fences of calls, quotes, media tokens and the channel of thoughts, if the vocabulary has them."""
     gemma4 = metadata.llm_model_type.gemma4
     gemma4.SetInParent()
-    fields = {
-        "code_fence_start": "stc_token",
-        "code_fence_end": "etc_token",
-        "function_response_start": "str_token",
-        "open_quote": "escape_token",
-        "close_quote": "escape_token",
-    }
-    for field, name in fields.items():
+    for field, name in _TEXT_FIELDS.items():
         if name in tokens:
             setattr(gemma4, field, tokens[name])
-    media = {
-        "start_of_image_token": "boi_token",
-        "end_of_image_token": "eoi_token",
-        "start_of_audio_token": "boa_token",
-        "end_of_audio_token": "eoa_token",
-    }
-    for field, name in media.items():
+    for field, name in _MEDIA_FIELDS.items():
         if name in tokens:
             getattr(gemma4, field).token_str = tokens[name]
     if {"soc_token", "eoc_token"} <= set(tokens):

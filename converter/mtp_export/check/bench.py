@@ -65,15 +65,11 @@ def bench(
     medians = {name: timing.median_ms for name, timing in passes.items()}
     name, package = _BACKENDS[manifest.export_format]
     return BenchReport(
-        bundle=path.name,
-        model=manifest.model,
-        recipe=manifest.recipe,
-        drafter_recipe=manifest.drafter_recipe,
+        **BenchReport.identity(path, manifest),
         backend=f"{name} {version(package)}",
         machine=f"{processor()}, {usable_cores()} processors",
         threads=threads,
         filled=filled,
-        cache_length=manifest.cache_length,
         open_s=round(open_s, 3),
         passes=passes,
         rounds=rounds,

@@ -11,6 +11,7 @@ from mtp_export.cli.options import (
     adapter_option,
     check_torch_device,
     checkpoint_options,
+    count_option,
     debug_option,
     drafter_position_offset_option,
     max_new_tokens_option,
@@ -33,8 +34,8 @@ from mtp_runtime.errors import UserError
     required=True,
 )
 @output_option("Folder to write the drafter to.", required=True)
-@click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of training.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Answers in a step.")
+@count_option("--steps", 400, "Steps of training.")
+@count_option("--batch", 8, "Answers in a step.")
 @click.option(
     "--learning-rate", type=float, default=1e-3, show_default=True, help="Highest learning rate of the training."
 )

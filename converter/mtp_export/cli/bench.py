@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mtp_export.cli.options import bundle_argument, count_option, debug_option, json_option, output_option
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
@@ -18,18 +19,14 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True)
-@click.option(
-    "--filled", type=click.IntRange(1), default=500, show_default=True, help="Positions of the cache that are filled."
-)
-@click.option(
-    "--new-tokens", type=click.IntRange(8), default=48, show_default=True, help="Tokens that rounds generate at a time."
-)
-@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="How often each pass is timed.")
-@click.option("--output", type=click.Path(path_type=Path), help="Draw time against acceptance to this SVG file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@bundle_argument
+@count_option("--threads", 2, "Processor threads of the runtime.", most=256)
+@count_option("--filled", 500, "Positions of the cache that are filled.")
+@count_option("--new-tokens", 48, "Tokens that rounds generate at a time.", least=8)
+@count_option("--repeats", 20, "How often each pass is timed.", least=3)
+@output_option("Draw time against acceptance to this SVG file.")
+@json_option("the figures")
+@debug_option
 def command(
     bundle: Path,
     threads: int,
@@ -52,14 +49,7 @@ def command(
     with working("loading") as show:
         from mtp_export.check.bench import bench
 
-        report = bench(
-            bundle,
-            threads=threads,
-            filled=filled,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            on_run=show,
-        )
+        report = bench(bundle, threads=threads, filled=filled, new_tokens=new_tokens, repeats=repeats, on_run=show)
     if output is not None:
         _write_drawing(report, output)
     if as_json:

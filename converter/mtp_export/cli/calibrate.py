@@ -17,11 +17,8 @@ from mtp_export.cli.options import (
     checkpoint_options,
     debug_option,
     json_option,
-    limit_option,
-    max_new_tokens_option,
     output_option,
-    prompts_option,
-    threads_option,
+    over_prompts,
 )
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
@@ -34,12 +31,15 @@ _PROMPTS = 16
 @bundle_argument
 @checkpoint_options("The target that the bundle was made from.", "The drafter that the bundle was made from.")
 @adapter_option
-@prompts_option("JSONL: a text, or messages and tools, in each line.  [32 of the package, in four kinds]")
-@limit_option(_PROMPTS)
-@max_new_tokens_option(64, help_text="Longest answer, in tokens.")
+@over_prompts(
+    "JSONL: a text, or messages and tools, in each line.  [32 of the package, in four kinds]",
+    limit=_PROMPTS,
+    max_new_tokens=64,
+    threads=1,
+    output="answer",
+)
 @click.option("--max-kl", type=float, help="Largest KL(float || bundle) per token that passes, in nats.  [by recipe]")
 @click.option("--min-agreement", type=float, help="Smallest share of equal first choices that passes.  [by recipe]")
-@threads_option(1)
 @output_option("Write calibration.json to this folder.  [the bundle]")
 @json_option("the measurements")
 @debug_option

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mtp_export.cli.options import (
     check_torch_device,
+    count_option,
     debug_option,
     drafter_position_offset_option,
     max_new_tokens_option,
@@ -19,29 +21,21 @@ from mtp_export.cli.options import (
 from mtp_export.cli.output import working
 from mtp_runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from mtp_calibration.drafter.answers import Answer
+    from mtp_export.source.checkpoint import Checkpoint
+
 
 @click.command("cluster")
 @click.argument("drafter", metavar="DIR|ID")
 @click.option("--checkpoint", metavar="DIR|ID", required=True, help="The target: a folder or Hugging Face id.")
 @output_option("Folder to write the drafter to.", required=True)
-@click.option(
-    "--clusters",
-    type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="Number of clusters. It must divide the size of the vocabulary.",
-)
+@count_option("--clusters", 2048, "Number of clusters. It must divide the size of the vocabulary.")
 @click.option("--top-k", type=click.IntRange(1), help="Clusters whose tokens are scored.  [an eighth of the clusters]")
 @prompts_option("JSONL, as for `calibrate`.  [55 of the package]")
-@click.option(
-    "--beginnings",
-    type=click.IntRange(0),
-    default=512,
-    show_default=True,
-    help="Number of further prompts that are a single token.",
-)
+@count_option("--beginnings", 512, "Number of further prompts that are a single token.", least=0)
 @max_new_tokens_option(192, least=8, help_text="Longest answer of the target.")
-@click.option("--steps", type=click.IntRange(1), default=1500, show_default=True, help="Steps of training.")
+@count_option("--steps", 1500, "Steps of training.")
 @drafter_position_offset_option
 @seed_option
 @torch_device_option
@@ -74,35 +68,17 @@ def command(
     with working("loading") as show:
         import torch
 
-        from mtp_calibration.choose.calibration_texts import calibration_texts, tuning_prompts
-        from mtp_calibration.drafter.cluster_head import (
-            Clustering,
-            check_dense,
-            cluster,
-            drawn_answers,
-            write_clustered,
-        )
+        from mtp_calibration.drafter.cluster_head import Clustering, check_dense, cluster, write_clustered
         from mtp_calibration.drafter.models import load
-        from mtp_export.arch.gemma4 import read_target_spec
         from mtp_export.source.checkpoint import Checkpoint
         from mtp_export.source.hub import locate
-        from mtp_export.source.texts import stop_token_ids
 
         dense = Checkpoint(locate(drafter), "drafter")
         check_dense(dense, clusters, few)
         target = Checkpoint(locate(checkpoint), "target")
-        spec = read_target_spec(target.config, str(target.folder / "config.json"))
-        texts = calibration_texts(target, spec, tuning_prompts(prompts))
         model = load(target.folder, torch.device(device))
         show("answers of the target")
-        answers = drawn_answers(
-            model,
-            texts,
-            stop_token_ids(target, spec),
-            beginnings=beginnings,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
+        answers = _answers(target, model, prompts, beginnings=beginnings, max_new_tokens=max_new_tokens, seed=seed)
         ordering, centroids, recall = cluster(
             model,
             load(dense.folder, torch.device(device), trained=True),
@@ -115,3 +91,15 @@ def command(
         f"{click.format_filename(output)}: {clusters} clusters, of which the best {few} hold {recall:.1%} of the first "
         "choices of the dense head along answers that were kept apart"
     )
+
+
+def _answers(target: Checkpoint, model: Any, prompts: Path | None, **drawing: int) -> list[Answer]:
+    """Return what the target answers to the prompts of a file, or of the package; `drawing` is for `drawn_answers`."""
+    from mtp_calibration.choose.calibration_texts import calibration_texts, tuning_prompts
+    from mtp_calibration.drafter.cluster_head import drawn_answers
+    from mtp_export.arch.gemma4 import read_target_spec
+    from mtp_export.source.texts import stop_token_ids
+
+    spec = read_target_spec(target.config, str(target.folder / "config.json"))
+    texts = calibration_texts(target, spec, tuning_prompts(prompts))
+    return drawn_answers(model, texts, stop_token_ids(target, spec), **drawing)

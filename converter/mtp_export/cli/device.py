@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mtp_export.cli.options import check_bundle_options
+from mtp_export.cli.options import (
+    bundle_argument,
+    check_bundle_options,
+    combined,
+    debug_option,
+    json_option,
+    output_option,
+    over_prompts,
+)
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
@@ -23,40 +31,31 @@ if TYPE_CHECKING:
 _PLACES = ("host", "arm64-emulated", "phone")
 
 
-def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of every command over a device."""
-    options: list[Callable[..., Any]] = [
-        click.argument("bundle", type=click.Path(path_type=Path)),
-        click.option("--serial", help="Device, as `adb devices` names it.  [the only one]"),
-        click.option(
-            "--where",
-            type=click.Choice(_PLACES),
-            default="arm64-emulated",
-            show_default=True,
-            help="Where to run: host takes no device.",
-        ),
-        click.option(
-            "--binary",
-            type=click.Path(path_type=Path),
-            help="Run LiteRT-LM by this litert_lm_advanced_main for android_arm64; libraries beside it are pushed too.",
-        ),
-        click.option("--app", is_flag=True, help="Run LiteRT-LM by the sample app (android_demo), which is installed."),
-        click.option("--backend", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True),
-        click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, a text per line.  [held-out prompts]"),
-        click.option(
-            "--limit", type=int, default=8, show_default=True, help="Use so many prompts, of all kinds in turn."
-        ),
-        click.option("--max-new-tokens", type=int, default=64, show_default=True),
-        click.option("--threads", type=int, default=2, show_default=True),
-        click.option(
-            "--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# The options of every command over a device.
+_shared = combined(
+    bundle_argument,
+    click.option("--serial", help="Device, as `adb devices` names it.  [the only one]"),
+    click.option(
+        "--where",
+        type=click.Choice(_PLACES),
+        default="arm64-emulated",
+        show_default=True,
+        help="Where to run: host takes no device.",
+    ),
+    click.option(
+        "--binary",
+        type=click.Path(path_type=Path),
+        help="Run LiteRT-LM by this litert_lm_advanced_main for android_arm64; libraries beside it are pushed too.",
+    ),
+    click.option("--app", is_flag=True, help="Run LiteRT-LM by the sample app (android_demo), which is installed."),
+    click.option("--backend", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True),
+    over_prompts("JSONL: a text in each line.  [held-out prompts]", limit=8, max_new_tokens=64, threads=2),
+    click.option(
+        "--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds."
+    ),
+    json_option("the report"),
+    debug_option,
+)
 
 
 @click.group("device")
@@ -67,7 +66,7 @@ def command() -> None:
 @command.command("parity")
 @_shared
 @click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write device-parity.json and .md there.  [the bundle]")
+@output_option("Write device-parity.json and device-parity.md to this folder.  [the bundle]")
 def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Check MTP on a place, and the place against this machine.
 
@@ -92,7 +91,7 @@ def parity(bundle: Path, no_stock: bool, output: Path | None, as_json: bool, deb
 @command.command("bench")
 @_shared
 @click.option("--repetitions", type=int, default=3, show_default=True, help="Runs of each prompt, after a warm-up.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write device-bench.json there.  [the bundle]")
+@output_option("Write device-bench.json to this folder.  [the bundle]")
 def bench(bundle: Path, repetitions: int, output: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Time LiteRT-LM there, with MTP off and on: tokens per second by kind of text, first token, memory, acceptance.
 

@@ -96,12 +96,12 @@ export_options = combined(
     click.option(
         "--cache-length",
         type=int,
-        help=f"Slots of the KV cache, in tokens.  [{by_model(lambda pair: pair.cache_length)}]",
+        help=f"Slots of the KV cache, in tokens.  [{by_model(lambda pair: pair.sizes.cache_length)}]",
     ),
     click.option(
         "--num-draft-tokens",
         type=int,
-        help=f"K, the most tokens drafted in a round.  [{by_model(lambda pair: pair.num_draft_tokens)}]",
+        help=f"K, the most tokens drafted in a round.  [{by_model(lambda pair: pair.sizes.num_draft_tokens)}]",
     ),
     click.option(
         "--drafter-position-offset",

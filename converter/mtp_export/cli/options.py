@@ -82,6 +82,11 @@ def threads_option(default: int) -> Decorator:
     )
 
 
+def count_option(name: str, default: int, help_text: str, *, least: int = 1, most: int | None = None) -> Decorator:
+    """Return the option `name`, a whole number from `least` to `most`."""
+    return click.option(name, type=click.IntRange(least, most), default=default, show_default=True, help=help_text)
+
+
 def prompts_option(help_text: str, *, required: bool = False) -> Decorator:
     """Return `--prompts`, a JSONL file."""
     return click.option("--prompts", type=click.Path(path_type=Path), required=required, help=help_text)
@@ -102,6 +107,19 @@ def max_new_tokens_option(default: int, *, least: int | None = None, help_text: 
     """Return `--max-new-tokens`; `least` is the smallest number that is taken, None to let the command check."""
     kind = click.INT if least is None else click.IntRange(least)
     return click.option("--max-new-tokens", type=kind, default=default, show_default=True, help=help_text)
+
+
+def over_prompts(
+    prompts: str, *, limit: int | None, max_new_tokens: int, threads: int, output: str = "output"
+) -> Decorator:
+    """Return the options of a command that runs a bundle over prompts: with these defaults, `prompts` as the help text
+    of `--prompts`, and `output` as the word for what the model writes."""
+    return combined(
+        prompts_option(prompts),
+        limit_option(limit),
+        max_new_tokens_option(max_new_tokens, help_text=f"Longest {output}, in tokens."),
+        threads_option(threads),
+    )
 
 
 def output_option(help_text: str, *, required: bool = False) -> Decorator:

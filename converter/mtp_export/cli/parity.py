@@ -10,6 +10,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mtp_export.cli.options import (
+    bundle_argument,
+    debug_option,
+    json_option,
+    output_option,
+    over_prompts,
+)
 from mtp_export.cli.output import working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
@@ -19,18 +26,15 @@ if TYPE_CHECKING:
 
 
 @click.command("parity")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with a text per line.  [32 held-out prompts]")
-@click.option("--limit", type=int, help="Use so many prompts, of all kinds in turn.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@bundle_argument
+@over_prompts("JSONL: a text in each line.  [32 held-out prompts]", limit=None, max_new_tokens=128, threads=2)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Target checkpoint, for transformers.  [nano's own]"
 )
 @click.option("--no-stock", is_flag=True, help="Leave out stock LiteRT-LM.")
-@click.option("--threads", type=int, default=2, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Write parity.json and parity.md there.  [the bundle]")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@output_option("Write parity.json and parity.md to this folder.  [the bundle]")
+@json_option("the report")
+@debug_option
 def command(
     bundle: Path,
     prompts: Path | None,

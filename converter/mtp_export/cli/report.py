@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from mtp_export.cli.options import check_bundle_options
+from mtp_export.cli.options import (
+    bundle_argument,
+    check_bundle_options,
+    debug_option,
+    json_option,
+    output_option,
+    over_prompts,
+)
 from mtp_export.cli.output import working
 from mtp_export.machine import processor
 from mtp_runtime.atomic import write_atomically
@@ -14,10 +21,14 @@ from mtp_runtime.errors import UserError
 
 
 @click.command("report")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL, as for calibrate.  [32 in four kinds]")
-@click.option("--limit", type=int, default=16, show_default=True, help="Use so many, of all kinds in turn.")
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@bundle_argument
+@over_prompts(
+    "JSONL, as for `calibrate`.  [32 of the package, in four kinds]",
+    limit=16,
+    max_new_tokens=64,
+    threads=1,
+    output="answer",
+)
 @click.option("--device", help="What to call this device.  [its processor]")
 @click.option(
     "--bench",
@@ -26,10 +37,9 @@ from mtp_runtime.errors import UserError
     type=click.Path(path_type=Path),
     help="JSON that `bench` or `device bench` printed of another device: also report when drafts pay there.",
 )
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Write report.html, report.json there.  [the bundle]")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@output_option("Write report.html and report.json to this folder.  [the bundle]")
+@json_option("the report")
+@debug_option
 def command(
     bundle: Path,
     prompts: Path | None,

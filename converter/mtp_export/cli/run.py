@@ -52,6 +52,7 @@ def _num_drafts(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--seed", type=int, default=0, help="The same seed gives the same tokens.  [0]")
 @click.option(
     "--sampling-method",
+    "method",
     type=click.Choice(("match", "speculative")),
     default="match",
     help="How a sampled draft is accepted: match, if the target samples the same token; speculative, by the ratio of "
@@ -76,6 +77,7 @@ def _num_drafts(context: click.Context, parameter: click.Parameter, value: str |
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     bundle: Path,
     prompt: str | None,
     chat: bool,
@@ -84,17 +86,12 @@ def command(
     num_draft_tokens: int | Literal["auto"] | None,
     max_new_tokens: int,
     sampling: Literal["checkpoint"] | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
-    sampling_method: Literal["match", "speculative"],
-    repetition_penalty: float,
     stop: tuple[str, ...],
     threads: int,
     provider: Literal["cpu", "webgpu"],
     as_json: bool,
     debug: bool,
+    **drawing: Any,
 ) -> None:
     """Continue PROMPT, or standard input, with the reference runtime.
 
@@ -109,17 +106,10 @@ def command(
     if tools is not None and not chat:
         raise UserError("--tools is for the chat template: give --chat too")
     tool_list = None if tools is None else _declarations(Path(tools))
-    chosen = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        repetition_penalty=repetition_penalty,
-        method=sampling_method,
-    )
+    chosen = Sampling(**drawing)
     if sampling is not None:
         _check_nothing_is_stated(context, sampling)
-    elif temperature == 0.0:
+    elif chosen.temperature == 0.0:
         _check_nothing_is_for_drawing(context)
     check_stop_strings(stop)
     if prompt is None:
@@ -128,7 +118,7 @@ def command(
         prompt = sys.stdin.read()
     with Session.open(bundle, threads=threads, provider=provider) as session:
         if sampling is not None:
-            chosen = session.checkpoint_sampling(seed=seed, method=sampling_method)
+            chosen = session.checkpoint_sampling(seed=chosen.seed, method=chosen.method)
         text = session.chat_prompt(prompt, tools=tool_list) if chat else prompt
         generation = session.generate(
             text,
@@ -168,17 +158,22 @@ def _declarations(path: Path) -> list[dict[str, Any]]:
     return declared
 
 
+def _given_option(context: click.Context, name: str) -> str | None:
+    """Return the option of a parameter that the command line sets; None if it does not."""
+    if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        return None
+    return next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+
+
 def _check_nothing_is_for_drawing(context: click.Context) -> None:
-    for name in ("top_k", "top_p", "seed", "sampling_method"):
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            option = f"--{name.replace('_', '-')}"
+    for name in ("top_k", "top_p", "seed", "method"):
+        if option := _given_option(context, name):
             raise UserError(f"{option} is for tokens that are drawn: give a --temperature above 0 too")
 
 
 def _check_nothing_is_stated(context: click.Context, sampling: str) -> None:
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            option = f"--{name.replace('_', '-')}"
+        if option := _given_option(context, name):
             raise UserError(f"--sampling {sampling} and {option} contradict each other: give one")
 
 

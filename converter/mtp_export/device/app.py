@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.device.adb import Adb, AdbError
-from mtp_export.device.protocol import PlaceDescription, Processor, Request, StockAnswer, TextPrompt
+from mtp_export.device.protocol import OfPlace, Processor, Request, StockAnswer, TextPrompt
 from mtp_export.device.transfer import Sent, send, send_container
 
 PACKAGE = "io.mtpexport.demo"
@@ -43,12 +43,9 @@ class _Same(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     same_text: bool
 
 
-class AppReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AppReport(OfPlace, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `RunActivity` writes. The outputs of a run are those of one prompt after the other, warm-up left out."""
 
-    place: PlaceDescription
-    model: str
-    recipe: str
     container_sha256: str
     backend: Processor
     runs: tuple[StockAnswer, ...]

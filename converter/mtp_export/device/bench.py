@@ -119,16 +119,12 @@ def summarise(bundle: Path, measurement: Measurement) -> DeviceBench:
     per_token_ms = [output.decode_ms / output.num_tokens for output in plain.outputs if output.num_tokens]
     rounds = _rounds(manifest, bundle, plain, variants) if timed else []
     return DeviceBench(
-        bundle=bundle.name,
+        **DeviceBench.identity(bundle, manifest),
         bundle_sha256=sha256_of(bundle / MANIFEST_NAME),
-        model=manifest.model,
-        recipe=manifest.recipe,
-        drafter_recipe=manifest.drafter_recipe,
         backend=f"LiteRT-LM, {measurement.backend.upper()}",
         machine=f"{title(place)} ({place.system})",
         place=place,
         threads=measurement.threads,
-        cache_length=manifest.cache_length,
         max_new_tokens=measurement.max_new_tokens,
         repetitions=measurement.repetitions,
         open_s=variants[0].open_s,

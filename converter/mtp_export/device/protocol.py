@@ -54,6 +54,14 @@ class PlaceDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     versions: dict[str, str]
 
 
+class OfPlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every report on a bundle begins with: where it ran, and which model by which recipe."""
+
+    place: PlaceDescription
+    model: str
+    recipe: str
+
+
 class TraceRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The reference runtime's traces, one a prompt, with `num_draft_tokens` drafts a round."""
 

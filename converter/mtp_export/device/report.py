@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from mtp_export.device.protocol import PlaceDescription, TraceRun
+from mtp_export.device.protocol import OfPlace, PlaceDescription, TraceRun
 from mtp_runtime.measure.parity import Comparison, RunnerResult
 from mtp_runtime.measure.teacher_forcing import Distances
 
@@ -43,7 +43,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return "passed" if self.compared else "inconclusive"
 
 
-class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceReport(OfPlace, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The checks of a bundle on a place, stamped with the bundle and with where it ran; `host` is this machine.
 
     `left_out` names what was not checked, and why. `traces` are those of the place. On an emulated one the times in
@@ -51,11 +51,8 @@ class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     bundle_sha256: str
-    model: str
-    recipe: str
     max_new_tokens: int
     host: PlaceDescription
-    place: PlaceDescription
     checks: tuple[Check, ...]
     left_out: tuple[str, ...]
     traces: tuple[TraceRun, ...]

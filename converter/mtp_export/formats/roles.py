@@ -57,24 +57,6 @@ def _dynamic_target(request: TraceRequest) -> TracedGraph:
     return trace_target(request.target)
 
 
-def _static_embedder(role: str) -> Callable[[TraceRequest], TracedGraph]:
-    def trace(request: TraceRequest) -> TracedGraph:
-        from mtp_export.graph.static import trace_embedder
-
-        return trace_embedder(request.target, role)
-
-    return trace
-
-
-def _dynamic_embedder(role: str) -> Callable[[TraceRequest], TracedGraph]:
-    def trace(request: TraceRequest) -> TracedGraph:
-        from mtp_export.graph.dynamic import trace_embedder
-
-        return trace_embedder(request.target, role)
-
-    return trace
-
-
 def _static_drafter(request: TraceRequest) -> TracedGraph:
     from mtp_export.graph.static import trace_drafter
 
@@ -95,6 +77,24 @@ def _dynamic_drafter(request: TraceRequest) -> TracedGraph:
     )
 
 
+def _embedder(name: str, *, section: str) -> GraphRole:
+    """Return the role of a table of the target that looks rows up, which takes no GPU."""
+
+    def static(request: TraceRequest) -> TracedGraph:
+        from mtp_export.graph.static import trace_embedder
+
+        return trace_embedder(request.target, name)
+
+    def dynamic(request: TraceRequest) -> TracedGraph:
+        from mtp_export.graph.dynamic import trace_embedder
+
+        return trace_embedder(request.target, name)
+
+    return GraphRole(
+        name=name, part="target", looks_up=True, section=section, on_gpu=False, static=static, dynamic=dynamic
+    )
+
+
 # In the order in which they are traced, converted and listed.
 ROLES = {
     role.name: role
@@ -108,24 +108,8 @@ ROLES = {
             static=_static_target,
             dynamic=_dynamic_target,
         ),
-        GraphRole(
-            name="embedder",
-            part="target",
-            looks_up=True,
-            section="EMBEDDER",
-            on_gpu=False,
-            static=_static_embedder("embedder"),
-            dynamic=_dynamic_embedder("embedder"),
-        ),
-        GraphRole(
-            name="per_layer_embedder",
-            part="target",
-            looks_up=True,
-            section="PER_LAYER_EMBEDDER",
-            on_gpu=False,
-            static=_static_embedder("per_layer_embedder"),
-            dynamic=_dynamic_embedder("per_layer_embedder"),
-        ),
+        _embedder("embedder", section="EMBEDDER"),
+        _embedder("per_layer_embedder", section="PER_LAYER_EMBEDDER"),
         GraphRole(
             name="drafter",
             part="drafter",

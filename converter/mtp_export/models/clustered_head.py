@@ -10,7 +10,20 @@ from mtp_export.arch.spec import ClusteredHeadSpec
 from mtp_export.models import ops
 
 
-class ClusteredHead(nn.Module):
+class _Clusters(nn.Module):
+    """The parameters of a clustered head, a row of each for each cluster; `table` is laid out by the head itself."""
+
+    def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, table: Tensor, *, row_scales: bool) -> None:
+        super().__init__()
+        self.spec, self.hidden_size = spec, hidden_size
+        clusters, size = spec.num_centroids, spec.cluster_size
+        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
+        self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
+        self.table = nn.Parameter(table, requires_grad=False)
+        self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if row_scales else None
+
+
+class ClusteredHead(_Clusters):
     """Two-stage logit lookup over a table in cluster order.
 
     `table` is the drafter's tied embedding with its rows permuted by `token_ordering`, one cluster to a row, so that
@@ -19,13 +32,8 @@ class ClusteredHead(nn.Module):
     """
 
     def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, *, row_scales: bool) -> None:
-        super().__init__()
-        self.spec, self.hidden_size = spec, hidden_size
         clusters, size = spec.num_centroids, spec.cluster_size
-        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
-        self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
-        self.table = nn.Parameter(torch.zeros(clusters, size * hidden_size), requires_grad=False)
-        self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if row_scales else None
+        super().__init__(spec, hidden_size, torch.zeros(clusters, size * hidden_size), row_scales=row_scales)
         self.may_draft = nn.Parameter(torch.ones(clusters, size), requires_grad=False)
 
     def candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +65,7 @@ class ClusteredHead(nn.Module):
         return row.reshape(1, 1, self.spec.vocab_size)
 
 
-class BatchedClusteredHead(nn.Module):
+class BatchedClusteredHead(_Clusters):
     """The same for any number of sequences at a time, for runtimes that take candidates as they are.
 
     A cluster of `table` holds its tokens as columns, so that each of them is multiplied as it was gathered. With
@@ -65,14 +73,9 @@ class BatchedClusteredHead(nn.Module):
     """
 
     def __init__(self, spec: ClusteredHeadSpec, hidden_size: int, *, quantised: bool) -> None:
-        super().__init__()
-        self.spec, self.hidden_size = spec, hidden_size
-        clusters, size = spec.num_centroids, spec.cluster_size
-        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
-        self.token_ordering = nn.Parameter(torch.zeros(clusters, size, dtype=torch.int32), requires_grad=False)
         dtype = torch.int8 if quantised else torch.float32
-        self.table = nn.Parameter(torch.zeros(clusters, hidden_size, size, dtype=dtype), requires_grad=False)
-        self.row_scales = nn.Parameter(torch.ones(clusters, size), requires_grad=False) if quantised else None
+        table = torch.zeros(spec.num_centroids, hidden_size, spec.cluster_size, dtype=dtype)
+        super().__init__(spec, hidden_size, table, row_scales=quantised)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the candidates of every sequence, and the winner among them.

@@ -8,6 +8,7 @@ rows are kept (mtp_runtime/pooled_cache.py), so their slots are not positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -89,15 +90,23 @@ class _Projections(nn.Module):
         return self._rows(x, rope)
 
 
-class OwnerAttention(nn.Module):
-    """The attention of a layer that writes a cache."""
+class _Attention(nn.Module):
+    """The norm, the projections and the window of a layer's attention."""
+
+    _owner: ClassVar[bool]
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
         self.window = spec.visible(layer) or 0
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = _Projections(spec, layer, owner=True)
+        self.self_attn = _Projections(spec, layer, owner=self._owner)
+
+
+class OwnerAttention(_Attention):
+    """The attention of a layer that writes a cache."""
+
+    _owner = True
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **cache: Tensor) -> dict[str, Tensor]:
         """Shapes: x [B,T,H], cos and sin [B,T,1,D], cache as the fields of ops.Cache
@@ -110,15 +119,10 @@ class OwnerAttention(nn.Module):
         return {"attended": self.self_attn.o_proj(out), "key_cache": key_cache, "value_cache": value_cache}
 
 
-class ReaderAttention(nn.Module):
+class ReaderAttention(_Attention):
     """The attention of a layer that reads what another layer wrote."""
 
-    def __init__(self, spec: DecoderSpec, layer: LayerSpec) -> None:
-        super().__init__()
-        self.num_heads = spec.num_heads
-        self.window = spec.visible(layer) or 0
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = _Projections(spec, layer, owner=False)
+    _owner = False
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **cache: Tensor) -> dict[str, Tensor]:
         """Shapes: x [B,T,H], cos and sin [B,T,1,D], cache as the fields of ops.Cache

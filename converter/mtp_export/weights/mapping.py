@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -109,9 +110,8 @@ def drafter_parameters(
         for name, shape in graph.weights.items()
         if name not in _DERIVED
     }
-    table = _clustered_table(
-        checkpoint, spec, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights, never_drafted=never_drafted
-    )
+    order = _ClusterOrder(checkpoint=checkpoint, spec=spec, never_drafted=never_drafted)
+    table = _clustered_table(order, graph.weights[_TABLE], row_scales=_ROW_SCALES in graph.weights)
     return {name: value for name, value in (parameters | table).items() if name in graph.weights}
 
 
@@ -136,21 +136,50 @@ def _stored(
     return Parameter(shape=shape, format=format, rows=functools.partial(checkpoint.rows, name), looked_up=looked_up)
 
 
-def _clustered_table(
-    checkpoint: Checkpoint,
-    spec: DrafterSpec,
-    shape: tuple[int, ...],
-    *,
-    row_scales: bool,
-    never_drafted: Sequence[int],
-) -> dict[str, Parameter]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ClusterOrder:
+    """The drafter's vocabulary in cluster order, a row for each cluster, and what the graph looks up in it.
+
+    The checkpoint is read at the first use, since a plan reads nothing. `never_drafted` are token ids.
+    """
+
+    checkpoint: Checkpoint
+    spec: DrafterSpec
+    never_drafted: Sequence[int]
+
+    @functools.cached_property
+    def ordering(self) -> NDArray[np.int64]:
+        """Shapes: -> [clusters, V / clusters]"""
+        return token_ordering(self.checkpoint, self.spec)
+
+    def token_ids(self, start: int, stop: int) -> NDArray[np.int32]:
+        return self.ordering[start:stop].astype(np.int32)
+
+    def may_draft(self, start: int, stop: int) -> NDArray[np.float32]:
+        return np.isin(self.ordering[start:stop], self.never_drafted, invert=True).astype(np.float32)
+
+    def token_places(self, start: int, stop: int) -> NDArray[np.int32]:
+        return self._places[start:stop]
+
+    @functools.cached_property
+    def _places(self) -> NDArray[np.int32]:
+        """A token that is never drafted has the score of the first that may be, which wins where they are equal; those
+        before it are left as they are."""
+        by_token = np.argsort(self.ordering, axis=None).astype(np.int32)
+        first = next((token for token in range(self.spec.vocab_size) if token not in self.never_drafted), 0)
+        by_token[[token for token in self.never_drafted if token > first]] = by_token[first]
+        return by_token
+
+    def embeddings(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the embeddings of some clusters' tokens. Shapes: -> [tokens,H]"""
+        return self.checkpoint.rows_at(self.checkpoint.head, self.ordering[start:stop].reshape(-1))
+
+
+def _clustered_table(order: _ClusterOrder, shape: tuple[int, ...], *, row_scales: bool) -> dict[str, Parameter]:
     """The embedding in cluster order: float32, or int8 with the tokens' scales apart where the graph multiplies by
     them. A table of three axes holds the tokens of a cluster as columns, one of two axes as rows one after another."""
+    spec = order.spec
     clusters, size = spec.head.num_centroids, spec.head.cluster_size
-    ordering = functools.cache(lambda: token_ordering(checkpoint, spec))  # a plan never reads it
-
-    def tokens(start: int, stop: int) -> NDArray[np.float32]:
-        return checkpoint.rows_at(checkpoint.head, ordering()[start:stop].reshape(-1))
 
     def laid_out(rows: NDArray[Any]) -> NDArray[Any]:
         if len(shape) == 2:
@@ -158,38 +187,20 @@ def _clustered_table(
         return rows.reshape(-1, size, spec.hidden_size).transpose(0, 2, 1)
 
     def table(start: int, stop: int) -> NDArray[Any]:
-        return laid_out(tokens(start, stop))
+        return laid_out(order.embeddings(start, stop))
 
     def table_int8(start: int, stop: int) -> NDArray[Any]:
-        return laid_out(quantise(tokens(start, stop), INT8)[0])
+        return laid_out(quantise(order.embeddings(start, stop), INT8)[0])
 
     def scales(start: int, stop: int) -> NDArray[np.float32]:
         # A row of scales stands for a whole cluster of embeddings, so a block of them is cut up further.
-        pieces = [quantise(tokens(i, min(i + 64, stop)), INT8)[1].reshape(-1, size) for i in range(start, stop, 64)]
-        return np.concatenate(pieces)
-
-    def token_ids(start: int, stop: int) -> NDArray[np.int32]:
-        return ordering()[start:stop].astype(np.int32)
-
-    def may_draft(start: int, stop: int) -> NDArray[np.float32]:
-        return np.isin(ordering()[start:stop], never_drafted, invert=True).astype(np.float32)
-
-    @functools.cache
-    def places() -> NDArray[np.int32]:
-        """A token that is never drafted has the score of the first that may be, which wins where they are equal; those
-        before it are left as they are."""
-        by_token = np.argsort(ordering(), axis=None).astype(np.int32)
-        first = next((token for token in range(spec.vocab_size) if token not in never_drafted), 0)
-        by_token[[token for token in never_drafted if token > first]] = by_token[first]
-        return by_token
-
-    def token_places(start: int, stop: int) -> NDArray[np.int32]:
-        return places()[start:stop]
+        bounds = [(i, min(i + 64, stop)) for i in range(start, stop, 64)]
+        return np.concatenate([quantise(order.embeddings(*some), INT8)[1].reshape(-1, size) for some in bounds])
 
     parameters = {
-        _ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=token_ids),
-        _PLACES: Parameter(shape=(spec.vocab_size,), format=FLOAT32, rows=token_places),
-        _MAY_DRAFT: Parameter(shape=(clusters, size), format=FLOAT32, rows=may_draft),
+        _ORDERING: Parameter(shape=(clusters, size), format=FLOAT32, rows=order.token_ids),
+        _PLACES: Parameter(shape=(spec.vocab_size,), format=FLOAT32, rows=order.token_places),
+        _MAY_DRAFT: Parameter(shape=(clusters, size), format=FLOAT32, rows=order.may_draft),
     }
     if not row_scales:
         return parameters | {_TABLE: Parameter(shape=shape, format=FLOAT32, rows=table)}

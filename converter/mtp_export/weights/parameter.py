@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -68,6 +68,12 @@ def _one_thread_each() -> Iterator[None]:
 
 # The parameters of each graph, by role and name.
 Values = Mapping[str, Mapping[str, Parameter]]
+
+
+def check_complete(role: str, names: Collection[str], parameters: Mapping[str, Parameter]) -> None:
+    """Check that every parameter that a graph names is there."""
+    if missing := sorted(set(names) - set(parameters)):
+        raise AssertionError(f"no data for the parameters {missing} of {role}")
 
 
 def row_blocks(parameter: Parameter, function: Callable[[Any], Result]) -> Iterator[Result]:

@@ -56,6 +56,8 @@ INT4_BLOCKS = WeightFormat(bits=4, block_size=32)
 Q4_0 = WeightFormat(bits=4, block_size=32, scale="q4_0")
 # The widest blocks that LiteRT multiplies: their scales take less than those of rows, which every signature repeats.
 _INT4_FITTED = WeightFormat(bits=4, block_size=256, scale="fitted")
+_INT2 = WeightFormat(bits=2, block_size=0, scale="fitted")
+_INT2_BLOCKS = WeightFormat(bits=2, block_size=256, scale="fitted")
 
 RECIPES = {
     recipe.name: recipe
@@ -64,27 +66,17 @@ RECIPES = {
         Recipe(name="int8", linear=INT8, head=INT8, embedding=INT8, per_layer_embedding=INT8),
         # The head decides between near words and the embedding feeds both models: at 8 bits they cost little.
         Recipe(name="int4", linear=INT4, head=INT8, embedding=INT8, per_layer_embedding=INT4),
-        Recipe(
-            name="int4-block",
-            linear=INT4_BLOCKS,
-            head=INT8,
-            embedding=INT8,
-            per_layer_embedding=INT4_BLOCKS,
-        ),
+        Recipe(name="int4-block", linear=INT4_BLOCKS, head=INT8, embedding=INT8, per_layer_embedding=INT4_BLOCKS),
         # For phones, the smallest, and with 8 bits where 4 cost most; docs/decisions/0007 has what each choice costs.
         Recipe(
-            name="mobile",
-            linear=_INT4_FITTED,
-            head=_INT4_FITTED,
-            embedding=_INT4_FITTED,
-            per_layer_embedding=WeightFormat(bits=2, block_size=0, scale="fitted"),
+            name="mobile", linear=_INT4_FITTED, head=_INT4_FITTED, embedding=_INT4_FITTED, per_layer_embedding=_INT2
         ),
         Recipe(
             name="mobile-plus",
             linear=_INT4_FITTED,
             head=INT8,
             embedding=_INT4_FITTED,
-            per_layer_embedding=WeightFormat(bits=2, block_size=256, scale="fitted"),
+            per_layer_embedding=_INT2_BLOCKS,
             linear_int8=("k_proj", "v_proj", "o_proj", "per_layer_projection", "per_layer_model_projection"),
         ),
         # For QAT checkpoints: weights that lie on this lattice are stored as they are.

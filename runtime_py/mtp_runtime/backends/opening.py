@@ -9,6 +9,16 @@ from mtp_runtime.errors import UserError
 from mtp_runtime.generate.backend import Backend, Provider
 
 
+def check_threads(threads: int) -> None:
+    """Check a number of threads before a bundle is opened for it, which may take long.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if threads < 1:
+        raise UserError(f"threads is {threads}: give 1 or more")
+
+
 def open_backend(bundle: Bundle, threads: int, cache_dir: Path | None, provider: Provider) -> Backend:
     """Open the bundle's graphs with the library of its export format.
 

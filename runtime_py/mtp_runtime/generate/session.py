@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
-from mtp_runtime.backends.opening import open_backend
+from mtp_runtime.backends.opening import check_threads, open_backend
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.bundle.contract import Manifest
 from mtp_runtime.errors import BundleError, MtpError, UserError
@@ -54,8 +54,7 @@ class Session:
             BundleError: the bundle is missing, damaged, of another kind or of a newer version.
             BackendError: the inference library refuses its graphs.
         """
-        if threads < 1:
-            raise UserError(f"threads is {threads}: give 1 or more")
+        check_threads(threads)
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
             backend = open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir), provider)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
+from mtp_runtime.backends.opening import check_threads
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.errors import UserError
 from mtp_runtime.generate.options import GenerationOptions, OptionChanges
@@ -37,11 +38,9 @@ class SessionBatch:
 
         Raises:
             UserError: it was exported for one sequence alone.
-            BundleError: the bundle is missing, damaged, of another kind or of a newer version.
-            BackendError: the inference library refuses its graphs.
+            MtpError: as `Session.open` does.
         """
-        if threads < 1:
-            raise UserError(f"threads is {threads}: give 1 or more")
+        check_threads(threads)
         with contextlib.ExitStack() as opened:
             bundle = opened.enter_context(Bundle.open(path, verify=verify))
             if bundle.manifest.batch_size < 2:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from mtp_runtime.bundle.contract import Manifest
 from mtp_runtime.measure.timing import Rounds, Timing, round_ms
 
 
@@ -29,6 +32,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     passes: Mapping[str, Timing]
     rounds: Sequence[Rounds]
     break_even: Mapping[int, float | None]
+
+    @staticmethod
+    def identity(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+        """Return the fields that say which bundle was measured."""
+        return {
+            "bundle": bundle.name,
+            "model": manifest.model,
+            "recipe": manifest.recipe,
+            "drafter_recipe": manifest.drafter_recipe,
+            "cache_length": manifest.cache_length,
+        }
 
     @property
     def medians_ms(self) -> dict[str, float]:

@@ -27,26 +27,26 @@ def render_chat(
     *,
     special_tokens: Mapping[str, str] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
     """Return the prompt that asks the model for its next turn after `messages`.
 
     `special_tokens` are texts by name, such as bos_token; `tools` are JSON schemas of functions; `variables` are
-    further names that the template reads, such as enable_thinking, or another bos_token. The template is data from
-    anywhere: it runs in jinja2's sandbox, with the names, filters and options that transformers gives it.
+    further names that the template reads, such as enable_thinking, `documents` to answer from, or another bos_token.
+    The template is data from anywhere: it runs in jinja2's sandbox, with the names, filters and options that
+    transformers gives it.
 
     Raises:
         BundleError: the template does not work.
         UserError: the template refuses the conversation.
     """
     names: dict[str, Any] = {
+        "documents": None,  # as transformers has it: a template may ask whether it is none
         **(special_tokens or {}),
         **variables,
         "messages": [_with_reasoning(message) for message in messages],
         "tools": None if tools is None else [dict(tool) for tool in tools],
-        "documents": None if documents is None else [dict(document) for document in documents],
         "add_generation_prompt": add_generation_prompt,
     }
     try:

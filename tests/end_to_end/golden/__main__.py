@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,66 +28,35 @@ from tests.end_to_end.golden.files import (
     ParityCase,
 )
 
+
+def _case(name: str, **changes: Any) -> ParityCase:
+    return ParityCase(name=name, **({"tolerance": 0.05, "max_new_tokens": 8} | changes))
+
+
 _CASES = (
-    ParityCase(
-        name="equal", reference=(5, 6, 7), tokens=(5, 6, 7), margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="near-tie at the tolerance",
-        reference=(5, 6, 7),
-        tokens=(5, 9, 7),
-        margins=(1, 0.05, 1),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
-    ParityCase(
-        name="just above it", reference=(5, 6), tokens=(5, 9), margins=(1, 0.051), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="only the first difference counts",
-        reference=(5, 6, 7),
-        tokens=(4, 6, 9),
-        margins=(1, 1, 0.01),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
-    ParityCase(name="ended early", reference=(5, 6), tokens=(5,), margins=(1, 1), tolerance=0.05, max_new_tokens=8),
-    ParityCase(name="went on", reference=(5,), tokens=(5, 6), margins=(1,), tolerance=0.05, max_new_tokens=8),
-    ParityCase(
-        name="more than asked", reference=(5, 6), tokens=(5, 6, 7), margins=(1, 1), tolerance=0, max_new_tokens=2
-    ),
-    ParityCase(
-        name="text", pieces=("de", "f ", "x"), text="def x", margins=(1, 1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text goes on", pieces=("de", "f "), text="def more", margins=(1, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text differs", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.2, 1), tolerance=0.05, max_new_tokens=8
-    ),
-    ParityCase(
-        name="text, near-tie",
-        pieces=("ä", "é", "x"),
-        text="äêx",
-        margins=(1, 0.02, 1),
-        tolerance=0.05,
-        max_new_tokens=8,
-    ),
+    _case("equal", reference=(5, 6, 7), tokens=(5, 6, 7), margins=(1, 1, 1)),
+    _case("near-tie at the tolerance", reference=(5, 6, 7), tokens=(5, 9, 7), margins=(1, 0.05, 1)),
+    _case("just above it", reference=(5, 6), tokens=(5, 9), margins=(1, 0.051)),
+    _case("only the first difference counts", reference=(5, 6, 7), tokens=(4, 6, 9), margins=(1, 1, 0.01)),
+    _case("ended early", reference=(5, 6), tokens=(5,), margins=(1, 1)),
+    _case("went on", reference=(5,), tokens=(5, 6), margins=(1,)),
+    _case("more than asked", reference=(5, 6), tokens=(5, 6, 7), margins=(1, 1), tolerance=0, max_new_tokens=2),
+    _case("text", pieces=("de", "f ", "x"), text="def x", margins=(1, 1, 1)),
+    _case("text goes on", pieces=("de", "f "), text="def more", margins=(1, 1)),
+    _case("text differs", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.2, 1)),
+    _case("text, near-tie", pieces=("ä", "é", "x"), text="äêx", margins=(1, 0.02, 1)),
 )
+
+
+_AS_GENERATED = ("prompt_ids", "tokens", "origins", "finish_reason")  # fields that golden traces have unchanged
 
 
 def judge(case: ParityCase) -> Comparison:
     """Return Python's verdict on a case."""
+    near_ties: dict[str, Any] = {"margins": case.margins, "tolerance": case.tolerance}
     if case.text is not None:
-        return compare_text(case.name, case.pieces, case.text, margins=case.margins, tolerance=case.tolerance)
-    return compare_tokens(
-        case.name,
-        case.reference,
-        case.tokens,
-        margins=case.margins,
-        tolerance=case.tolerance,
-        max_new_tokens=case.max_new_tokens,
-    )
+        return compare_text(case.name, case.pieces, case.text, **near_ties)
+    return compare_tokens(case.name, case.reference, case.tokens, max_new_tokens=case.max_new_tokens, **near_ties)
 
 
 def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
@@ -104,12 +74,9 @@ def traces_of(recipe: str, bundle: Path) -> list[GoldenTrace]:
                         prompt=prompt.id,
                         recipe=recipe,
                         num_draft_tokens=depth,
-                        prompt_ids=trace.prompt_ids,
-                        tokens=trace.tokens,
-                        origins=trace.origins,
                         margins=tuple(round(margin, 3) for margin in trace.margins),
                         pieces=tuple(session.text_pieces(trace.tokens)),
-                        finish_reason=trace.finish_reason,
+                        **{name: getattr(trace, name) for name in _AS_GENERATED},
                     )
                 )
     return traces

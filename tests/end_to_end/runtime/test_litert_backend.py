@@ -124,6 +124,12 @@ def test_a_closed_session_refuses_to_generate(toy_folder: Path) -> None:
         session.generate(TOY_PROMPT)
 
 
+def printed(code: str, bundle: Path) -> tuple[str, str]:
+    """Return what code prints and what it writes as errors in a process of its own, with a bundle as its argument."""
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
 def test_the_library_prints_nothing(toy_folder: Path) -> None:
     code = (
         "import sys; from mtp_runtime import Session\n"
@@ -131,8 +137,7 @@ def test_the_library_prints_nothing(toy_folder: Path) -> None:
         "    print(len(session.generate([2, 5], max_new_tokens=5, stop_token_ids=()).finish().tokens))\n"
         "print('seen', file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(toy_folder)], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("5\n", "seen\n")
+    assert printed(code, toy_folder) == ("5\n", "seen\n")
 
 
 @pytest.mark.parametrize("fault", ["no graph", "other signature"])
@@ -148,9 +153,9 @@ def test_the_library_prints_nothing_when_a_bundle_is_refused(toy_folder: Path, t
         "except MtpError as error: print(error, file=sys.stderr)\n"
         "gc.collect()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stderr.startswith(("LiteRT refuses the bundle: ", "the drafter graph has no signature"))
-    assert done.stderr.count("\n") == 1
+    _, errors = printed(code, tmp_path)
+    assert errors.startswith(("LiteRT refuses the bundle: ", "the drafter graph has no signature"))
+    assert errors.count("\n") == 1
 
 
 def edited(folder: Path, tmp_path: Path, **changes: object) -> Path:

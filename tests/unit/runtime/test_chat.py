@@ -8,6 +8,7 @@ import pytest
 
 from mtp_runtime.errors import BundleError, UserError
 from mtp_runtime.text.chat import Message, render_chat
+from tests.support.chats import rendered_by_transformers
 
 TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
@@ -103,19 +104,10 @@ MESSAGES: list[Message] = [
     ],
 )
 def test_transformers_renders_the_same(tools: list[Any] | None, prompt: bool, variables: dict[str, Any]) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     messages: list[Message] = [*MESSAGES[:3], {**MESSAGES[3], "content": "ok"}, MESSAGES[4]]
-    rendered: Any = render_jinja_template(
-        [[dict(message) for message in messages]],
-        tools=tools,
-        chat_template=WIDE,
-        add_generation_prompt=prompt,
-        bos_token="<bos>",
-        **variables,
-    )
-    text = render_chat(WIDE, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **variables)
-    assert text == rendered[0][0]
+    options = {"tools": tools, "add_generation_prompt": prompt, **variables}
+    text = render_chat(WIDE, messages, bos_token="<bos>", **options)
+    assert text == rendered_by_transformers(WIDE, messages, **options)
     assert "a < b & 'é'" in text
     assert ("<think>" in text) == ("enable_thinking" in variables)
     assert '"x"' not in text.split("</tool>")[-1]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtp_runtime.text.chat import Message, render_chat
+from tests.support.chats import rendered_by_transformers
 
 TOOL = {
     "type": "function",
@@ -100,18 +101,7 @@ def test_a_conversation_becomes_the_expected_text(template: str, name: str) -> N
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_transformers_renders_the_same(template: str, name: str, prompt: bool) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     messages, options, _ = CONVERSATIONS[name]
-    tools = options.get("tools")
-    others = {key: value for key, value in options.items() if key != "tools"}
-    rendered: Any = render_jinja_template(
-        [[dict(message) for message in messages]],
-        tools=tools,
-        chat_template=template,
-        add_generation_prompt=prompt,
-        bos_token="<bos>",
-        **others,
-    )
-    text = render_chat(template, messages, bos_token="<bos>", tools=tools, add_generation_prompt=prompt, **others)
-    assert text == rendered[0][0]
+    options = {**options, "add_generation_prompt": prompt}
+    text = render_chat(template, messages, bos_token="<bos>", **options)
+    assert text == rendered_by_transformers(template, messages, **options)

@@ -61,20 +61,24 @@ class Run:
         return self.backend.signatures[role, name].runs
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
-    most=st.integers(0, 4),
-    count=st.integers(1, 50),
+# Prompts, numbers of drafts and of tokens, and by position, over and over, whether the drafter is right.
+any_request = given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
+    drafts=st.integers(0, 4),
+    count=st.integers(1, 60),
     pattern=st.lists(st.booleans(), min_size=1, max_size=12),
 )
-def test_a_k_that_adapts_changes_no_token(prompt: list[int], most: int, count: int, pattern: list[bool]) -> None:
+
+
+@settings(deadline=None, max_examples=60)
+@any_request
+def test_a_k_that_adapts_changes_no_token(prompt: list[int], drafts: int, count: int, pattern: list[bool]) -> None:
     run = Run(lambda position: pattern[position % len(pattern)])
-    adaptive = dataclasses.replace(request(prompt, count=count, drafts=most), adaptive=True)
+    adaptive = dataclasses.replace(request(prompt, count=count, drafts=drafts), adaptive=True)
     for _ in range(3):  # what it learnt stays from one generation to the next
         room = run.manifest.context_length - len(prompt)
         assert run.ids(adaptive) == continuation(prompt, min(count, room))
-        assert len(run.stats.drafted_at) <= most
+        assert len(run.stats.drafted_at) <= drafts
         assert sum(run.stats.rounds_by_num_drafts) == run.stats.rounds + run.stats.decode_steps
 
 
@@ -96,12 +100,7 @@ def test_a_k_that_adapts_learns_whether_drafts_are_right() -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
-    drafts=st.integers(0, 4),
-    count=st.integers(1, 60),
-    pattern=st.lists(st.booleans(), min_size=1, max_size=12),
-)
+@any_request
 def test_output_never_depends_on_the_drafter_or_on_k(
     prompt: list[int], drafts: int, count: int, pattern: list[bool]
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mtp_export.bundle.stock_template.compose import NEXT, Habits, habits_of, stock_template
-from mtp_export.bundle.stock_template.conversations import Conversation, Message, conversations
+from mtp_export.bundle.stock_template.conversations import Conversation, Message, conversations, with_answers_moved
 from mtp_export.bundle.stock_template.rendering import Rendered, render_in_stock
 from mtp_export.bundle.stock_template.stub import write_stub
 from mtp_export.child_process import ChildFailedError, ChildTimeoutError, answer_parent, limit_memory, run_child
@@ -260,14 +260,12 @@ def _with_wrapped_list(message: Message) -> Message:
 
 def _with_answers_in_calls(messages: Sequence[Message]) -> list[Message]:
     """Return messages with answers of tools as `tool_responses` of the message that called them."""
-    moved: list[Message] = []
-    for message in messages:
-        if message["role"] != "tool":
-            moved.append(message)
-            continue
+
+    def add(moved: list[Message], message: Message) -> None:
         answer = {"name": message["name"], "response": message["content"]}
         moved[-1] = moved[-1] | {"tool_responses": [*moved[-1].get("tool_responses", []), answer]}
-    return moved
+
+    return with_answers_moved(messages, add)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ of a single text is a text, for LiteRT-LM makes no difference between that and a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -35,17 +35,26 @@ def conversations() -> list[Conversation]:
 
 def as_stock(messages: Sequence[Message]) -> list[Message]:
     """Return messages as an app hands them to LiteRT-LM: answers of tools as parts, consecutive ones in one message."""
-    stock: list[Message] = []
-    for message in messages:
-        if message["role"] != "tool":
-            stock.append(message)
-            continue
+
+    def add(stock: list[Message], message: Message) -> None:
         answer = {"type": "tool_response", "name": message.get("name", ""), "response": message["content"]}
         if stock and stock[-1]["role"] == "tool":
             stock[-1]["content"].append(answer)
         else:
             stock.append({"role": "tool", "content": [answer]})
-    return stock
+
+    return with_answers_moved(messages, add)
+
+
+def with_answers_moved(messages: Sequence[Message], add: Callable[[list[Message], Message], None]) -> list[Message]:
+    """Return messages in which `add` adds each answer of a tool to those before it."""
+    moved: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool":
+            add(moved, message)
+        else:
+            moved.append(message)
+    return moved
 
 
 def _user(content: Any) -> Message:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from mtp_export.formats.onnx.convert import MICROSOFT_DOMAIN, LoweredGraph
-from mtp_export.weights.parameter import OnBlock, Parameter, row_blocks
+from mtp_export.weights.parameter import OnBlock, Parameter, check_complete, row_blocks
 from mtp_export.weights.quantise import as_integers, pack
 
 _ALIGNMENT = 64  # of every tensor, so that mapped weights suit any vector unit
@@ -34,6 +34,19 @@ _NUMPY_TYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DataFile:
+    """The open file of data, and the name by which the graph refers to it."""
+
+    file: BinaryIO
+    name: str
+
+    def align(self) -> int:
+        """Fill up to the next aligned offset, and return it."""
+        self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
+        return self.file.tell()
+
+
 def write_onnx(
     lowered: LoweredGraph,
     parameters: Mapping[str, Parameter],
@@ -45,13 +58,11 @@ def write_onnx(
     `on_block` is told of every block of a parameter that was written.
     """
     model = lowered.model
-    missing = sorted(set(lowered.weights) - set(parameters))
-    if missing:
-        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
+    check_complete(lowered.role, lowered.weights, parameters)
     data = path.with_name(path.name + ".data")
     with data.open("wb") as file:
         for name in lowered.weights:
-            _write_parameter(model.graph, name, parameters[name], file, data.name, on_block)
+            _write_parameter(model.graph, name, parameters[name], _DataFile(file=file, name=data.name), on_block)
     needed = sorted({node.domain for node in model.graph.node})
     for domain in needed:
         if domain not in {opset.domain for opset in model.opset_import}:
@@ -70,21 +81,16 @@ def block_size(parameter: Parameter) -> int:
 
 
 def _write_parameter(
-    graph: onnx.GraphProto,
-    name: str,
-    parameter: Parameter,
-    file: BinaryIO,
-    location: str,
-    on_block: OnBlock,
+    graph: onnx.GraphProto, name: str, parameter: Parameter, data: _DataFile, on_block: OnBlock
 ) -> None:
     format = parameter.format
     if format.bits == 32 or parameter.unit_scale:
-        start = _align(file)
+        start = data.align()
         for piece in row_blocks(parameter, lambda rows: rows):
-            file.write(np.ascontiguousarray(piece).data)
+            data.file.write(np.ascontiguousarray(piece).data)
             dtype = piece.dtype
             on_block(piece.nbytes, name)
-        _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, file, start, location)
+        _declare(graph, name, _NUMPY_TYPES[dtype], parameter.shape, data, start)
         return
     rows, columns = parameter.shape
     size = block_size(parameter)
@@ -98,10 +104,10 @@ def _write_parameter(
         # Both operations take unsigned values whose zero is in the middle.
         return pack((values.view(np.uint8) + np.uint8(1 << (format.bits - 1))).view(np.int8), format.bits), block_scales
 
-    start = _align(file)
+    start = data.align()
     done = 0
     for block, block_scales in row_blocks(parameter, packed):
-        file.write(np.ascontiguousarray(block).data)
+        data.file.write(np.ascontiguousarray(block).data)
         scales[done : done + len(block_scales)] = block_scales
         done += len(block_scales)
         on_block(block.nbytes, name)
@@ -109,10 +115,10 @@ def _write_parameter(
     shape: tuple[int, ...] = (rows, columns * format.bits // 8)
     if uses == "MatMulNBits":
         shape = (rows, columns // size, size * format.bits // 8)
-    _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, file, start, location)
-    start = _align(file)
-    file.write(scales.data)
-    _declare(graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), file, start, location)
+    _declare(graph, f"{name}.quantised", TensorProto.UINT8, shape, data, start)
+    start = data.align()
+    data.file.write(scales.data)
+    _declare(graph, f"{name}.scales", TensorProto.FLOAT, (rows, columns // size), data, start)
     on_block(scales.nbytes, name)
 
 
@@ -147,29 +153,16 @@ def _replace(graph: onnx.GraphProto, name: str, rows: int, columns: int, size: i
     return kind
 
 
-def _declare(
-    graph: onnx.GraphProto,
-    name: str,
-    kind: int,
-    shape: tuple[int, ...],
-    file: BinaryIO,
-    start: int,
-    location: str,
-) -> None:
+def _declare(graph: onnx.GraphProto, name: str, kind: int, shape: tuple[int, ...], data: _DataFile, start: int) -> None:
     """Add an initializer whose data is what was written since `start`."""
     tensor = TensorProto()
     tensor.name, tensor.data_type, tensor.data_location = name, kind, TensorProto.EXTERNAL
     tensor.dims.extend(shape)
-    written = file.tell() - start
+    written = data.file.tell() - start
     itemsize = helper.tensor_dtype_to_np_dtype(kind).itemsize
     if written != math.prod(shape) * itemsize:
         raise AssertionError(f"{name}: {written} bytes were written for {shape}")
-    for key, value in (("location", location), ("offset", str(start)), ("length", str(written))):
+    for key, value in (("location", data.name), ("offset", str(start)), ("length", str(written))):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     graph.initializer.append(tensor)
-
-
-def _align(file: BinaryIO) -> int:
-    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-    return file.tell()

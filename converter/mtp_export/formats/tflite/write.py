@@ -21,6 +21,7 @@ from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.weights.parameter import (
     OnBlock,
     Parameter,
+    check_complete,
     row_blocks,
 )
 from mtp_export.weights.quantise import as_integers, pack, with_positive_scales
@@ -47,19 +48,17 @@ def write_graph(
     data = {i: np.asarray(buffer.data, np.uint8) for i, buffer in constants}
     for _, buffer in constants:
         _reserve(buffer)
+    check_complete(lowered.role, lowered.weights, parameters)
     places = {
         name: _declare(model, lowered.weights[name], p) for name, p in parameters.items() if name in lowered.weights
     }
-    missing = sorted(set(lowered.weights) - set(places))
-    if missing:
-        raise AssertionError(f"no data for the parameters {missing} of {lowered.role}")
     header_bytes = _aligned(len(_serialise(model)))
     with path.open("wb") as file:
         file.seek(header_bytes)
         for i, constant in data.items():
             _write(file, model.buffers[i], iter([constant]))
         for name, place in places.items():
-            _stream(file, model, name, lowered.weights[name], parameters[name], place, on_block)
+            _stream(file, model, name, parameters[name], place, on_block)
         end = file.tell()
         header = _serialise(model)
         if _aligned(len(header)) != header_bytes:
@@ -71,8 +70,10 @@ def write_graph(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Place:
-    """The buffers that a parameter was given: its data, and for blockwise formats the scales."""
+    """The tensors that a parameter is, each by its subgraph and its number there, and the buffers that they were given:
+    the data, and for blockwise formats the scales."""
 
+    tensors: Sequence[tuple[int, int]]
     data: schema.BufferT
     scales: schema.BufferT | None
 
@@ -89,11 +90,11 @@ def _reserve(buffer: schema.BufferT) -> None:
     buffer.data, buffer.offset, buffer.size = None, 1, 1
 
 
-def _declare(model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: Parameter) -> _Place:
+def _declare(model: schema.ModelT, tensors: Sequence[tuple[int, int]], parameter: Parameter) -> _Place:
     """Give the tensors of a parameter their type, quantisation and shared buffers."""
     index, data = _new_buffer(model)
     scales_index, scales = _new_buffer(model) if parameter.format.block_size else (0, None)
-    for subgraph_index, tensor_index in uses:
+    for subgraph_index, tensor_index in tensors:
         subgraph = model.subgraphs[subgraph_index]
         tensor = subgraph.tensors[tensor_index]
         if tuple(tensor.shape) != parameter.shape:
@@ -109,7 +110,7 @@ def _declare(model: schema.ModelT, uses: Sequence[tuple[int, int]], parameter: P
         else:
             # Values follow when they are known; the lengths must be right for the size of the header.
             tensor.quantization = _per_channel(np.zeros(parameter.shape[0], np.float32))
-    return _Place(data=data, scales=scales)
+    return _Place(tensors=tensors, data=data, scales=scales)
 
 
 def _per_channel(scales: NDArray[np.float32]) -> schema.QuantizationParametersT:
@@ -153,20 +154,14 @@ def _retype_unit_scale(model: schema.ModelT, subgraph: schema.SubGraphT, tensor_
 
 
 def _stream(
-    file: BinaryIO,
-    model: schema.ModelT,
-    name: str,
-    uses: Sequence[tuple[int, int]],
-    parameter: Parameter,
-    place: _Place,
-    on_block: OnBlock,
+    file: BinaryIO, model: schema.ModelT, name: str, parameter: Parameter, place: _Place, on_block: OnBlock
 ) -> None:
     """Write a parameter's data and fill in its scales."""
     rows, columns = parameter.shape[0], parameter.shape[-1]
     quantised = parameter.format.bits < 32 and not parameter.unit_scale
     # One array for all: many small ones, kept between the large ones that come and go, would tear memory to pieces.
     scales = np.empty((rows, columns // (parameter.format.block_size or columns) if quantised else 0), np.float32)
-    multiplied = _is_multiplied(model, uses)
+    multiplied = _is_multiplied(model, place.tensors)
 
     def packed(rows: Any) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         if not quantised:
@@ -187,7 +182,7 @@ def _stream(
 
     _write(file, place.data, blocks())
     if quantised and place.scales is None:
-        for subgraph_index, tensor_index in uses:
+        for subgraph_index, tensor_index in place.tensors:
             model.subgraphs[subgraph_index].tensors[tensor_index].quantization.scale = scales.reshape(-1)
     elif place.scales is not None:
         _write(file, place.scales, iter([_half(name, scales)]))
