@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from mtp_export.bundle.journal import Journal, identity
 from mtp_export.bundle.manifest import BundleContents, write_bundle
 from mtp_export.bundle.staging import check_free, staged_folder
 from mtp_export.config import ExportConfig
-from mtp_export.formats.format import Format, LoweredGraph, WriteRequest, format_of
-from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
+from mtp_export.formats.format import Format, LoweredGraph, ReplyEnds, WriteRequest, format_of
 from mtp_export.graph.ir import TracedGraph
-from mtp_export.pair_graphs import Settings, pair_left_aside, trace_pair
+from mtp_export.pair_graphs import Settings, pair_left_aside, room_bytes, trace_pair
 from mtp_export.progress import Clock, Progress
 from mtp_export.refinement import AsConfigured, Refinement, WeightsRequest
 from mtp_export.source import texts
@@ -26,7 +24,6 @@ from mtp_export.weights import mapping
 from mtp_runtime.bundle.contract import Manifest
 from mtp_runtime.text.tokenizer import Tokenizer
 
-_SPARE_BYTES = 64 << 20  # of disk, for text files
 _AS_CONFIGURED = AsConfigured()
 
 
@@ -72,7 +69,7 @@ def export(
         refined = refinement.weights(to_refine, progress)
         clock.lap("refinement")
         file_sizes = format.file_sizes(traced.graphs, refined.values)
-        _check_disk(config, format, sum(file_sizes.values()))
+        check_free(config.output, room_bytes(format, sum(file_sizes.values())))
         lowered = _lower(traced.graphs, format, config.workers, progress)
         clock.lap("lower")
         request = WriteRequest(values=refined.values, folder=folder, reply_ends=ends, on_block=progress.advance)
@@ -83,7 +80,7 @@ def export(
         bundle = BundleContents(traced=traced, bits=refined.bits, files=graph_files | text_files)
         manifest = write_bundle(bundle, folder, progress, container=format.container)
         clock.lap("bundle")
-        refinement.gate(folder, traced.settings.pair, progress)
+        refinement.gate(folder, traced.settings, progress)
         clock.lap("gate")
     return ExportResult(
         output=config.output,
@@ -105,10 +102,8 @@ def _identity(config: ExportConfig, pair: Pair) -> str:
     return identity(version("mtp-export"), dataclasses.asdict(options), inputs)
 
 
-def _check_chats(
-    pair: Pair, contents: Mapping[str, str], format: Format, progress: Progress
-) -> Callable[[], ReplyEnds | None]:
-    """Check the chat template, and return what gives the tokens that end replies.
+def _check_chats(pair: Pair, contents: Mapping[str, str], format: Format, progress: Progress) -> ReplyEnds | None:
+    """Check the chat template, and return the tokens that end replies where the format has a use for them.
 
     Raises:
         CheckpointError: the template does not render, or not in LiteRT-LM as in transformers.
@@ -116,24 +111,12 @@ def _check_chats(
     progress.start("trying the template", 0)
     chat = read_chat_texts(pair.target, pair.stop_token_ids, contents)
     if chat is None:
-        return lambda: None
+        return None
     check_chat_template(chat, contents["tokenizer"], for_stock=format.container)
-
-    @functools.cache
-    def ends() -> ReplyEnds | None:
-        where, bos = str(pair.target.folder), pair.target_spec.bos_token_id
-        return reply_ends(chat, Tokenizer.parse(contents["tokenizer"], bos, where))
-
-    return ends
-
-
-def _check_disk(config: ExportConfig, format: Format, graph_bytes: int) -> None:
-    """Check that the bundle fits. With a container, graphs lie in the folder twice: as plain files, and within it.
-
-    Raises:
-        OutputError: it does not.
-    """
-    check_free(config.output, graph_bytes * (2 if format.container else 1) + _SPARE_BYTES)
+    if not format.mends_reply_ends:
+        return None
+    where, bos = str(pair.target.folder), pair.target_spec.bos_token_id
+    return reply_ends(chat, Tokenizer.parse(contents["tokenizer"], bos, where))
 
 
 def _lower(graphs: Sequence[TracedGraph], format: Format, workers: int, progress: Progress) -> Sequence[LoweredGraph]:

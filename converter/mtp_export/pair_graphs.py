@@ -17,6 +17,8 @@ from mtp_export.weights import mapping
 from mtp_export.weights.parameter import Values
 from mtp_export.weights.recipes import RECIPES, with_embedders
 
+_SPARE_BYTES = 64 << 20  # of disk, for text files
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -78,6 +80,7 @@ def trace_request(config: ExportConfig, pair: Pair) -> TraceRequest:
         UserError: as `graph_shape` does.
     """
     return TraceRequest(
+        config=pair.target.config,
         target=pair.target_spec.of_graphs,
         drafter=pair.drafter_spec,
         shape=graph_shape(config, pair),
@@ -104,6 +107,12 @@ def pair_parameters(config: ExportConfig, pair: Pair, graphs: Sequence[TracedGra
     drafter_recipe = RECIPES[config.quantisation.drafter]
     of_drafter = mapping.drafter_parameters(pair.drafter, drafter, pair.drafter_spec, drafter_recipe, never_drafted)
     return of_roles | {drafter.role: of_drafter}
+
+
+def room_bytes(format: Format, graph_bytes: int) -> int:
+    """Return the bytes of disk that a bundle takes whose graphs have `graph_bytes`. With a container they lie there
+    twice: as plain files, and within it."""
+    return graph_bytes * (2 if format.container else 1) + _SPARE_BYTES
 
 
 def _by_part(graphs: Sequence[TracedGraph]) -> tuple[list[TracedGraph], list[TracedGraph]]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from mtp_export.bundle.manifest import BundleContents, manifest_of
 from mtp_export.config import ExportConfig
 from mtp_export.formats.format import Format, format_of
+from mtp_export.formats.roles import ROLES
 from mtp_export.formats.sizes import litertlm_bytes
 from mtp_export.pair_graphs import Settings, TracedPair, pair_left_aside, trace_pair
 from mtp_export.source import texts
@@ -226,8 +227,8 @@ def _device(traced: TracedPair, format: Format) -> Device:
     of_role = {role: format.stored_bytes(values) for role, values in traced.values.items()}
     caches = sum(math.prod(spec.cache_shape(i, shape.cache_length)) for i in range(spec.num_caches))
     return Device(
-        weights_bytes=of_role["target"] + of_role["drafter"],
-        table_bytes=of_role["embedder"] + of_role["per_layer_embedder"],
+        weights_bytes=sum(size for role, size in of_role.items() if not ROLES[role].looks_up),
+        table_bytes=sum(size for role, size in of_role.items() if ROLES[role].looks_up),
         kv_cache_bytes=2 * caches * _FLOAT_BYTES,
         logits_bytes=(shape.num_draft_tokens + 1) * spec.vocab_size * _FLOAT_BYTES,
     )

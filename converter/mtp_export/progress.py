@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+_LEAST_S = 1e-3
+
 
 class Progress(Protocol):
     """Watches an export: a stage of so many units, and units that are done; of bytes, whose they are."""
 
-    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None: ...
+    def start(self, stage: str, total: int, *, of_bytes: bool = False) -> None:
+        """Begin a stage of `total` units, 0 where they are not known."""
 
-    def advance(self, done: int, name: str = "") -> None: ...
+    def advance(self, done: int, name: str = "") -> None:
+        """Count units of the stage as done."""
 
 
 class Clock:
@@ -22,6 +26,8 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """End a stage; one that took no time is left out."""
         now = time.perf_counter()
-        self.laps[name] = round(now - self._last, 3)
+        if now - self._last >= _LEAST_S:
+            self.laps[name] = round(now - self._last, 3)
         self._last = now

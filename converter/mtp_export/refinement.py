@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mtp_export.config import ExportConfig
 from mtp_export.formats.format import Format
-from mtp_export.pair_graphs import TracedPair
+from mtp_export.pair_graphs import Settings, TracedPair
 from mtp_export.progress import Progress
 from mtp_export.source.pair import Pair
 from mtp_export.weights.parameter import Values
@@ -57,7 +57,7 @@ class Refinement(Protocol):
             OutputError: the disk has no room for scratch files.
         """
 
-    def gate(self, folder: Path, pair: Pair, progress: Progress) -> None:
+    def gate(self, folder: Path, settings: Settings, progress: Progress) -> None:
         """Measure a finished bundle and write the result into its folder.
 
         Raises:
@@ -81,5 +81,5 @@ class AsConfigured:
     def weights(self, request: WeightsRequest, progress: Progress) -> RefinedWeights:
         return RefinedWeights(values=request.traced.values, bits={})
 
-    def gate(self, folder: Path, pair: Pair, progress: Progress) -> None:
+    def gate(self, folder: Path, settings: Settings, progress: Progress) -> None:
         return

@@ -70,6 +70,7 @@ def all_imports() -> dict[str, list[Import]]:
 
 def against_the_direction(imports: Iterable[Import]) -> list[str]:
     """Return the imports of the three packages that go back, as "module:line imports name"."""
+    imports = list(imports)
     back = {
         f"{each.by}:{each.line} imports {each.name.partition('.')[0]}"
         for each in imports
@@ -77,6 +78,11 @@ def against_the_direction(imports: Iterable[Import]) -> list[str]:
         if package in PACKAGES
         and package not in MAY_IMPORT[each.by.partition(".")[0]]
         and not (each.by == CLI or each.by.startswith(f"{CLI}."))
+    }
+    back |= {
+        f"{each.by}:{each.line} imports {CLI}"
+        for each in imports
+        if f"{each.name}.".startswith(f"{CLI}.") and not f"{each.by}.".startswith((f"{CLI}.", "mtp_export.__main__."))
     }
     return sorted(back)
 
@@ -117,6 +123,7 @@ def test_modules_import_each_other_without_a_cycle() -> None:
             "mtp_export.client",
             ["mtp_export.client:1 imports mtp_calibration"],
         ),
+        ("import mtp_export.cli.main", "mtp_calibration.a", ["mtp_calibration.a:1 imports mtp_export.cli"]),
         ("import mtp_export.plan, mtp_runtime, torch", "mtp_calibration.choose.choices", []),
     ],
 )

@@ -196,7 +196,12 @@ def _convert(model: str, recipe: str, delegate: str, *, composites: bool = False
     spec = published.PAIRS[model]
     config = export_config(model, recipe, delegate, Path(), None, composites=composites)
     # All that tracing looks at of a pair.
-    specs = types.SimpleNamespace(model=spec, target_spec=spec.target, drafter_spec=spec.drafter)
+    specs = types.SimpleNamespace(
+        model=spec,
+        target=types.SimpleNamespace(config={}),
+        target_spec=spec.target,
+        drafter_spec=spec.drafter,
+    )
     pair = cast(Pair, specs)
     graphs = format_of(config.format).trace(trace_request(config, pair))
     tflite.lower(graphs, config.workers)

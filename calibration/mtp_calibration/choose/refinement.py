@@ -13,11 +13,11 @@ from mtp_calibration.choose.gptq import round_target
 from mtp_calibration.same_model.calibrate import CALIBRATION_NAME, calibrate
 from mtp_export.bundle.staging import check_free
 from mtp_export.check.prompts import calibration_prompts, in_turn
-from mtp_export.config import ExportConfig, RefinementConfig
+from mtp_export.config import ExportConfig
 from mtp_export.errors import GateError
 from mtp_export.formats.format import Format
 from mtp_export.formats.sizes import litertlm_bytes
-from mtp_export.pair_graphs import Settings, TracedPair, trace_pair
+from mtp_export.pair_graphs import Settings, TracedPair, room_bytes, trace_pair
 from mtp_export.progress import Progress
 from mtp_export.refinement import RefinedWeights, WeightsRequest
 from mtp_export.source import texts
@@ -36,32 +36,33 @@ _SECTIONS_SLACK_BYTES = 4 * (16 << 10)  # sections of a container are rounded up
 class MeasuredRefinement:
     """Settles what a config leaves open. `gate_prompts`: how many prompts the gate runs."""
 
-    def __init__(self, config: RefinementConfig, *, gate_prompts: int = _GATE_PROMPTS) -> None:
-        self._config, self._gate_prompts = config, gate_prompts
+    def __init__(self, *, gate_prompts: int = _GATE_PROMPTS) -> None:
+        self._gate_prompts = gate_prompts
 
     def check(self, config: ExportConfig, pair: Pair) -> None:
-        if self._config.gate:
+        if config.refinement.gate:
             check_floats(pair)
 
     def settings(self, traced: TracedPair, format: Format, progress: Progress) -> TracedPair:
-        if not self._config.measured:
+        if not traced.settings.config.refinement.measured:
             return traced
         return trace_pair(with_measured(traced.settings, progress), format)
 
     def weights(self, request: WeightsRequest, progress: Progress) -> RefinedWeights:
-        largest = self._config.max_size_bytes
+        config = request.traced.settings.config.refinement
+        largest = config.max_size_bytes
         sized = RefinedWeights(values=request.traced.values, bits={})
         if largest is not None:
             sized = within_size(request, largest, progress)
-        if self._config.rounding != "gptq" or "target" in request.written:
+        if config.rounding != "gptq":
             return sized
         return dataclasses.replace(sized, values=rounded_by_gptq(request, sized.values, progress))
 
-    def gate(self, folder: Path, pair: Pair, progress: Progress) -> None:
-        if not self._config.gate:
+    def gate(self, folder: Path, settings: Settings, progress: Progress) -> None:
+        if not settings.config.refinement.gate:
             return
         prompts = in_turn(calibration_prompts(), self._gate_prompts)
-        calibration = calibrate(folder, pair, prompts, on_stage=lambda name: progress.start(name, 0))
+        calibration = calibrate(folder, settings.pair, prompts, on_stage=lambda name: progress.start(name, 0))
         if not calibration.passed:
             summary = calibration.verdict.summary
             raise GateError(f"the bundle does not pass the gate and was not kept: {summary}")
@@ -144,22 +145,23 @@ def rounded_by_gptq(request: WeightsRequest, values: Values, progress: Progress)
     Raises:
         OutputError: the disk has no room for what is rounded, beside the bundle.
     """
-    settings = request.traced.settings
+    fitted = {role: {name: _fitted(p) for name, p in part.items()} for role, part in values.items()}
+    if "target" in request.written:
+        return fitted
+    settings, target = request.traced.settings, values["target"]
     graph_bytes = sum(request.format.file_sizes(request.traced.graphs, values).values())
-    matrices = [p for p in values["target"].values() if p.format.bits < FLOAT32.bits]
-    check_free(settings.config.output, graph_bytes + sum(math.prod(matrix.shape) for matrix in matrices))
+    scratch_bytes = sum(math.prod(matrix.shape) for matrix in target.values() if matrix.format.bits < FLOAT32.bits)
+    check_free(settings.config.output, room_bytes(request.format, graph_bytes) + scratch_bytes)
     formats = {
         name: request.format.stored_format(parameter)
-        for name, parameter in values["target"].items()
+        for name, parameter in target.items()
         if parameter.format.bits < FLOAT32.bits and not parameter.stored
     }
     progress.start("rounding matrices", len(formats))
     pair, prompts = settings.pair, tuning_prompts(settings.config.refinement.prompts)
     chosen_on = calibration_texts(pair.target, pair.target_spec, prompts)
     rounded = round_target(pair, formats, chosen_on, request.folder, lambda name: progress.advance(1))
-    return {role: {name: _fitted(p) for name, p in part.items()} for role, part in values.items()} | {
-        "target": {**values["target"], **rounded}
-    }
+    return fitted | {"target": {**target, **rounded}}
 
 
 def _fitted(parameter: Parameter) -> Parameter:

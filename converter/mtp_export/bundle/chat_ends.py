@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from mtp_export.formats.format import ReplyEnds
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import Checkpoint
 from mtp_runtime.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
 
 # What these call takes LiteRT's libraries, which the command line's help does without.
 
@@ -59,7 +56,6 @@ def check_chat_template(chat: ChatTexts, tokenizer_json: str, *, for_stock: bool
 def reply_ends(chat: ChatTexts, tokenizer: Tokenizer) -> ReplyEnds | None:
     """Return the tokens that end replies and calls in chats, None if the template writes no stop token there."""
     from mtp_export.bundle.stock_template import habits_of
-    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
 
     habits = habits_of(chat.template, special_tokens=chat.special_tokens, stops=list(chat.stop_ids))
     reply, call = (

@@ -23,6 +23,7 @@ def _section_order(role: str) -> int:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle into its folder, which nobody reads before it takes its name."""
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 

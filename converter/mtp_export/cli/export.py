@@ -215,7 +215,7 @@ def refinement_of(config: RefinementConfig) -> Refinement:
         return AsConfigured()
     from mtp_calibration.choose.refinement import MeasuredRefinement
 
-    return MeasuredRefinement(config)
+    return MeasuredRefinement()
 
 
 def _count(name: str, text: str | None) -> int | None:

@@ -80,7 +80,7 @@ def _use(plan: Any, name: str) -> str:
     role = name.partition(".")[0]
     if role not in plan.signatures or name.endswith(".data"):
         return ""
-    return f"CPU ({plan.backend}): {', '.join(plan.signatures[role])}"
+    return f"{plan.backend}: {', '.join(plan.signatures[role])}"
 
 
 def _size(count: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mtp_export.check.parity import stock_result, tolerance_of
+from mtp_export.check.parity import has_same_bits, stock_result, tolerance_of
 from mtp_export.check.stock_runtime import StockRun
 from mtp_export.device.protocol import Answer, Request, TraceRun
 from mtp_export.device.report import Check, DeviceReport
@@ -84,7 +84,7 @@ def compare(bundle: Path, request: Request, here: Answer, there: Answer) -> Devi
 
 def _mtp_checks(manifest: Manifest, request: Request, names: Sequence[str], there: Answer) -> list[Check]:
     # LiteRT's passes over one token and over several give equal bits on a CPU.
-    tolerance = 0.0 if manifest.export_format == "tflite" else tolerance_across(manifest.recipe)
+    tolerance = 0.0 if has_same_bits(manifest) else tolerance_across(manifest.recipe)
     checks = []
     for run in there.traces:
         if run.num_draft_tokens:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mtp_export.config import FormatConfig
+from mtp_export.config import EXPORT_FORMATS, FormatConfig
 from mtp_export.formats.roles import TraceRequest
+from mtp_runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from mtp_export.formats.tflite.passes.reply_ends import ReplyEnds
     from mtp_export.graph.ir import TracedGraph
     from mtp_export.weights.parameter import Parameter, Values
     from mtp_export.weights.recipes import WeightFormat
@@ -20,16 +20,26 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplyEnds:
+    """Token ids: what ends a reply, what ends a call (the same where the template ends none), and the first of what the
+    template writes behind a reply."""
+
+    reply: int
+    call: int
+    behind_reply: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WriteRequest:
     """What a graph's files are written from: the parameters of all graphs, by role and name, and the folder.
 
-    reply_ends: gives the tokens that end replies in chats, None where there are none. on_block: is called with the
-    number of bytes that were written, and the name of their parameter.
+    reply_ends: the tokens that end replies in chats, None where nothing is to be done about them. on_block: is called
+    with the number of bytes that were written, and the name of their parameter.
     """
 
     values: Values
     folder: Path
-    reply_ends: Callable[[], ReplyEnds | None]
+    reply_ends: ReplyEnds | None
     on_block: Callable[[int, str], None]
 
 
@@ -44,13 +54,15 @@ class Format(Protocol):
     """An export format with its variants (`FormatConfig`).
 
     name: as --format has it. backend: who runs its graphs. container: whether one `.litertlm` holds a whole bundle.
-    segment_s: seconds that converting a segment takes one process.
+    segment_s: seconds that converting a segment takes one process. mends_reply_ends: whether its target mends what the
+    stock runtime feeds for the token that ended a reply.
     """
 
     name: str
     backend: str
     container: bool
     segment_s: float
+    mends_reply_ends: bool
 
     def trace(self, request: TraceRequest) -> list[TracedGraph]:
         """Trace the graphs of all roles, in the order of `ROLES`."""
@@ -93,11 +105,17 @@ class Format(Protocol):
 
 
 def format_of(config: FormatConfig) -> Format:
-    """Return the export format that a config names."""
+    """Return the export format that a config names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     if config.name == "onnx":
         from mtp_export.formats.onnx.format import OnnxFormat
 
         return OnnxFormat(config)
-    from mtp_export.formats.tflite.format import TFLiteFormat
+    if config.name == "tflite":
+        from mtp_export.formats.tflite.format import TFLiteFormat
 
-    return TFLiteFormat(config)
+        return TFLiteFormat(config)
+    raise UserError(f"the export format is {config.name!r}, expected one of: {', '.join(EXPORT_FORMATS)}")

@@ -6,8 +6,8 @@ The functions import what traces when they are called, so that reading the table
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtp_export.arch.spec import DrafterSpec, TargetSpec
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceRequest:
-    """What graphs are traced from. `row_scales`: the clustered head multiplies int8 rows by their scales."""
+    """What graphs are traced from. `row_scales`: the clustered head multiplies int8 rows by their scales. `config`: the
+    target's config.json, for graphs with a spec of their own, such as towers."""
 
+    config: Mapping[str, Any]
     target: TargetSpec
     drafter: DrafterSpec
     shape: GraphShape
@@ -33,7 +35,7 @@ class GraphRole:
 
     part: whose checkpoint its parameters come from. looks_up: its matrices are tables of which rows are read, and none
     is multiplied. section: its kind of model in a `.litertlm`. on_gpu: a GPU runs it where a bundle is for one. static
-    and dynamic: how it is traced, with fixed numbers of tokens or with any.
+    and dynamic: how it is traced, with fixed numbers of tokens or with any. is_in: whether a pair has this graph.
     """
 
     name: str
@@ -43,6 +45,7 @@ class GraphRole:
     on_gpu: bool
     static: Callable[[TraceRequest], TracedGraph]
     dynamic: Callable[[TraceRequest], TracedGraph]
+    is_in: Callable[[TraceRequest], bool] = lambda request: True
 
 
 def _static_target(request: TraceRequest) -> TracedGraph:

@@ -31,7 +31,7 @@ _CENTROIDS = "masked_embedding.centroids.weight"
 def target_parameters(
     checkpoint: Checkpoint, graphs: Iterable[TracedGraph], recipe: Recipe
 ) -> dict[str, dict[str, Parameter]]:
-    """Parameters by role for the target and its two embedders.
+    """Return the parameters of the graphs that are made from the target's checkpoint, by role and name.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape or dtype.
@@ -47,12 +47,12 @@ def target_parameters(
 
 
 def target_tensors(graphs: Iterable[TracedGraph]) -> dict[str, tuple[int, ...]]:
-    """The tensors that a target's graphs are made of, by canonical name, and their shapes."""
+    """Return the tensors that a target's graphs are made of, by canonical name, and their shapes."""
     return {name: shape for graph in graphs for name, shape in graph.weights.items()}
 
 
 def drafter_tensors(graph: TracedGraph, spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
-    """The tensors that a drafter's graph is made of: its embedding becomes the clustered table."""
+    """Return the tensors that a drafter's graph is made of: its embedding becomes the clustered table."""
     stored = {name: shape for name, shape in graph.weights.items() if name not in _DERIVED}
     return stored | {_EMBEDDING: (spec.vocab_size, spec.hidden_size), _ORDERING: (spec.vocab_size,)}
 
@@ -62,7 +62,7 @@ def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: 
     looked_up = ROLES[role].looks_up
     format = target_format(role, name, shape, recipe)
     if name == EMBEDDINGS["target"] and not looked_up and not checkpoint.formats:
-        # Which one the head is may take reading both, so it is asked for with the first rows: a plan reads none.
+        # Which one the head is may take reading both, so it is looked up with the first rows: a plan reads none.
         return Parameter(shape=shape, format=format, rows=lambda a, b: checkpoint.rows(checkpoint.head, a, b))
     place = name
     if name == EMBEDDINGS["target"]:
@@ -80,6 +80,7 @@ def _of_target(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], role: 
 
 
 def target_format(role: str, name: str, shape: tuple[int, ...], recipe: Recipe) -> WeightFormat:
+    """Return the format that a recipe gives to a parameter of the target, by its name and the role of its graph."""
     if len(shape) == 1:
         return FLOAT32
     if name == "embed_tokens.weight":
@@ -116,7 +117,7 @@ def drafter_parameters(
 
 
 def token_ordering(checkpoint: Checkpoint, spec: DrafterSpec) -> NDArray[np.int64]:
-    """The drafter's vocabulary, a row for each cluster. Shapes: -> [clusters, V / clusters]
+    """Return the drafter's vocabulary, a row for each cluster. Shapes: -> [clusters, V / clusters]
 
     Raises:
         CheckpointError: it is no permutation.

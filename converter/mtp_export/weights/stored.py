@@ -24,6 +24,7 @@ class StoredWeight:
 
 
 def stored_weight(shape: tuple[int, ...], bits: int, rows: Callable[[int, int], NDArray[Any]]) -> StoredWeight:
+    """Return a weight of which so many bits a value lie in a file, by the rows that it stands for."""
     return StoredWeight(bits=bits, parameter=Parameter(shape=shape, format=FLOAT32, rows=rows))
 
 
@@ -47,5 +48,6 @@ def scaled_rows(
 
 
 def plain_rows(values: NDArray[Any], shape: tuple[int, ...]) -> Callable[[int, int], NDArray[Any]]:
+    """Return a reader of rows that lie in a file as they are. Shapes: values [R*…] -> rows [stop-start,…]"""
     shaped = values.reshape(shape)
     return lambda start, stop: np.array(shaped[start:stop])

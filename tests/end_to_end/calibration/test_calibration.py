@@ -16,8 +16,9 @@ from mtp_calibration.same_model.calibrate import Calibration, CalibrationOptions
 from mtp_calibration.same_model.gate import bars_for, judge
 from mtp_calibration.same_model.quality import Quality
 from mtp_export.check.prompts import calibration_prompts, in_turn
-from mtp_export.config import RefinementConfig
+from mtp_export.config import ExportConfig, RefinementConfig, SourceConfig
 from mtp_export.errors import GateError
+from mtp_export.pair_graphs import Settings
 from mtp_export.source.embedded import EMBEDDED
 from mtp_export.source.pair import Pair, open_made_from
 from mtp_runtime import read_manifest
@@ -94,14 +95,18 @@ class Stages:
 
 def test_an_export_keeps_no_bundle_that_misses_the_gate(export_nano: Export, pair: Pair, tmp_path: Path) -> None:
     """The last stage of `export --gate`, on the folder that would take the output's name."""
-    refinement = MeasuredRefinement(RefinementConfig(gate=True), gate_prompts=1)
+    refinement = MeasuredRefinement(gate_prompts=1)
+    config = ExportConfig(
+        source=SourceConfig(model="nano"), output=tmp_path / "out", refinement=RefinementConfig(gate=True)
+    )
+    settings = Settings(config=config, pair=pair)
     bundle = damaged(export_nano("int8"), tmp_path / "bundle", turned_centroids)
     with pytest.raises(GateError, match=r"was not kept: clustered head: .* centroids are in another order"):
-        refinement.gate(bundle, pair, Stages())
+        refinement.gate(bundle, settings, Stages())
     assert not (bundle / "calibration.json").exists()
     sound = damaged(export_nano("int8"), tmp_path / "sound", lambda folder: None)
     stages = Stages()
-    refinement.gate(sound, pair, stages)
+    refinement.gate(sound, settings, stages)
     assert json.loads((sound / "calibration.json").read_text())["passed"] is True
     assert "the bundle against the float model" in stages.names
 

@@ -215,7 +215,7 @@ class TestCommand:
 
     def test_what_people_read(self, tmp_path: Path) -> None:
         text = run_cli("plan", "--output", str(tmp_path / "out")).stdout
-        for part in ("target.tflite", "CPU (LiteRT): prefill_16", "nano.litertlm", "to export: reads 23.7 MB", "about"):
+        for part in ("target.tflite", "LiteRT: prefill_16", "nano.litertlm", "to export: reads 23.7 MB", "about"):
             assert part in text
         assert "context 1020 tokens, up to 4 drafts a round" in text
 

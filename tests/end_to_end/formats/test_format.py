@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mtp_export.config import ExportConfig, FormatConfig, QuantisationConfig, SourceConfig
-from mtp_export.formats.format import Format, format_of
+from mtp_export.errors import CheckpointError
+from mtp_export.formats.format import Format, WriteRequest, format_of
 from mtp_export.formats.roles import ROLES
 from mtp_export.pair_graphs import Settings, TracedPair, trace_pair
 from mtp_export.source.pair import open_pair
+from mtp_export.weights.recipes import WeightFormat
 from mtp_runtime import Bundle
 from tests.conftest import Export
 
@@ -22,6 +24,7 @@ VARIANTS = {
     "tflite-gpu": FormatConfig(delegate="gpu"),
     "tflite-composites": FormatConfig(delegate="gpu", composites=True),
     "onnx": FormatConfig(name="onnx", batch_size=8),
+    "onnx-portable": FormatConfig(name="onnx", portable=True),
 }
 
 
@@ -63,8 +66,8 @@ class TestFormat:
         files = written.bundle.manifest.files
         assert {role: files[role].path for role in sizes} == {role: written.format.file_name(role) for role in sizes}
         assert len({files[role].path for role in sizes}) == len(sizes)
-        for role, size in sizes.items():
-            assert abs(files[role].size_bytes - size) <= max(0.05 * size, 512), role
+        for role, size in sizes.items():  # what describes a graph is an estimate, what its weights take is not
+            assert abs(files[role].size_bytes - size) <= max(0.08 * size, 512), role
 
     def test_weights_take_the_stored_bytes(self, written: Written) -> None:
         files = written.bundle.manifest.files
@@ -79,7 +82,7 @@ class TestFormat:
             weights = written.format.read_weights(written.bundle, role)
             assert values.keys() <= weights.keys(), role
             for name, parameter in values.items():
-                assert weights[name].bits in (written.format.stored_format(parameter).bits, 32), name
+                assert weights[name].bits == written.format.stored_format(parameter).bits, name
                 if parameter.unit_scale or parameter.format.bits == 32 or len(parameter.shape) != 2:
                     continue
                 rows = min(parameter.shape[0], 64)
@@ -88,7 +91,27 @@ class TestFormat:
                 distance = np.abs(weights[name].parameter.rows(0, rows) - expected)
                 assert (distance <= 0.51 * step + 1e-9).all(), (role, name)
 
-    def test_a_request_changes_no_value(self, written: Written) -> None:
-        """Sizes and names are the same for every call."""
-        first, second = (written.format.file_sizes(written.traced.graphs, written.traced.values) for _ in range(2))
-        assert first == second
+    def test_a_graph_is_lowered_and_written_once(self, written: Written, tmp_path: Path) -> None:
+        """Of the embedder alone, which is one segment; it has the bytes that it has among the others."""
+        (graph,) = [graph for graph in written.traced.graphs if graph.role == "embedder"]
+        (lowered,) = written.format.lower([graph], 1, lambda count: None)
+        assert lowered.role == "embedder"
+        blocks: list[tuple[int, str]] = []
+        request = WriteRequest(
+            values=written.traced.values,
+            folder=tmp_path,
+            reply_ends=None,
+            on_block=lambda size, name: blocks.append((size, name)),
+        )
+        paths = written.format.write(lowered, request)
+        assert sorted(paths) == sorted(tmp_path.iterdir())
+        assert sum(size for size, _ in blocks) == written.format.stored_bytes(written.traced.values["embedder"])
+        for path in paths:
+            assert path.read_bytes() == written.bundle.path("embedder").with_name(path.name).read_bytes()
+
+    def test_a_matrix_without_a_kernel_is_refused(self, written: Written) -> None:
+        parameter = next(iter(written.traced.values["embedder"].values()))
+        written.format.check("table", parameter)
+        odd = dataclasses.replace(parameter, format=WeightFormat(bits=8, block_size=48))
+        with pytest.raises(CheckpointError, match="table is stored at 8 bits"):
+            written.format.check("table", odd)

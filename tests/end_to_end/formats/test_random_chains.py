@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from ai_edge_litert.interpreter import Interpreter
@@ -23,6 +22,7 @@ from mtp_export.graph.builder import GraphBuilder
 from mtp_export.graph.ir import TracedGraph, run_signature
 from mtp_export.models.layers import RMSNorm
 from mtp_export.weights.recipes import FLOAT32
+from mtp_runtime.backends.onnx.opening import open_graph
 from tests.support.small_graphs import random_parameters
 
 TOKENS, WIDTH, CALLS, CHAINS = 3, 16, 7, 6
@@ -133,7 +133,7 @@ def test_onnx_runtime_computes_what_torch_does(graphs: list[TracedGraph], tmp_pa
     for graph, lowered in zip(ones, onnx.lower(ones, 1, portable=True), strict=True):
         path = tmp_path / f"{graph.role}.onnx"
         write_onnx(lowered, random_parameters(graph, FLOAT32), path)
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = open_graph(path, 1)
         inputs, results = expected(graph, 0)
         used = {value.name for value in session.get_inputs()}
         outputs = session.run(list(results), {name: value for name, value in inputs.items() if name in used})

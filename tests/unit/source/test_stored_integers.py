@@ -234,7 +234,7 @@ def test_the_gate_has_nothing_to_hold_integers_against(target: Checkpoint, tmp_p
     config = config_for(target, tmp_path / "out", target.folder.parent / "drafter")
     gated = dataclasses.replace(config, refinement=RefinementConfig(gate=True))
     with pytest.raises(CheckpointError, match="the target is stored as integers, and there are no floats"):
-        export(gated, NothingSlow(), MeasuredRefinement(gated.refinement))
+        export(gated, NothingSlow(), MeasuredRefinement())
 
 
 def test_a_drafter_in_integers_is_refused(target: Checkpoint, tmp_path: Path) -> None:

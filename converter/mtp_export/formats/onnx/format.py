@@ -37,13 +37,13 @@ class _Lowered:
 class OnnxFormat:
     """ONNX for ONNX Runtime, with its own attention or in standard operations."""
 
-    name, backend, container, segment_s = "onnx", "ONNX Runtime", False, 2.1
+    name, backend, container, segment_s, mends_reply_ends = "onnx", "ONNX Runtime", False, 2.1, False
 
     def __init__(self, config: FormatConfig) -> None:
         self._config = config
 
     def trace(self, request: TraceRequest) -> list[TracedGraph]:
-        return [role.dynamic(request) for role in ROLES.values()]
+        return [role.dynamic(request) for role in ROLES.values() if role.is_in(request)]
 
     def check(self, name: str, parameter: Parameter) -> None:
         check_runs(name, parameter.format, self.name, looked_up=parameter.looked_up)

@@ -43,6 +43,5 @@ def read_weights(path: Path) -> dict[str, StoredWeight]:
         else:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             shape = tuple(tensor.dims)
-            bits = 32 if dtype != np.float16 else 16
-            weights[name] = stored_weight(shape, bits, plain_rows(content(name).view(dtype), shape))
+            weights[name] = stored_weight(shape, 8 * dtype.itemsize, plain_rows(content(name).view(dtype), shape))
     return weights

@@ -21,7 +21,7 @@ from mtp_export.weights.recipes import WeightFormat
 from mtp_export.weights.stored import StoredWeight
 from mtp_runtime import Bundle
 
-_EMBEDDERS = ("embedder", "per_layer_embedder")
+_TABLES = [role.name for role in ROLES.values() if role.looks_up]
 
 
 class TFLiteFormat:
@@ -30,11 +30,11 @@ class TFLiteFormat:
     name, backend, container, segment_s = "tflite", "LiteRT", True, 1.0
 
     def __init__(self, config: FormatConfig) -> None:
-        self._config = config
         self._for_gpu = config.delegate == "gpu"
+        self.mends_reply_ends = not self._for_gpu  # LiteRT-LM's CPU backend needs it
 
     def trace(self, request: TraceRequest) -> list[TracedGraph]:
-        return [role.static(request) for role in ROLES.values()]
+        return [role.static(request) for role in ROLES.values() if role.is_in(request)]
 
     def check(self, name: str, parameter: Parameter) -> None:
         check_runs(name, parameter.format, self.name, looked_up=parameter.looked_up)
@@ -69,10 +69,10 @@ class TFLiteFormat:
 
     def _with_reply_ends(self, target: chain.LoweredGraph, request: WriteRequest) -> chain.LoweredGraph:
         """Return a target that mends what LiteRT-LM's CPU backend feeds for the token that ended a reply."""
-        ends = None if self._for_gpu else request.reply_ends()
-        if ends is None:
+        if request.reply_ends is None:
             return target
-        return with_reply_ends(target, ends, [request.folder / self.file_name(role) for role in _EMBEDDERS])
+        tables = [request.folder / self.file_name(role) for role in _TABLES]
+        return with_reply_ends(target, request.reply_ends, tables)
 
     def read_weights(self, bundle: Bundle, role: str) -> dict[str, StoredWeight]:
         return read_weights(bundle.path(role))

@@ -9,7 +9,6 @@ embedded as zeros. Decode and verify are never fed such a row, and stay as they 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,22 +19,13 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
+from mtp_export.formats.format import ReplyEnds
 from mtp_export.formats.tflite.chain import LoweredGraph
 from mtp_export.formats.tflite.rewriting import CODES, Rewriting, rewrite
 from mtp_runtime.backends.litert.quiet import native_log_held_back
 
 _INPUTS = ("embeddings", "per_layer_embeddings")
 _CLOSE = 1e-3  # embeddings of two tokens differ by far more in sum
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplyEnds:
-    """Token ids: what ends a reply, what ends a call (the same where the template ends none), and the first of what the
-    template writes behind a reply."""
-
-    reply: int
-    call: int
-    behind_reply: int
 
 
 def embedded(embedders: Sequence[Path], token_ids: Sequence[int]) -> list[list[NDArray[np.float32]]]:
