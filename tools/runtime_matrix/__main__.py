@@ -69,7 +69,8 @@ def _worktree(commit: str, folder: Path) -> Iterator[Path]:
 def _exported(checkout: Path, output: Path) -> Path:
     """nano's float bundle, by the code of a checkout."""
     paths = os.pathsep.join(str(checkout / part) for part in ("converter", "runtime_py", "calibration"))
-    code = "import sys; from mtp_export.cli.main import main; sys.exit(main())"
+    # `main` is a function of `cli` in the older commit, and a module of it now.
+    code = "from mtp_export.cli import main; getattr(main, 'main', main)()"
     options = ["export", "--model", "nano", "--target", "tflite", "--recipe", "f32", "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(output) + "-cache"}
     subprocess.run([sys.executable, "-c", code, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
