@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from mtp_export.source.checkpoint import hash_file
+from mtp_runtime.atomic import replacing
 from mtp_runtime.bundle.contract import FileEntry
 
 _NAME = "journal.json"
@@ -47,12 +48,10 @@ class Journal:
     def add(self, *paths: Path) -> None:
         """Note that files are finished, all of them or none."""
         self.files |= {path.name: hash_file(path) for path in paths}
-        beside = self._path.with_suffix(".new")
-        with beside.open("wb") as file:
+        with replacing(self._path) as beside, beside.open("wb") as file:
             file.write(msgspec.json.encode(_Content(made_of=self._made_of, files=self.files)))
             file.flush()
             os.fsync(file.fileno())
-        beside.rename(self._path)
 
 
 def identity(*parts: object) -> str:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pickle
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mtp_export.formats.workers import results_in_order
+from mtp_runtime.atomic import write_atomically
 from mtp_runtime.user_cache import user_cache
 
 # What turns a segment into bytes, beside our own code.
@@ -81,11 +80,4 @@ def _keep(path: Path, content: bytes) -> None:
     """Write beside, then rename. An export does not fail because its cache cannot be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomically(path, hashlib.sha256(content).digest() + content)
