@@ -6,6 +6,7 @@ The imports of every module are read from its source, also those inside function
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -58,6 +59,7 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
             yield Import(module, node.lineno, name, id(node) not in later)
 
 
+@functools.cache
 def all_imports() -> dict[str, list[Import]]:
     """Return the imports of every module of the three packages, by its name."""
     return {
