@@ -16,8 +16,8 @@ import pytest
 from mtp_export.formats import segment_cache, workers
 from tests.support import talking
 
-# Seconds of processor time, and how many times that a slow or busy machine, a first import, or a look at all modules may
-# take: a conversion, which is what must not be here, takes more than that.
+# Seconds of processor time, and how many times that a slow or busy machine, a first import, or a look at all modules
+# may take: a conversion, which is what must not be here, takes more than that.
 LIMIT_S, SLOW_MACHINE = 0.1, 40
 
 # When the drafter is right.
