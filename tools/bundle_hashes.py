@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 from mtp_export.arch.published import NANO
+from mtp_export.weights.recipes import RECIPES
 
-RECIPES = ("f32", "int8", "int4", "int4-block", "mobile", "mobile-plus", "q4_0")
 FORMS = (
     ("--target", "tflite"),
     ("--target", "tflite", "--delegate", "gpu"),

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from mtp_export.cli.options import bundle_argument, count_option, debug_option, json_option, output_option
-from mtp_export.cli.output import working
+from mtp_export.cli.output import number_table, working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
 
@@ -70,14 +69,14 @@ def _write_drawing(report: BenchReport, output: Path) -> None:
 def _print(report: BenchReport) -> None:
     console = Console()
     title = f"{report.model}, {report.recipe} (drafter {report.drafter_recipe}), {report.backend}, {report.machine}"
-    table = _table(title, "pass", "threads", "filled", "ms", "10–90 %", "tok/s")
+    table = number_table(title, "pass", "threads", "filled", "ms", "10–90 %", "tok/s")
     for name, timing in report.passes.items():
         filled = "–" if name == "head" or name.startswith("prefill") else str(report.filled)
         spread = f"{timing.low_ms:.3f}–{timing.high_ms:.3f}"
         speed = "–" if name in ("draft", "head") else f"{timing.tokens_per_second:.1f}"
         table.add_row(name, str(report.threads), filled, f"{timing.median_ms:.3f}", spread, speed)
     console.print(table)
-    table = _table(None, "rounds", "acceptance", "committed/round", "ms/token", "tok/s", "against plain")
+    table = number_table(None, "rounds", "acceptance", "committed/round", "ms/token", "tok/s", "against plain")
     plain = report.rounds[0].ms_per_token
     for rounds in report.rounds:
         label = "none" if rounds.alpha is None else f"K = {rounds.num_draft_tokens}"
@@ -91,10 +90,3 @@ def _print(report: BenchReport) -> None:
         console.print(f"rounds of K = {k} {gain_from}")
     if not all(rounds.same_output for rounds in report.rounds):
         console.print("drafts changed the output, so some were imposed wrongly: run mtp-export parity to see where")
-
-
-def _table(title: str | None, first: str, *names: str) -> Table:
-    table = Table(first, title=title, title_justify="left")
-    for name in names:
-        table.add_column(name, justify="right")
-    return table
