@@ -88,11 +88,14 @@ class QuantisationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphConfig:
-    """Sizes of graphs and settings of the drafter; None stands for the model's default. drafter_position_offset: 1 for
-    transformers' position convention, 0 for vLLM's; it changes acceptance only. centroid_top_k: clusters that the head
-    scores."""
+    """Sizes of graphs and settings of the drafter; None stands for the model's default. cache_length: the longest
+    context. context_length: that of an application that chooses none. ring_length: slots of the caches of sliding
+    layers, 0 for as many as all others have. drafter_position_offset: 1 for transformers' position convention, 0 for
+    vLLM's; it changes acceptance only. centroid_top_k: clusters that the head scores."""
 
     cache_length: int | None = None
+    context_length: int | None = None
+    ring_length: int | None = None
     num_draft_tokens: int | None = None
     drafter_position_offset: int = 1
     centroid_top_k: int | None = None
@@ -100,6 +103,8 @@ class GraphConfig:
     def check(self) -> None:
         if self.cache_length is not None:
             in_range("--cache-length", self.cache_length, MIN_CACHE_LENGTH, _MAX_CACHE_LENGTH)
+        if self.context_length is not None:
+            in_range("--default-context", self.context_length, MIN_CACHE_LENGTH, _MAX_CACHE_LENGTH)
         if self.num_draft_tokens is not None:
             in_range("--num-draft-tokens", self.num_draft_tokens, 1, _MAX_DRAFT_TOKENS)
         in_range("--drafter-position-offset", self.drafter_position_offset, 0, 1)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
+from mtp_export.arch.spec import SLIDING, TargetSpec
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.formats.format import Format
 from mtp_export.formats.roles import ROLES, TraceRequest
 from mtp_export.graph.ir import TracedGraph
-from mtp_export.graph.static import GraphShape
+from mtp_export.graph.static import GraphShape, Ring
 from mtp_export.source import texts
 from mtp_export.source.left_aside import left_aside
 from mtp_export.source.pair import Pair
 from mtp_export.weights import mapping
 from mtp_export.weights.parameter import Values
 from mtp_export.weights.recipes import RECIPES, with_embedders
+from mtp_runtime.errors import UserError
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
 
@@ -57,20 +60,84 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     Raises:
         UserError: --cache-length is nothing that the target or its prefill can have.
     """
-    sizes, longest = pair.model.sizes, pair.target_spec.max_position_embeddings
-    requested = config.graph.cache_length
-    cache_length = min(sizes.cache_length, longest) if requested is None else requested
+    sizes, context = pair.model.sizes, contexts(config, pair)
     shortest = max(MIN_CACHE_LENGTH, min(sizes.prefill_lengths) + 1)  # a bundle needs a prefill
-    in_range("--cache-length", cache_length, shortest, longest)
+    in_range("--cache-length", context.longest, shortest, pair.target_spec.max_position_embeddings)
     drafts = config.graph.num_draft_tokens
+    num_draft_tokens = sizes.num_draft_tokens if drafts is None else drafts
+    prefill_lengths = tuple(n for n in sizes.prefill_lengths if n < context.longest)
     return GraphShape(
-        cache_length=cache_length,
-        num_draft_tokens=sizes.num_draft_tokens if drafts is None else drafts,
-        prefill_lengths=tuple(n for n in sizes.prefill_lengths if n < cache_length),
-        prefix_lengths=sizes.prefix_lengths,
+        cache_length=prime_above(context.longest, pair.target_spec) if chooses_context(config) else context.longest,
+        num_draft_tokens=num_draft_tokens,
+        prefill_lengths=prefill_lengths,
+        ring=_ring(config, pair, max(*prefill_lengths, num_draft_tokens + 1), context.longest),
         single_buffer=config.format.delegate == "gpu",
         composites=config.format.composites,
     )
+
+
+def chooses_context(config: ExportConfig) -> bool:
+    """Whether the context of a bundle is chosen when it is loaded."""
+    return config.format.name == "tflite" and config.format.delegate == "cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """The longest context of a bundle, and that of an application that chooses none."""
+
+    longest: int
+    default: int
+
+
+def contexts(config: ExportConfig, pair: Pair) -> Contexts:
+    """Return the contexts of a bundle.
+
+    Raises:
+        UserError: --default-context is longer than the longest.
+    """
+    sizes, most = pair.model.sizes, pair.target_spec.max_position_embeddings
+    longest = config.graph.cache_length
+    if longest is None:
+        longest = min(sizes.longest_context if chooses_context(config) else sizes.context_length, most)
+    default = config.graph.context_length
+    if default is None:
+        default = min(sizes.context_length, longest)
+    elif default > longest:
+        raise UserError(f"--default-context is {default}, expected at most the --cache-length of {longest}")
+    return Contexts(longest=longest, default=default)
+
+
+def prime_above(length: int, spec: TargetSpec) -> int:
+    """Return the smallest prime above `length` that divides no other size of the graphs: LiteRT-LM puts the length
+    that an application chooses in place of its multiples."""
+    other = {spec.vocab_size, spec.vocab_size_per_layer_input, spec.hidden_size, spec.num_layers * spec.per_layer_size}
+    other |= {n for layer in spec.layers for n in (layer.intermediate_size, spec.num_heads * layer.head_dim)}
+    candidate = length + 1
+    while any(candidate % n == 0 for n in range(2, math.isqrt(candidate) + 1)) or any(
+        n % candidate == 0 for n in other
+    ):
+        candidate += 1
+    return candidate
+
+
+def _ring(config: ExportConfig, pair: Pair, longest_pass: int, longest_context: int) -> Ring | None:
+    """Return the ring of a bundle whose context is chosen at load; None where a ring would never be full.
+
+    Raises:
+        UserError: --rings is too short for the window and a pass, or no power of two.
+    """
+    requested, ends = config.graph.ring_length, pair.stop_token_ids
+    if not chooses_context(config) or requested == 0 or not ends:
+        return None
+    length = pair.model.sizes.ring_length if requested is None else requested
+    spec = pair.target_spec
+    shortest = (spec.visible(spec.kinds[SLIDING]) or 0) + longest_pass
+    if length < shortest or length & (length - 1):
+        raise UserError(
+            f"--rings is {length}, expected off or a power of two of at least {shortest}, the window of sliding layers "
+            "and the longest pass"
+        )
+    return Ring(length=length, end_token=ends[0]) if length < longest_context else None
 
 
 def trace_request(config: ExportConfig, pair: Pair) -> TraceRequest:

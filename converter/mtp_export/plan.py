@@ -137,7 +137,7 @@ def plan(config: ExportConfig) -> Plan:
         files_bytes=files,
         signatures={graph.role: [t.signature.name for t in graph.signatures] for graph in traced.graphs},
         cache_length=shape.cache_length,
-        context_length=shape.cache_length - shape.num_draft_tokens,
+        context_length=manifest_of(BundleContents(traced=traced, bits={}, files={}), ()).context_length,
         num_draft_tokens=shape.num_draft_tokens,
         workers=config.workers,
         input_bytes=sum(inputs.values()),

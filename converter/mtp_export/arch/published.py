@@ -86,10 +86,11 @@ _E2B_DRAFTER = DrafterSpec(
     head=ClusteredHeadSpec(num_centroids=2048, top_k=32, vocab_size=262144),
 )
 _LARGE_SIZES = GraphSizes(
-    cache_length=4096,
+    longest_context=32768,
+    context_length=4096,
     num_draft_tokens=3,
     prefill_lengths=(16, 128, 1024),
-    prefix_lengths=(1024,),
+    ring_length=4096,
 )
 E2B = PairSpec(
     name="e2b",
@@ -139,7 +140,7 @@ NANO = PairSpec(
     target_id="",  # embedded in the package
     drafter_id="",
     sizes=GraphSizes(
-        cache_length=1024, num_draft_tokens=4, prefill_lengths=(16, 128), prefix_lengths=(256, 512, 1024, 2048)
+        longest_context=4096, context_length=1024, num_draft_tokens=4, prefill_lengths=(16, 128), ring_length=1024
     ),
 )
 PAIRS: Mapping[str, PairSpec] = {pair.name: pair for pair in (NANO, E2B, E4B)}

@@ -242,12 +242,17 @@ class DrafterSpec(DecoderSpec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphSizes:
-    """Sizes of a pair's graphs, in tokens: a choice of the export, and none of the models."""
+    """Sizes of a pair's graphs, in tokens: a choice of the export, and none of the models.
 
-    cache_length: int
+    longest_context: what a bundle can be opened at whose context is chosen when it is loaded. context_length: what one
+    gets who chooses none, and the size of every other bundle. ring_length: slots of sliding layers' caches.
+    """
+
+    longest_context: int
+    context_length: int
     num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
-    prefix_lengths: tuple[int, ...]
+    ring_length: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,6 @@ def llm_metadata(folder: Path, manifest: Manifest) -> Any:
     if manifest.suppress_tokens:
         metadata.suppress_tokens.ids.extend(manifest.suppress_tokens)
     _set_sampler(metadata.sampler_params, manifest.sampler or SamplerDefaults(), manifest.vocab_size)
-    # Past this, a verify pass would write beyond the cache and LiteRT-LM's output would change.
     metadata.max_num_tokens = manifest.context_length
     tokens = {name: names.get(name, text) for name, text in _TOKENS.items()}
     _set_gemma4(metadata, {name: text for name, text in tokens.items() if text in pieces.values()})

@@ -96,7 +96,21 @@ export_options = combined(
     click.option(
         "--cache-length",
         type=int,
-        help=f"Slots of the KV cache, in tokens.  [{by_model(lambda pair: pair.sizes.cache_length)}]",
+        help="Longest context in tokens, prompt and answer. An app chooses how much of it is allocated when it loads a "
+        "bundle for LiteRT-LM on a CPU.  "
+        f"[{by_model(lambda pair: pair.sizes.longest_context)}; otherwise the default context]",
+    ),
+    click.option(
+        "--default-context",
+        type=int,
+        help="Context of an app that chooses none.  "
+        f"[{by_model(lambda pair: pair.sizes.context_length)}, at most --cache-length]",
+    ),
+    click.option(
+        "--rings",
+        help="Slots of sliding layers' caches, a power of two, or off for as many as the context. Fewer take less "
+        "memory; an answer can be taken back by no more than they hold.  "
+        f"[{by_model(lambda pair: pair.sizes.ring_length)}]",
     ),
     click.option(
         "--num-draft-tokens",
@@ -172,6 +186,11 @@ def _form(form: WeightFormat) -> str:
 _MEASURED = {"drafter_position_offset": "1", "centroid_top_k": None}
 
 
+def _rings(text: str | None) -> int | None:
+    """Return the slots of rings that an option asks for: 0 for none, None for the model's own."""
+    return 0 if text == "off" else None if text is None else _count("rings", text)
+
+
 def config_of(options: Mapping[str, Any]) -> ExportConfig:
     """Return the config of a command line, checked before torch is imported, which takes seconds.
 
@@ -188,7 +207,12 @@ def config_of(options: Mapping[str, Any]) -> ExportConfig:
         ),
         format=FormatConfig(name=name, **_some(options, "delegate", "composites", "portable", "batch_size")),
         quantisation=QuantisationConfig(**_some(options, "recipe", "drafter_recipe", "embedder_recipe")),
-        graph=GraphConfig(**counts, **_some(options, "cache_length", "num_draft_tokens")),
+        graph=GraphConfig(
+            **counts,
+            context_length=options["default_context"],
+            ring_length=_rings(options["rings"]),
+            **_some(options, "cache_length", "num_draft_tokens"),
+        ),
         refinement=RefinementConfig(
             measured=automatic,
             max_size_bytes=None if size is None else _bytes(size),

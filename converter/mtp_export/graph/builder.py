@@ -62,15 +62,12 @@ class GraphBuilder:
         self._values.update({renamed[name]: value for name, value in segment.outputs.items()})
         self._calls.append(Call(segment=key, inputs=dict(inputs), outputs=renamed, weights=weights))
 
-    def finish(
-        self, name: str, kind: SignatureKind, outputs: Mapping[str, str], *, num_tokens: int, attention_length: int
-    ) -> None:
+    def finish(self, name: str, kind: SignatureKind, outputs: Mapping[str, str], *, num_tokens: int) -> None:
         """End the signature; `outputs` maps the names of its outputs to values."""
         signature = GraphSignature(
             name=name,
             kind=kind,
             num_tokens=num_tokens,
-            attention_length=attention_length,
             inputs=tuple(self._spec(n, n) for n in self._inputs),
             outputs=tuple(self._spec(n, value) for n, value in outputs.items()),
         )
@@ -81,8 +78,9 @@ class GraphBuilder:
         dtype: Dtype = "int32" if tensor.dtype == torch.int32 else "float32"
         return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype)
 
-    def shape_of(self, value: str) -> tuple[int, ...]:
-        return tuple(self._values[value].shape)
+    def has(self, value: str) -> bool:
+        """Whether the signature has a value of this name so far."""
+        return value in self._values
 
     def graph(self) -> TracedGraph:
         return TracedGraph(

@@ -185,7 +185,7 @@ def _target(spec: TargetSpec, sizes: _Sizes) -> TracedGraph:
     builder.call("head", lambda: TargetHead(spec), {"x": x})
     written = {name: CacheName.parse(name).next for name in caches}
     outputs = written | read | {"logits": "logits", "activations": "activations"}
-    builder.finish("forward", "forward", outputs, num_tokens=0, attention_length=0)
+    builder.finish("forward", "forward", outputs, num_tokens=0)
     return builder.graph()
 
 
@@ -220,7 +220,7 @@ def _drafter(
         "head", lambda: in_place.CandidateHead(spec, quantised=quantised_head), {"x": x}, prefix={"norm": "model."}
     )
     outputs = read | {n: n for n in ("candidates", "scores", "best", "projected_activations")}
-    builder.finish("draft", "draft", outputs, num_tokens=1, attention_length=0)
+    builder.finish("draft", "draft", outputs, num_tokens=1)
     return builder.graph()
 
 
@@ -228,5 +228,5 @@ def _embedder(spec: TargetSpec, role: str, sizes: _Sizes) -> TracedGraph:
     builder = GraphBuilder(role)
     builder.start({"token_ids": ((sizes.batch, sizes.tokens), torch.int32)})
     builder.call("embed", lambda: EMBEDDERS[role](spec), {"token_ids": "token_ids"})
-    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=0, attention_length=0)
+    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=0)
     return builder.graph()

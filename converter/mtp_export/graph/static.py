@@ -10,57 +10,65 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from mtp_export.arch.spec import FULL, SLIDING, DrafterSpec, LayerType, TargetSpec
 from mtp_export.graph.builder import GraphBuilder, Inputs
 from mtp_export.graph.ir import TracedGraph
 from mtp_export.graph.walk import Place, drafter_places, target_places, walk
-from mtp_export.models.attention import Attend, OwnerRows, ReaderQuery, ReadPrefix, ReadWindow
-from mtp_export.models.drafter import DrafterHead, DrafterPrologue
+from mtp_export.models.attention import Attend, AttendFilled, OwnerRows, ReaderQuery, ReadFilled, ReadWindow
+from mtp_export.models.drafter import DelegatedDrafterPrologue, DrafterHead, DrafterPrologue
 from mtp_export.models.gpu_attention import DelegatedAttend, DelegatedOwnerRows
-from mtp_export.models.target import EMBEDDERS, TargetHead, TargetPrologue
+from mtp_export.models.ring import EndingHead, RingCheck
+from mtp_export.models.target import EMBEDDERS, DelegatedPrologue, TargetHead, TargetPrologue
 from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName, SignatureKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Caches of sliding layers as rings of `length` slots; where one was taken back too far, the answer ends with
+    `end_token`."""
+
+    length: int
+    end_token: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphShape:
     """The static sizes of a pair's graphs.
 
-    prefix_lengths: below the whole cache, a step reads the smallest of these prefixes that holds its tokens.
+    cache_length: of a pair for a CPU a prime, in whose place a runtime puts the length that it wants.
+    ring: None where all caches have that length.
     single_buffer: for a GPU, which writes caches in place and reads them as far as they are filled
-    (`gpu_attention.py`): no prefixes then, and the values' caches are [1,G,D,S].
+    (`gpu_attention.py`): the values' caches are all [1,G,D,S] then.
     composites: with fewer operators for a GPU (docs/decisions/0015-composites.md).
     """
 
     cache_length: int
     num_draft_tokens: int
     prefill_lengths: tuple[int, ...]
-    prefix_lengths: tuple[int, ...]
+    ring: Ring | None = None
     single_buffer: bool = False
     composites: bool = False
 
     @property
-    def attention_lengths(self) -> tuple[int, ...]:
-        """The whole cache first, then the shorter prefixes."""
-        shorter = () if self.single_buffer else (n for n in self.prefix_lengths if n < self.cache_length)
-        return (self.cache_length, *shorter)
+    def ring_length(self) -> int | None:
+        return None if self.ring is None else self.ring.length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """What one signature of the target computes: so many tokens, of whose cache full attention reads `length` slots."""
+    """What one signature of the target computes, over so many tokens."""
 
     kind: SignatureKind
     num_tokens: int
-    length: int
 
-    def name(self, shape: GraphShape) -> str:
-        if self.kind == "prefill":
-            return f"prefill_{self.num_tokens}"
-        return self.kind if self.length == shape.cache_length else f"{self.kind}_{self.length}"
+    @property
+    def name(self) -> str:
+        return f"prefill_{self.num_tokens}" if self.kind == "prefill" else self.kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +79,8 @@ class _StaticAttention:
     """
 
     builder: GraphBuilder
-    length: int
     segment_suffix: str
+    places: Mapping[LayerType, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     value_suffix: str = ""
     reads: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -85,10 +93,11 @@ class _StaticAttention:
         """Append the new rows of a layer's cache."""
         spec, layer = place.spec, place.layer
         keys, values = place.caches
-        module, inputs = OwnerRows, {"x": x, "input_pos": "input_pos", **_rope(layer.kind)}
+        module: type[nn.Module] = OwnerRows
+        inputs = {"x": x, **_rope(layer.kind), **self.places.get(layer.kind, {})}
         if self.builder.single_buffer:
             starts = {name: name for name in ("key_start", "value_start")}
-            module, inputs = DelegatedOwnerRows, {"x": x, **starts, "params": PARAM_TENSOR, **_rope(layer.kind)}
+            module, inputs = DelegatedOwnerRows, {**inputs, **starts, "params": PARAM_TENSOR}
         self.builder.call(
             f"rows_{layer.kind}{self.segment_suffix}",
             lambda: module(spec, layer),
@@ -101,22 +110,15 @@ class _StaticAttention:
         """Append what layers of a kind read of a cache, whose keys and values have the names `caches`: keys, values
         and mask, as an Attend takes them."""
         kind, (keys, values) = place.layer.kind, caches
+        mask = {"mask": f"mask_{kind}"}
         if self.builder.single_buffer:
-            self.reads[place.cache] = {"keys": keys, "values": values, "mask": f"mask_{kind}", "params": PARAM_TENSOR}
+            self.reads[place.cache] = {"keys": keys, "values": values, **mask, "params": PARAM_TENSOR}
             return
         read = {"keys": f"{keys}_read", "values": f"{values}_read"}
-        key, length = f"{kind}{self.segment_suffix}", self.length
-        if kind == SLIDING:
-            inputs = {"slots": "slots", "keys": keys, "values": values}
-            self.builder.call(f"window_{key}", ReadWindow, inputs, read)
-            read["mask"] = f"mask_{SLIDING}"
-        elif self.builder.shape_of(keys)[2] == length:
-            read = {"keys": keys, "values": values, "mask": "mask"}
-        else:
-            read["mask"] = f"mask_{FULL}"
-            inputs = {"mask": "mask", "keys": keys, "values": values}
-            self.builder.call(f"prefix_{key}_{length}", lambda: ReadPrefix(length), inputs, read)
-        self.reads[place.cache] = read
+        name, module = ("window", ReadWindow) if kind == SLIDING else ("filled", ReadFilled)
+        inputs = {name: name, "keys": keys, "values": values}
+        self.builder.call(f"{name}{self.segment_suffix}", module, inputs, read)
+        self.reads[place.cache] = read | mask
 
     def shared(self, place: Place, x: str) -> str:
         spec, layer, number = place.spec, place.layer, place.number
@@ -124,38 +126,53 @@ class _StaticAttention:
         query, attended = f"query_{number}", f"attended_{number}"
         inputs = {"x": x, **_rope(layer.kind)}
         self.builder.call(f"query_{key}", lambda: ReaderQuery(spec, layer), inputs, {"query": query}, prefix=prefix)
-        attend = f"attend_{key}" + (f"_{self.length}" if layer.kind == FULL else "")  # a window has one length
         inputs = {"query": query, **self.reads[place.cache]}
-        module = DelegatedAttend if self.builder.single_buffer else Attend
-        self.builder.call(attend, lambda: module(spec, layer), inputs, {"attended": attended}, prefix=prefix)
+        module = _attend(layer.kind, single_buffer=self.builder.single_buffer)
+        self.builder.call(
+            f"attend_{key}", lambda: module(spec, layer), inputs, {"attended": attended}, prefix=prefix
+        )
         return attended
+
+
+def _attend(kind: LayerType, *, single_buffer: bool) -> type[Attend]:
+    if single_buffer:
+        return DelegatedAttend
+    return AttendFilled if kind == FULL else Attend
 
 
 def _rope(kind: LayerType) -> dict[str, str]:
     return {name: f"{name}_{kind}" for name in ("cos", "sin")}
 
 
-def _caches(target: TargetSpec, indices: Iterable[int], shape: GraphShape) -> Inputs:
-    """Return the caches that a signature takes: keys [1,G,S,D], values too, or in a single buffer [1,G,D,S]."""
-    caches = {}
-    for i in indices:
+def cache_shapes(target: TargetSpec, shape: GraphShape) -> dict[CacheName, tuple[int, ...]]:
+    """Return the shapes of all caches: keys [1,G,S,D], values likewise or, of full layers and in a single buffer,
+    [1,G,D,S]; with rings one more, of the positions in them, [1,1,S,1]."""
+    shapes: dict[CacheName, tuple[int, ...]] = {}
+    for i in range(target.num_caches):
         keys, values = CacheName.pair(i)
-        of_keys = target.cache_shape(i, shape.cache_length)
-        batch, groups, slots, size = of_keys
-        caches[str(keys)] = (of_keys, torch.float32)
-        of_values = (batch, groups, size, slots) if shape.single_buffer else of_keys
-        caches[str(values)] = (of_values, torch.float32)
-    return caches
+        full = target.layers[i].kind == FULL
+        slots = shape.cache_length if full else shape.ring_length or shape.cache_length
+        shapes[keys] = batch, groups, slots, size = target.cache_shape(i, slots)
+        shapes[values] = (batch, groups, size, slots) if full or shape.single_buffer else shapes[keys]
+    if shape.ring is not None:
+        shapes[_positions(target)] = (1, 1, shape.ring.length, 1)
+    return shapes
+
+
+def _positions(target: TargetSpec) -> CacheName:
+    """Name of the cache of positions: LiteRT-LM carries it from pass to pass by its name, as any other."""
+    return CacheName(part="k", index=target.num_caches)
+
+
+def _inputs(caches: Mapping[CacheName, tuple[int, ...]]) -> Inputs:
+    return {str(name): (shape, torch.float32) for name, shape in caches.items()}
 
 
 def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
-    """Return the target's graph: prefill of every length, then decode and verify, whole first, then the shorter
-    variants."""
+    """Return the target's graph: prefill of every length, then decode and verify."""
     builder = GraphBuilder("target", single_buffer=shape.single_buffer, composites=shape.composites)
-    passes = [_Pass(kind="prefill", num_tokens=n, length=shape.cache_length) for n in shape.prefill_lengths]
-    for length in shape.attention_lengths:
-        passes.append(_Pass(kind="decode", num_tokens=1, length=length))
-        passes.append(_Pass(kind="verify", num_tokens=shape.num_draft_tokens + 1, length=length))
+    passes = [_Pass(kind="prefill", num_tokens=n) for n in shape.prefill_lengths]
+    passes += [_Pass(kind="decode", num_tokens=1), _Pass(kind="verify", num_tokens=shape.num_draft_tokens + 1)]
     for one in passes:
         _target_pass(builder, spec, shape, one)
     return builder.graph()
@@ -163,40 +180,64 @@ def trace_target(spec: TargetSpec, shape: GraphShape) -> TracedGraph:
 
 def _target_pass(builder: GraphBuilder, spec: TargetSpec, shape: GraphShape, one: _Pass) -> None:
     num_tokens, prefill = one.num_tokens, one.kind == "prefill"
-    caches = _caches(spec, range(spec.num_caches), shape)
+    caches = cache_shapes(spec, shape)
     builder.start(
         {
             "embeddings": ((1, num_tokens, spec.hidden_size), torch.float32),
             "per_layer_embeddings": ((1, num_tokens, spec.num_layers, spec.per_layer_size), torch.float32),
             "input_pos": ((num_tokens,), torch.int32),
             "mask": ((1, 1, num_tokens, shape.cache_length), torch.float32),
-            **caches,
+            **_inputs(caches),
         }
     )
-    places = target_places(spec)[: spec.num_caches if prefill else spec.num_layers]
+    layers = target_places(spec)[: spec.num_caches if prefill else spec.num_layers]
     inputs = ("embeddings", "per_layer_embeddings", "input_pos", "mask")
-    prologue = functools.partial(TargetPrologue, spec, len(places), single_buffer=builder.single_buffer)
-    builder.call(f"prologue_{len(places)}_{num_tokens}", prologue, {n: n for n in inputs})
-    attention = _StaticAttention(builder=builder, length=one.length, segment_suffix=f"_{num_tokens}")
-    outputs = {name: CacheName.parse(name).next for name in caches}
+    prologue = functools.partial(TargetPrologue, ring=shape.ring_length, ends=one.kind == "verify")
+    module = DelegatedPrologue if shape.single_buffer else prologue
+    suffix = f"_{one.kind}_{num_tokens}"
+    builder.call(f"prologue{suffix}", lambda: module(spec, len(layers)), {n: n for n in inputs})
+    attention = _StaticAttention(builder=builder, segment_suffix=suffix, places=_places(builder, shape))
+    outputs = {str(name): name.next for name in caches}
+    lost = {}
+    if shape.ring is not None:
+        lost = _check_ring(builder, spec, shape.ring, attention)
     if prefill:  # of the last layer with a cache, only what it writes there is needed
-        x = walk(builder, places[:-1], "embeddings", attention)
-        attention.write(places[-1], x)
+        x = walk(builder, layers[:-1], "embeddings", attention)
+        attention.write(layers[-1], x)
     else:
-        x = walk(builder, places, "embeddings", attention)
-        builder.call(f"head_{num_tokens}", lambda: TargetHead(spec), {"x": x})
+        x = walk(builder, layers, "embeddings", attention)
+        builder.call(f"head{suffix}", _head(spec, shape), {"x": x, **lost})
         outputs |= {"logits": "logits", "activations": "activations"}
-    builder.finish(one.name(shape), one.kind, outputs, num_tokens=num_tokens, attention_length=one.length)
+    builder.finish(one.name, one.kind, outputs, num_tokens=num_tokens)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Drafter:
-    """A drafter over the caches of its target; the rest as `trace_drafter` takes it."""
+def _head(spec: TargetSpec, shape: GraphShape) -> Callable[[], nn.Module]:
+    ring = shape.ring
+    return (lambda: TargetHead(spec)) if ring is None else (lambda: EndingHead(spec, ring.end_token))
 
-    spec: DrafterSpec
-    target: TargetSpec
-    position_offset: int
-    row_scales: bool
+
+def _places(builder: GraphBuilder, shape: GraphShape) -> dict[LayerType, dict[str, str]]:
+    """Return the values that say where rows belong in the caches of each kind of layer: what the prologue gave."""
+    if shape.single_buffer:
+        return {}
+    names = ("at", "slots", "sources")
+    found = {
+        kind: {name: f"{name}_{kind}" for name in names if builder.has(f"{name}_{kind}")} for kind in (FULL, SLIDING)
+    }
+    return {FULL: found[FULL], SLIDING: found[FULL if shape.ring is None else SLIDING]}
+
+
+def _check_ring(builder: GraphBuilder, spec: TargetSpec, ring: Ring, attention: _StaticAttention) -> dict[str, str]:
+    """Append the check of a ring's positions; return what the head takes of it."""
+    positions, window = _positions(spec), spec.visible(spec.kinds[SLIDING])
+    assert window is not None, "sliding layers have a window"
+    builder.call(
+        f"ring{attention.segment_suffix}",
+        lambda: RingCheck(window, ring.length),
+        {"input_pos": "input_pos", "positions": str(positions), **attention.places[SLIDING]},
+        {"positions": positions.next},
+    )
+    return {"lost": "lost"}
 
 
 def trace_drafter(
@@ -207,46 +248,40 @@ def trace_drafter(
     position_offset: int,
     row_scales: bool,
 ) -> TracedGraph:
-    """Return the drafter's graph; the full-length `draft` comes first, as LiteRT-LM runs signature 0.
+    """Return the drafter's graph.
 
     For a GPU it keeps to operations that one takes. `position_offset` is added to the positions that it is fed;
     `row_scales` dequantise the rows of the clustered table.
     """
     builder = GraphBuilder("drafter", single_buffer=shape.single_buffer, composites=shape.composites)
-    drafter = _Drafter(spec=spec, target=target, position_offset=position_offset, row_scales=row_scales)
-    for length in shape.attention_lengths:
-        _draft_pass(builder, drafter, shape, length)
-    return builder.graph()
-
-
-def _draft_pass(builder: GraphBuilder, drafter: _Drafter, shape: GraphShape, length: int) -> None:
-    spec, places = drafter.spec, drafter_places(drafter.spec, drafter.target)
+    places = drafter_places(spec, target)
     # One layer of each kind, sliding ones first: a cache is read once, before the layers.
     readers = [next(place for place in places if place.layer.kind == kind) for kind in (SLIDING, FULL)]
+    of_target = cache_shapes(target, shape)
     builder.start(
         {
             "activations": ((1, 1, 2 * spec.backbone_hidden_size), torch.float32),
             "input_pos": ((1,), torch.int32),
             "mask": ((1, 1, 1, shape.cache_length), torch.float32),
-            **_caches(drafter.target, [place.cache for place in readers], shape),
+            **_inputs({name: of_target[name] for place in readers for name in place.caches}),
         }
     )
+    prologue = functools.partial(DrafterPrologue, num_drafts=shape.num_draft_tokens, ring=shape.ring_length)
+    module = DelegatedDrafterPrologue if shape.single_buffer else prologue
     inputs = {n: n for n in ("activations", "input_pos", "mask")}
-    prologue = functools.partial(DrafterPrologue, spec, drafter.position_offset, single_buffer=builder.single_buffer)
-    builder.call("prologue", prologue, inputs)
-    attention = _StaticAttention(builder=builder, length=length, segment_suffix="")
+    builder.call("prologue", lambda: module(spec, position_offset), inputs)
+    attention = _StaticAttention(builder=builder, segment_suffix="")
     for place in readers:
         attention.read(place, [str(cache) for cache in place.caches])
     x = walk(builder, places, "x", attention)
     builder.call(
         "head",
-        lambda: DrafterHead(spec, row_scales=drafter.row_scales, delegated=builder.single_buffer),
-        {"x": x},
+        lambda: DrafterHead(spec, row_scales=row_scales, delegated=builder.single_buffer),
+        {"x": x} if shape.single_buffer else {"x": x, "drafts": "drafts"},
         prefix={"norm": "model."},
     )
-    name = "draft" if length == shape.cache_length else f"draft_{length}"
-    outputs = {n: n for n in ("logits", "projected_activations")}
-    builder.finish(name, "draft", outputs, num_tokens=1, attention_length=length)
+    builder.finish("draft", "draft", {n: n for n in ("logits", "projected_activations")}, num_tokens=1)
+    return builder.graph()
 
 
 def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
@@ -254,5 +289,5 @@ def trace_embedder(spec: TargetSpec, role: str) -> TracedGraph:
     builder = GraphBuilder(role)
     builder.start({"token_ids": ((1, 1), torch.int32)})
     builder.call("embed", lambda: EMBEDDERS[role](spec), {"token_ids": "token_ids"})
-    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=1, attention_length=0)
+    builder.finish("embed", "embed", {"embeddings": "embeddings"}, num_tokens=1)
     return builder.graph()

@@ -51,15 +51,18 @@ class ClusteredHead(_Clusters):
         ids = ops.gather(self.token_ordering, clusters, 0).reshape(spec.num_candidates)
         return ids, scores, ops.gather(self.may_draft, clusters, 0).reshape(spec.num_candidates)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, drafts: Tensor) -> Tensor:
         """Return a row as long as the vocabulary, for runtimes whose sampler needs one.
 
         Candidates keep their differences, the worst of them gets 1, every other token 0, and so does a candidate that
         may not be drafted. transformers fills with min - 1, so this is the same row minus a constant.
 
-        Shapes: hidden [1,1,H] -> [1,1,V]
+        Where `drafts` is 0, token 0 is the best: it fills prompts up, and no target says it.
+
+        Shapes: hidden [1,1,H], drafts [1] int32, 0 or 1 -> [1,1,V]
         """
         ids, scores, may_draft = self.candidates(hidden)
+        ids = ids * drafts
         shifted = (scores - (scores.min(0, keepdim=True).values - 1.0)) * may_draft
         row: Tensor = ops.scatter(ids, shifted, self.spec.vocab_size)
         return row.reshape(1, 1, self.spec.vocab_size)

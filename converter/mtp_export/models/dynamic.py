@@ -16,24 +16,9 @@ from mtp_export.arch.spec import DecoderSpec, DrafterSpec, LayerSpec, TargetSpec
 from mtp_export.models import ops
 from mtp_export.models.attention import KeyValueProjection, OutputProjection, QueryProjection
 from mtp_export.models.clustered_head import BatchedClusteredHead
-from mtp_export.models.layers import RMSNorm, inverse_frequencies, rope_tables
+from mtp_export.models.layers import RMSNorm
+from mtp_export.models.positions import RotaryTables
 from mtp_export.models.target import PerLayerInputs
-
-
-class RopeTables:
-    """Cosine and sine of every layer type."""
-
-    def __init__(self, spec: DecoderSpec, position_offset: int = 0) -> None:
-        self.position_offset = position_offset
-        self.frequencies = {kind: inverse_frequencies(layer.rope, layer.head_dim) for kind, layer in spec.kinds.items()}
-
-    def __call__(self, positions: Tensor) -> dict[str, Tensor]:
-        """Shapes: positions [B,T] int32 -> `cos_…` and `sin_…` [B,T,1,D]"""
-        out = {}
-        for kind, frequencies in self.frequencies.items():
-            cos, sin = rope_tables(positions + self.position_offset, frequencies)
-            out[f"cos_{kind}"], out[f"sin_{kind}"] = cos, sin
-        return out
 
 
 class Prologue(PerLayerInputs):
@@ -41,7 +26,7 @@ class Prologue(PerLayerInputs):
 
     def __init__(self, spec: TargetSpec) -> None:
         super().__init__(spec, spec.num_layers)
-        self.rope = RopeTables(spec)
+        self.rope = RotaryTables(spec, 0)
 
     def forward(self, embeddings: Tensor, per_layer_embeddings: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Shapes: embeddings [B,T,H], per_layer_embeddings [B,T,L,P], positions [B,T] int32
@@ -54,7 +39,7 @@ class DrafterPrologue(nn.Module):
 
     def __init__(self, spec: DrafterSpec, position_offset: int) -> None:
         super().__init__()
-        self.rope = RopeTables(spec, position_offset)
+        self.rope = RotaryTables(spec, position_offset)
         self.pre_projection = nn.Linear(2 * spec.backbone_hidden_size, spec.hidden_size, bias=False)
 
     def forward(self, activations: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mtp_export.models import ops
-from mtp_export.models.attention import HIDDEN, Attend, OwnerRows, folded_heads, unfolded_heads
+from mtp_export.models.attention import Attend, OwnerRows, folded_heads, unfolded_heads
+from mtp_export.models.positions import HIDDEN
 
 
 def cache_starts(input_pos: Tensor) -> dict[str, Tensor]:

@@ -13,19 +13,6 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("mtp::update_cache", mutates_args=())
-def update_cache(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """Write `rows` into `cache` from slot `position[0]` on; the exported graph does it in place.
-
-    Shapes: cache [1,G,S,D], rows [1,G,T,D], position [T] int32 -> [1,G,S,D]
-    """
-    start = int(position[0])
-    out = cache.clone()
-    out[:, :, start : start + rows.shape[2]] = rows
-    return out
-
-
-@update_cache.register_fake
 def _like_the_first(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 

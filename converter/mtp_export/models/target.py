@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_export.arch.spec import DecoderSpec, LayerSpec, TargetSpec
-from mtp_export.models.attention import PositionTables, aligned_slots
+from mtp_export.arch.spec import SLIDING, DecoderSpec, LayerSpec, TargetSpec
+from mtp_export.models import cache_ops
 from mtp_export.models.gpu_attention import cache_starts
 from mtp_export.models.layers import FeedForward, RMSNorm
+from mtp_export.models.positions import RotaryTables, Window, WritePlaces, filled_slots, seen_slots
 
 
 class PerLayerInputs(nn.Module):
@@ -38,21 +39,38 @@ class PerLayerInputs(nn.Module):
 
 
 class TargetPrologue(PerLayerInputs):
-    """Position tables and the per-layer inputs."""
+    """Position tables and the per-layer inputs. `ring` and `ends` as `WritePlaces` has them."""
 
-    def __init__(self, spec: TargetSpec, num_layers: int, *, single_buffer: bool = False) -> None:
+    def __init__(self, spec: TargetSpec, num_layers: int, *, ring: int | None, ends: bool) -> None:
         super().__init__(spec, num_layers)
-        self.tables = PositionTables(spec, slots=None if single_buffer else aligned_slots)
-        self.single_buffer = single_buffer
+        self.rotary, self.window = RotaryTables(spec, 0), Window(spec, aligned=True, ring=ring)
+        self.places = WritePlaces(ring, ends=ends)
 
     def forward(
         self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
         """Shapes: embeddings [1,T,H], per_layer_embeddings [1,T,L,P], input_pos [T] int32, mask [1,1,T,S]
-        -> position tables, `per_layer_input_{i}` [1,T,P]; with a single buffer `key_start`, `value_start` [4] int32
-        """
-        starts = cache_starts(input_pos) if self.single_buffer else {}
-        return starts | self.tables(input_pos, mask) | self.mix(embeddings, per_layer_embeddings)
+        -> position tables, `per_layer_input_{i}` [1,T,P]"""
+        count = cache_ops.slot_count(mask)
+        seen = self.window(input_pos, mask, count) | filled_slots(input_pos, mask, count)
+        tables = self.rotary(input_pos[None]) | self.places(input_pos, count) | seen
+        return tables | self.mix(embeddings, per_layer_embeddings)
+
+
+class DelegatedPrologue(PerLayerInputs):
+    """The same for a GPU, which writes caches in place and reads all of them."""
+
+    def __init__(self, spec: TargetSpec, num_layers: int) -> None:
+        super().__init__(spec, num_layers)
+        self.rotary, self.window = RotaryTables(spec, 0), spec.visible(spec.kinds[SLIDING]) or 0
+
+    def forward(
+        self, embeddings: Tensor, per_layer_embeddings: Tensor, input_pos: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes: as TargetPrologue, with `key_start` and `value_start` [4] int32 and masks [1,1,T,S] bool"""
+        starts = cache_starts(input_pos)
+        tables = self.rotary(input_pos[None]) | seen_slots(mask, input_pos, self.window)
+        return starts | tables | self.mix(embeddings, per_layer_embeddings)
 
 
 class TargetFeedForward(FeedForward):

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from mtp_runtime.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OLDEST_FORMAT_VERSION = 1  # that is read
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -131,19 +132,17 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return _is_cache(self.name)
 
 
-class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GraphSignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One entry point of a graph.
 
-    `attention_length` is the number of leading cache slots that full-attention layers of this signature read: a
-    runtime may run it whenever every position it touches is below that. It is S for the plain `decode`, `verify` and
-    `draft`, and smaller for their variants `decode_{A}`, `verify_{A}`, `draft_{A}`, which cost less when little of
-    the cache is filled. It is 0 where there is no attention (`embed`).
+    `attention_length` is there in bundles of format version 1 alone, which have variants of signatures, such as
+    `decode_1024`, that read less of the cache than S. A runtime needs none of them.
     """
 
     name: str
     kind: SignatureKind
     num_tokens: int
-    attention_length: int
+    attention_length: int = 0
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -197,8 +196,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `files` maps a role (`target`, `drafter`, `embedder`, `per_layer_embedder`, `tokenizer`, `tokenizer_config`,
     `chat_template`, `litertlm`) to its file; `signatures` maps a graph's role to its signatures.
-    `context_length` is what may be filled: cache_length - num_draft_tokens, because a verify pass writes K + 1 rows
-    at the pending position. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
+    `cache_length` is S in the graphs. `context_length` is what may be filled: of a bundle whose context is chosen when
+    it is opened, where nobody chooses, and up to `longest_context_length` can be chosen, below S, which is a prime; of
+    any other S - K, because a verify writes K + 1 rows at the pending position. `ring_length`: slots of the caches of
+    sliding layers, 0 if they have as many as all others. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
     the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention,
     0 vLLM's. It is already inside the graph. With a `batch_size` above 1 there are also a `target_batch` and a
     `drafter_batch`, graphs for so many sequences, with the signatures that `for_sequences` says.
@@ -216,6 +217,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_length: int
     num_draft_tokens: int
     context_length: int
+    longest_context_length: int = 0  # 0: the context is not chosen
+    ring_length: int = 0
     batch_size: int = 1
     drafter_position_offset: int
     vocab_size: int
@@ -232,6 +235,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     inputs: tuple[FileEntry, ...]
     files: Mapping[str, FileEntry]
     signatures: Mapping[str, tuple[GraphSignature, ...]]
+
+    @property
+    def chooses_context(self) -> bool:
+        """Whether how much of the cache is allocated is chosen when the bundle is opened."""
+        return self.longest_context_length > 0
 
     @property
     def samples(self) -> bool:
@@ -265,11 +273,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return manifest
 
     def _check(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise BundleError(f"{MANIFEST_NAME}: format_version is {self.format_version}, expected {FORMAT_VERSION}")
+        if not OLDEST_FORMAT_VERSION <= self.format_version <= FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME}: format_version is {self.format_version}, expected {OLDEST_FORMAT_VERSION} to "
+                f"{FORMAT_VERSION}"
+            )
         if self.num_draft_tokens < 1 or self.context_length < 1 or self.vocab_size < 1 or self.hidden_size < 1:
             raise BundleError(f"{MANIFEST_NAME}: sizes must be positive: export the bundle again")
-        if self.context_length != self.cache_length - self.num_draft_tokens:
+        if self.chooses_context:
+            if not self.context_length <= self.longest_context_length < self.cache_length:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: context_length is {self.context_length}, longest_context_length "
+                    f"{self.longest_context_length} and cache_length {self.cache_length}, expected them to rise"
+                )
+        elif self.context_length != self.cache_length - self.num_draft_tokens:
             raise BundleError(
                 f"{MANIFEST_NAME}: context_length is {self.context_length}, expected cache_length - num_draft_tokens "
                 f"= {self.cache_length - self.num_draft_tokens}"

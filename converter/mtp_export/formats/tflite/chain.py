@@ -176,6 +176,7 @@ class _Chain:
         old = template.subgraph.tensors[index]
         new = schema.TensorT()
         new.name, new.type, new.shape, new.hasRank = name.encode(), old.type, old.shape, True
+        new.shapeSignature = old.shapeSignature
         new.buffer = self._buffer(template.model.buffers[old.buffer].data)
         subgraph.tensors.append(new)
         return len(subgraph.tensors) - 1

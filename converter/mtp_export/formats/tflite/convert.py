@@ -19,7 +19,8 @@ import torch
 from litert_torch import progress
 from torch import Tensor, nn
 
-from mtp_export.formats.tflite import composites, lowerings  # noqa: F401  they register how our operations are lowered
+# They register how our operations are lowered.
+from mtp_export.formats.tflite import cache_lowerings, composites, lowerings  # noqa: F401
 from mtp_export.graph.ir import Segment
 
 

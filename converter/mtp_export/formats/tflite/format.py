@@ -9,6 +9,7 @@ from mtp_export.config import FormatConfig
 from mtp_export.formats.format import WriteRequest
 from mtp_export.formats.roles import ROLES, TraceRequest
 from mtp_export.formats.tflite import chain, sizes
+from mtp_export.formats.tflite.passes.caches_first import with_caches_first
 from mtp_export.formats.tflite.passes.reply_ends import with_reply_ends
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
 from mtp_export.formats.tflite.read import read_weights
@@ -59,7 +60,9 @@ class TFLiteFormat:
 
     def _rewritten(self, graph: chain.LoweredGraph) -> chain.LoweredGraph:
         """Return a converted graph with the operators that its backend wants."""
-        return without_unused(graph) if self._for_gpu else with_squares_reshaped_first(graph)
+        if self._for_gpu:
+            return without_unused(graph)
+        return with_caches_first(with_squares_reshaped_first(graph))
 
     def write(self, lowered: chain.LoweredGraph, request: WriteRequest) -> list[Path]:
         path = request.folder / self.file_name(lowered.role)

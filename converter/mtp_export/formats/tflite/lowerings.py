@@ -18,7 +18,7 @@ from mtp_export.models import ops
 add_pre_lower_decomp(torch.ops.mtp.rms_norm.default, ops.decomposed_rms_norm)
 
 
-def tfl(name: str, operands: Sequence[Any], results: Sequence[Any], **attributes: int | str) -> Any:
+def tfl(name: str, operands: Sequence[Any], results: Sequence[Any], **attributes: float | str) -> Any:
     """Add a TFLite op by its MLIR name, with results of these types; return its values.
 
     stablehlo's custom call is the carrier that litert-torch's own lowerings use.
@@ -32,11 +32,13 @@ def tfl(name: str, operands: Sequence[Any], results: Sequence[Any], **attributes
     )
 
 
-def _attribute(value: int | str) -> Any:
+def _attribute(value: float | str) -> Any:
     if isinstance(value, str):
         return ir.StringAttr.get(value)
     if isinstance(value, bool):
         return ir.BoolAttr.get(value)
+    if isinstance(value, float):
+        return ir.FloatAttr.get(ir.F32Type.get(), value)
     return ir.IntegerAttr.get(ir.IntegerType.get_signless(32), value)
 
 
@@ -89,10 +91,3 @@ def _scatter(context: Any, indices: Any, values: Any, size: int) -> Any:
     operands = [stablehlo.reshape(column, indices), values, constant([size])]
     return tfl("tfl.scatter_nd", operands, result_types(context))
 
-
-@lower(torch.ops.mtp.update_cache.default)
-def _update_cache(context: Any, cache: Any, rows: Any, position: Any) -> Any:
-    first = stablehlo.slice(position, start_indices=[0], limit_indices=[1], strides=[1])
-    # In one vector from the start: stablehlo's operation wants numbers without axes, and a GPU takes none.
-    start = stablehlo.concatenate([constant([0, 0]), first, constant([0])], dimension=0)
-    return tfl("tfl.dynamic_update_slice", [cache, rows, start], result_types(context))

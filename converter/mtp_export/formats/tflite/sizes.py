@@ -17,7 +17,12 @@ _TENSORS = {
     "mtp.rms_norm.default": 6.5,
     "aten.slice.Tensor": 3,
     "aten.select.int": 3,
-    "mtp.update_cache.default": 4,
+    "mtp.write_slots.default": 3,
+    "mtp.merged_slots.default": 3,
+    "mtp.ring_places.default": 16,
+    "mtp.attend_filled.default": 8,
+    "mtp.leading.default": 4,
+    "mtp.slot_count.default": 6,
 }
 
 
