@@ -161,7 +161,7 @@ def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
     builder.start({"x": ((1, 1, SPEC.hidden_size), torch.float32)})
     builder.call("head", build_head, {"x": "x"})
     outputs = {name: name for name in builder.segments["head"].outputs}
-    builder.finish("head", "draft", outputs, num_tokens=1, attention_length=0)
+    builder.finish("head", "draft", outputs, num_tokens=1)
     return builder.graph()
 
 
