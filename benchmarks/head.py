@@ -67,7 +67,7 @@ class TfliteHead(nn.Module):
         self.head = ClusteredHead(SPEC.head, SPEC.hidden_size, row_scales=True)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.head(x)}
+        return {"logits": self.head(x, torch.ones(1, dtype=torch.int32))}
 
 
 class OnnxHead(nn.Module):

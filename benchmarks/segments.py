@@ -80,12 +80,7 @@ def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[Trac
     shapes = [GraphShape(cache_length=length, num_draft_tokens=max(n - 1, 1), prefill_lengths=()) for n in tokens]
     graphs = [(trace_target(pair.target, shape), n) for shape, n in zip(shapes, tokens, strict=True)]
     graphs.append((trace_drafter(pair.drafter, pair.target, shapes[0], position_offset=1, row_scales=True), 1))
-    return [
-        (graph, traced)
-        for graph, n in graphs
-        for traced in graph.signatures
-        if traced.signature.num_tokens == n
-    ]
+    return [(graph, traced) for graph, n in graphs for traced in graph.signatures if traced.signature.num_tokens == n]
 
 
 def read_slots(filled: int) -> int:
