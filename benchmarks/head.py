@@ -67,7 +67,7 @@ class TfliteHead(nn.Module):
         self.head = ClusteredHead(SPEC.head, SPEC.hidden_size, row_scales=True)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.head(x)}
+        return {"logits": self.head(x, torch.ones(1, dtype=torch.int32))}
 
 
 class OnnxHead(nn.Module):
@@ -161,7 +161,7 @@ def trace(build_head: Callable[[], nn.Module]) -> TracedGraph:
     builder.start({"x": ((1, 1, SPEC.hidden_size), torch.float32)})
     builder.call("head", build_head, {"x": "x"})
     outputs = {name: name for name in builder.segments["head"].outputs}
-    builder.finish("head", "draft", outputs, num_tokens=1, attention_length=0)
+    builder.finish("head", "draft", outputs, num_tokens=1)
     return builder.graph()
 
 

@@ -122,7 +122,7 @@ def trace(width: int, outputs: tuple[int, ...], copies: int, tokens: Iterable[in
             key = f"products_{count}"  # one segment, converted once, with the weights of each copy in turn
             builder.call(key, partial(Products, width, outputs), {"x": "x"}, named, prefix=f"{copy}.")
             results |= {value: value for value in named.values()}
-        builder.finish(f"m{count}", "decode", results, num_tokens=count, attention_length=0)
+        builder.finish(f"m{count}", "decode", results, num_tokens=count)
     return builder.graph()
 
 

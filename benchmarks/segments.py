@@ -73,29 +73,19 @@ def main() -> int:
 
 
 def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[TracedGraph, TracedSignature]]:
-    """The target's pass for every number of tokens and the drafter's, over the shortest prefix that holds them behind
-    what is filled."""
+    """The target's pass for every number of tokens and the drafter's, over caches as long as what full layers read
+    of them."""
     pair = published.PAIRS[model]
-    sizes = pair.sizes
-    prefixes = (n for n in sizes.prefix_lengths if n >= filled + max(tokens))
-    length = min((sizes.cache_length, *prefixes))
-    shapes = [
-        GraphShape(
-            cache_length=sizes.cache_length,
-            num_draft_tokens=max(n - 1, 1),
-            prefill_lengths=(),
-            prefix_lengths=(length,),
-        )
-        for n in tokens
-    ]
+    length = read_slots(filled + max(tokens))
+    shapes = [GraphShape(cache_length=length, num_draft_tokens=max(n - 1, 1), prefill_lengths=()) for n in tokens]
     graphs = [(trace_target(pair.target, shape), n) for shape, n in zip(shapes, tokens, strict=True)]
     graphs.append((trace_drafter(pair.drafter, pair.target, shapes[0], position_offset=1, row_scales=True), 1))
-    return [
-        (graph, traced)
-        for graph, n in graphs
-        for traced in graph.signatures
-        if (traced.signature.num_tokens, traced.signature.attention_length) == (n, length)
-    ]
+    return [(graph, traced) for graph, n in graphs for traced in graph.signatures if traced.signature.num_tokens == n]
+
+
+def read_slots(filled: int) -> int:
+    """How many slots a pass reads of a full layer's cache: see `positions.filled_slots`."""
+    return -(-filled // 256) * 256
 
 
 def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
@@ -124,7 +114,7 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
             renamed = {name: f"{name}.{copy}.out" for name in segment.outputs}
             builder.call(key, partial(getattr, segment, "module"), bindings, renamed, prefix=f"{copy}.{key}.")
             results |= {value: value for value in renamed.values()}
-        builder.finish(key, "decode", results, num_tokens=1, attention_length=0)
+        builder.finish(key, "decode", results, num_tokens=1)
         values[key] = {name: value_of(name, shape, dtype, options.filled) for name, (shape, dtype) in inputs.items()}
     graph = builder.graph()
     (lowered,) = lower_tflite.lower([graph], 1)
@@ -143,7 +133,8 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
 def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, filled: int) -> NDArray[Any]:
     """Return what a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
     if dtype == torch.int32:
-        return np.arange(shape[0], dtype=np.int32) + (filled if name.startswith("input_pos") else 0)
+        first = {"input_pos": filled, "at": filled, "slots": filled, "filled": read_slots(filled)}
+        return np.arange(shape[0], dtype=np.int32) + first.get(name.partition(".")[0], 0)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 

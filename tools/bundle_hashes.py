@@ -30,6 +30,8 @@ FORMS = (
 VARIANTS = (
     ("--target", "tflite", "--delegate", "gpu", "--composites", "--recipe", "int8"),
     ("--target", "tflite", "--cache-length", "200", "--num-draft-tokens", "2", "--recipe", "int4"),
+    ("--target", "tflite", "--rings", "512", "--recipe", "int8"),
+    ("--target", "tflite", "--rings", "off", "--recipe", "int8"),
     ("--target", "tflite", "--drafter-position-offset", "0", "--centroid-top-k", "8", "--recipe", "int8"),
     ("--target", "onnx", "--portable", "--recipe", "int8"),
     ("--target", "onnx", "--batch-size", "4", "--recipe", "int4"),

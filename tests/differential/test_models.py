@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Gemma4ForCausalLM
 
 from mtp_export.graph.ir import run_signature
-from mtp_export.graph.static import GraphShape, trace_drafter
+from mtp_export.graph.static import trace_drafter
 from mtp_runtime.bundle.contract import PARAM_TENSOR, CacheName
 from tests.support.tiny import PARAMS, StaticTarget, Tiny, causal_mask, drafter_weights, hf_drafter, hf_target
 
@@ -59,7 +59,7 @@ def assert_caches(ours: StaticTarget, model: Gemma4ForCausalLM, ids: torch.Tenso
     for i in range(ours.spec.num_caches):
         layer: Any = rows.layers[i]  # a union in transformers, of which only one kind has rows
         for name, theirs in zip(CacheName.pair(i), (layer.keys, layer.values), strict=True):
-            filled = ours.rows_of(str(name))[:, :, : len(ids)]
+            filled = ours.rows_of(name)[:, :, : len(ids)]
             torch.testing.assert_close(filled, theirs, atol=TOLERANCE, rtol=0)
 
 
@@ -83,13 +83,7 @@ def test_drafter_chained_steps(tiny: Tiny, processed: int) -> None:
     out = target(ids[None, :-1], use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
     static = StaticTarget(tiny, target, CACHE_LENGTH, {processed})
     static(ids[:-1], 0)
-    shape = GraphShape(
-        cache_length=CACHE_LENGTH,
-        num_draft_tokens=4,
-        prefill_lengths=(),
-        prefix_lengths=(),
-        single_buffer=tiny.single_buffer,
-    )
+    shape = tiny.shape(CACHE_LENGTH, 4)
     graph = trace_drafter(spec, tiny.target_spec, shape, position_offset=1, row_scales=False)
     draft, weights = graph.signatures[0], drafter_weights(spec, assistant)
     caches = {t.name: static.caches[t.name] for t in draft.signature.inputs if t.is_cache}

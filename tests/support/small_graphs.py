@@ -29,7 +29,7 @@ def feed_forward_graph() -> TracedGraph:
         {"x": "out"},
         prefix="layer.",
     )
-    builder.finish("block", "decode", {"out": "out"}, num_tokens=3, attention_length=0)
+    builder.finish("block", "decode", {"out": "out"}, num_tokens=3)
     return builder.graph()
 
 

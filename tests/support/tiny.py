@@ -26,13 +26,16 @@ from mtp_export.arch.spec import (
     with_caches,
 )
 from mtp_export.graph.ir import run_signature
-from mtp_export.graph.static import GraphShape, trace_embedder, trace_target
+from mtp_export.graph.static import GraphShape, Ring, cache_shapes, trace_embedder, trace_target
 from mtp_runtime.bundle.contract import PARAM_COUNT, PARAM_TENSOR, CacheName
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+
+
+END_TOKEN = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,16 @@ class Tiny:
     double_wide: bool = True
     sliding_window: int = 8
     single_buffer: bool = False
+    ring_length: int | None = None
+
+    def shape(self, cache_length: int, num_draft_tokens: int, prefill_lengths: tuple[int, ...] = ()) -> GraphShape:
+        return GraphShape(
+            cache_length=cache_length,
+            num_draft_tokens=num_draft_tokens,
+            prefill_lengths=prefill_lengths,
+            ring=None if self.ring_length is None else Ring(length=self.ring_length, end_token=END_TOKEN),
+            single_buffer=self.single_buffer,
+        )
 
     @property
     def target_spec(self) -> TargetSpec:
@@ -56,7 +69,7 @@ class Tiny:
             layers=with_caches(layers, 3),
             vocab_size_per_layer_input=128,
             max_position_embeddings=1024,
-            eos_token_ids=(1,),
+            eos_token_ids=(END_TOKEN,),
         )
 
     @property
@@ -186,34 +199,17 @@ class StaticTarget:
         spec = self.spec
         self.embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
         # One graph per length of a pass; a verify pass of one token is a decode.
-        self.graphs = {
-            n: trace_target(
-                spec,
-                GraphShape(
-                    cache_length=cache_length,
-                    num_draft_tokens=n - 1,
-                    prefill_lengths=(n,),
-                    prefix_lengths=(),
-                    single_buffer=tiny.single_buffer,
-                ),
-            )
-            for n in pass_lengths
-        }
+        self.graphs = {n: trace_target(spec, tiny.shape(cache_length, n - 1, (n,))) for n in pass_lengths}
         # Garbage, not zeros: what is not filled must not matter.
         generator = torch.Generator().manual_seed(9)
-        self.caches = {
-            str(name): torch.randn(spec.cache_shape(i, cache_length), generator=generator)
-            for i in range(spec.num_caches)
-            for name in CacheName.pair(i)
-        }
-        self.swapped = tiny.single_buffer  # values [1,G,D,S]
-        if self.swapped:
-            self.caches = {name: self.rows_of(name) for name in self.caches}
+        shapes = cache_shapes(spec, tiny.shape(cache_length, 1))
+        self.caches = {str(name): torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        self.single_buffer = tiny.single_buffer
 
-    def rows_of(self, name: str) -> torch.Tensor:
-        """A cache as rows. Shapes: -> [1,G,S,D]"""
-        cache = self.caches[name]
-        return cache.transpose(2, 3) if self.swapped and CacheName.parse(name).part == "v" else cache
+    def rows_of(self, name: CacheName) -> torch.Tensor:
+        """A layer's cache as rows. Shapes: -> [1,G,S,D]"""
+        cache, full = self.caches[str(name)], self.spec.layers[name.index].kind == FULL
+        return cache.transpose(2, 3) if name.part == "v" and (full or self.single_buffer) else cache
 
     def embed(self, token: torch.Tensor) -> list[torch.Tensor]:
         """Shapes: scalar -> [1,1,H] and [1,1,L,P]"""
@@ -231,7 +227,7 @@ class StaticTarget:
             "input_pos": torch.arange(position, position + len(ids), dtype=torch.int32),
             "mask": causal_mask(self.cache_length, position, len(ids)),
         }
-        if self.swapped:
+        if self.single_buffer:
             inputs[PARAM_TENSOR] = PARAMS
         values = run_signature(graph, traced, self.weights, inputs | self.caches)
         self.caches = {cache: values[CacheName.parse(cache).next] for cache in self.caches}

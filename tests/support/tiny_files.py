@@ -45,10 +45,11 @@ def tiny_model(folder: Path) -> PairSpec:
         target=gemma4.read_target_spec(configs[0], "target"),
         drafter=gemma4.read_drafter_spec(configs[1], "drafter"),
         sizes=GraphSizes(
-            cache_length=CACHE_LENGTH,
+            longest_context=CACHE_LENGTH,
+            context_length=CACHE_LENGTH,
             num_draft_tokens=published.NANO.sizes.num_draft_tokens,
             prefill_lengths=(8,),
-            prefix_lengths=(),
+            ring_length=32,
         ),
     )
 

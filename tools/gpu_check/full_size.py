@@ -217,10 +217,9 @@ def trace_passes(pair: PairSpec, *, composites: bool = False) -> TracedGraph:
     """Return the target with a `decode`, and a `verify_{n}` for every number of tokens."""
     shapes = (
         GraphShape(
-            cache_length=pair.sizes.cache_length,
+            cache_length=pair.sizes.context_length,
             num_draft_tokens=n - 1,
             prefill_lengths=(),
-            prefix_lengths=(),
             single_buffer=True,
             composites=composites,
         )

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtp_export.arch.spec import FULL, SLIDING
+from mtp_export.arch.spec import FULL, SLIDING, TargetSpec
 from mtp_export.graph.ir import Call
-from mtp_export.graph.static import GraphShape, trace_drafter, trace_embedder, trace_target
+from mtp_export.graph.static import GraphShape, cache_shapes, trace_drafter, trace_embedder, trace_target
 from mtp_export.source.pair import Pair
 from mtp_export.weights import mapping
 from mtp_export.weights.parameter import Parameter
@@ -79,10 +79,9 @@ class FloatTarget:
     def __init__(self, pair: Pair, length: int) -> None:
         """Trace it; nothing is read yet."""
         self.spec, self.length = pair.target_spec, length
-        shape = GraphShape(
-            cache_length=length, num_draft_tokens=length - 1, prefill_lengths=(length,), prefix_lengths=()
-        )
+        shape = GraphShape(cache_length=length, num_draft_tokens=length - 1, prefill_lengths=(length,))
         self.graph = trace_target(self.spec, shape)
+        self._caches = cache_shapes(self.spec, shape)
         embedders = [trace_embedder(self.spec, role) for role in LOOKUPS]
         graphs = [self.graph, *embedders]
         by_role = mapping.target_parameters(pair.target, graphs, RECIPES["f32"])
@@ -113,11 +112,7 @@ class FloatTarget:
             yield TargetOutputs(
                 running["logits"][0, :count].numpy(),
                 running["activations"][0, :count].numpy(),
-                {
-                    n.removesuffix(CacheName.NEXT): v[:, :, :count]
-                    for n, v in running.items()
-                    if n.endswith(CacheName.NEXT)
-                },
+                {str(n): _as_rows(running[n.next], n, self.spec)[:, :, :count] for n in self._caches},
             )
             running.clear()
 
@@ -146,11 +141,7 @@ class FloatTarget:
         spec = self.spec
         tokens = _token_rows(values[lookup_name("embedder")], padded) * math.sqrt(spec.hidden_size)
         layers = _token_rows(values[lookup_name("per_layer_embedder")], padded) * math.sqrt(spec.per_layer_size)
-        caches = {
-            str(name): torch.zeros(spec.cache_shape(i, self.length))
-            for i in range(spec.num_caches)
-            for name in CacheName.pair(i)
-        }
+        caches = {str(name): torch.zeros(shape) for name, shape in self._caches.items()}
         by_layer = layers.reshape(1, self.length, spec.num_layers, spec.per_layer_size)
         return caches | {"embeddings": tokens[None], "per_layer_embeddings": by_layer}
 
@@ -179,6 +170,11 @@ class FloatTarget:
             hook.remove()
 
 
+def _as_rows(cache: Tensor, name: CacheName, spec: TargetSpec) -> Tensor:
+    """Return a cache as rows, or rows as a cache. Shapes: [1,G,D,S] of a full layer's values -> [1,G,S,D], or back"""
+    return cache.transpose(2, 3) if name.part == "v" and spec.layers[name.index].kind == FULL else cache
+
+
 def _kept_in(products: dict[str, Tensor], leaf: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         products[leaf] = inputs[0]
@@ -201,6 +197,11 @@ def _spent_after(body: Sequence[Call], head: Call) -> list[set[str]]:
     return spent[::-1]
 
 
+def _of_length(rows: Tensor, length: int) -> Tensor:
+    """Shapes: [1,G,S',D] -> [1,G,S,D], cut or filled up"""
+    return F.pad(rows[:, :, :length], (0, 0, 0, max(0, length - rows.shape[2])))
+
+
 def _whole(parameter: Parameter) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows_of(parameter, 0, parameter.shape[0])))
 
@@ -220,13 +221,14 @@ class FloatDrafter:
     def __init__(self, pair: Pair, cache_length: int, embedding: Parameter) -> None:
         """Trace it with both position conventions and read it; `embedding` is the target's, of tokens."""
         spec, target = pair.drafter_spec, pair.target_spec
-        shape = GraphShape(cache_length=cache_length, num_draft_tokens=1, prefill_lengths=(), prefix_lengths=())
-        self.spec, self.length = spec, cache_length
+        shape = GraphShape(cache_length=cache_length, num_draft_tokens=1, prefill_lengths=())
+        self.spec, self.length, self._target = spec, cache_length, target
         self._graphs = [
             trace_drafter(spec, target, shape, position_offset=offset, row_scales=False) for offset in (0, 1)
         ]
         owners = [target.shared_cache_index(kind) for kind in (SLIDING, FULL)]
-        self.read = [str(name) for owner in owners for name in CacheName.pair(owner)]
+        self._read = [name for owner in owners for name in CacheName.pair(owner)]
+        self.read = [str(name) for name in self._read]
         of_graph = mapping.drafter_parameters(pair.drafter, self._graphs[0], spec, RECIPES["f32"])
         self._weights = {name: _whole(p) for name, p in of_graph.items()}
         self._target_embedding, self._scale = embedding, math.sqrt(target.hidden_size)
@@ -250,8 +252,7 @@ class FloatDrafter:
         """
         graph, count = self._graphs[offset], len(tokens)
         values = {
-            name: F.pad(caches[name][:, :, : self.length], (0, 0, 0, max(0, self.length - caches[name].shape[2])))
-            for name in self.read
+            str(name): _as_rows(_of_length(caches[str(name)], self.length), name, self._target) for name in self._read
         }
         embeddings = _token_rows(self._target_embedding, tokens) * self._scale
         seen = torch.arange(filled, filled + count)[:, None]

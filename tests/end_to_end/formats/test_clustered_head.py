@@ -36,7 +36,7 @@ def graph_of_whole() -> TracedGraph:
     builder = GraphBuilder("head")
     builder.start({"x": ((BATCH, 1, HIDDEN), torch.float32)})
     builder.call("head", Whole, {"x": "x"})
-    builder.finish("head", "draft", {n: n for n in ("candidates", "scores", "best")}, num_tokens=1, attention_length=0)
+    builder.finish("head", "draft", {n: n for n in ("candidates", "scores", "best")}, num_tokens=1)
     return builder.graph()
 
 

@@ -92,7 +92,7 @@ def norms_graph(shape: tuple[int, ...], calls: int) -> TracedGraph:
     for i in range(calls):
         renamed = {name: f"{name}_{i}" for name in ("plain", "scaled")}
         builder.call("norms", Norms, {"x": "x"}, renamed, prefix=f"{i}.")
-    builder.finish("norms", "decode", outputs, num_tokens=1, attention_length=0)
+    builder.finish("norms", "decode", outputs, num_tokens=1)
     return builder.graph()
 
 

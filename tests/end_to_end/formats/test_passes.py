@@ -73,7 +73,7 @@ def norms_graph(size: Size) -> TracedGraph:
     builder.start({"x": ((1, size.tokens, size.heads * size.width), torch.float32), "cos": table, "sin": table})
     builder.call("norms", lambda: Norms(size), {name: name for name in ("x", "cos", "sin")})
     names = {"whole": "whole", "turned": "turned"}
-    builder.finish("verify", "verify", names, num_tokens=size.tokens, attention_length=0)
+    builder.finish("verify", "verify", names, num_tokens=size.tokens)
     return builder.graph()
 
 
@@ -84,7 +84,7 @@ def prompt_graph() -> TracedGraph:
     builder = GraphBuilder("prompt")
     builder.start({name: (shape, torch.float32) for name, shape in PROMPT.items()})
     builder.call("prologue", Prologue, {name: name for name in PROMPT})
-    builder.finish("prefill_4", "prefill", {"x": "x", "y": "y"}, num_tokens=4, attention_length=0)
+    builder.finish("prefill_4", "prefill", {"x": "x", "y": "y"}, num_tokens=4)
     return builder.graph()
 
 

@@ -90,7 +90,7 @@ def random_graph(seed: int) -> TracedGraph:
             values += outputs.values()
         results = {"last": values[-1], "other": chance.choice(values[2:])}
         name = "decode" if tokens == 1 else "verify"
-        builder.finish(name, "decode" if tokens == 1 else "verify", results, num_tokens=tokens, attention_length=0)
+        builder.finish(name, "decode" if tokens == 1 else "verify", results, num_tokens=tokens)
     return builder.graph()
 
 

@@ -140,7 +140,7 @@ def test_the_converter_takes_every_tensor(variant: str, nano: Pair) -> None:
     spec = gemma4.read_target_spec(target.config, "target")
     drafter_spec = gemma4.read_drafter_spec(drafter.config, "drafter")
     assert (spec, drafter_spec) == (published.NANO.target, published.NANO.drafter)
-    shape = GraphShape(cache_length=32, num_draft_tokens=1, prefill_lengths=(), prefix_lengths=())
+    shape = GraphShape(cache_length=32, num_draft_tokens=1, prefill_lengths=())
     embedders = [trace_embedder(spec, role) for role in ("embedder", "per_layer_embedder")]
     drafter_graph = trace_drafter(drafter_spec, spec, shape, position_offset=1, row_scales=True)
     mapping.target_parameters(target, [trace_target(spec, shape), *embedders], RECIPES["int4"])

@@ -304,7 +304,7 @@ def test_drafts_of_a_round_by_model_and_processor(
     model: str, delegate: str, requested: int | None, drafts: int
 ) -> None:
     spec = published.PAIRS[model]
-    pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target)
+    pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target, stop_token_ids=(1,))
     config = ExportConfig(
         source=SourceConfig(model=model),
         output=Path(),
@@ -316,8 +316,7 @@ def test_drafts_of_a_round_by_model_and_processor(
 
 def graph_shape() -> GraphShape:
     """A small one: no parameter depends on it."""
-    sizes: dict[str, Any] = {"cache_length": 32, "num_draft_tokens": 1}
-    return GraphShape(**{f.name: sizes.get(f.name, ()) for f in dataclasses.fields(GraphShape)})
+    return GraphShape(cache_length=32, num_draft_tokens=1, prefill_lengths=())
 
 
 def parameters_of(*graphs: TracedGraph) -> dict[str, tuple[int, ...]]:

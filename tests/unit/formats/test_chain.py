@@ -42,7 +42,7 @@ def chain(first: _Template, second: _Template) -> schema.ModelT:
     builder.start({"x": ((1, 4), torch.float32)})
     builder.call("first", Same, {"x": "x"})
     builder.call("second", Same, {"x": "y"}, {"y": "z"})
-    builder.finish("decode", "decode", {"out": "z"}, num_tokens=1, attention_length=0)
+    builder.finish("decode", "decode", {"out": "z"}, num_tokens=1)
     return _Chain(builder.graph(), {"first": first, "second": second}).lowered().model
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from mtp_export.models.clustered_head import ClusteredHead
 from tests.support.clustered_heads import BATCH, HIDDEN, columns_of, random_head, random_hidden
 
+DRAFTS = torch.ones(1, dtype=torch.int32)
+
 
 @pytest.fixture(scope="module")
 def hidden() -> Tensor:
@@ -54,11 +56,19 @@ def test_quantised_scores_are_close_and_each_sequence_s_own(rows: ClusteredHead,
 def test_a_token_that_may_not_be_drafted_scores_as_one_that_is_no_candidate(
     rows: ClusteredHead, hidden: Tensor
 ) -> None:
-    before = rows(hidden[:1])[0, 0]
+    before = rows(hidden[:1], DRAFTS)[0, 0]
     best = int(before.argmax())
     hides = copy.deepcopy(rows)
     hides.may_draft.data = (hides.token_ordering != best).float()
-    after = hides(hidden[:1])[0, 0]
+    after = hides(hidden[:1], DRAFTS)[0, 0]
     assert after[best] == 0
     others = torch.arange(len(before)) != best
     assert after[others].equal(before[others])
+
+
+@torch.no_grad()
+def test_a_head_that_holds_back_drafts_the_token_that_no_target_says(rows: ClusteredHead, hidden: Tensor) -> None:
+    assert 0 not in rows.candidates(hidden[:1])[0]
+    row = rows(hidden[:1], 1 - DRAFTS)[0, 0]
+    assert row[0] > 0
+    assert not row[1:].any()
