@@ -124,11 +124,15 @@ def _ring(config: ExportConfig, pair: Pair, longest_pass: int, longest_context: 
     """Return the ring of a bundle whose context is chosen at load; None where a ring would never be full.
 
     Raises:
-        UserError: --rings is too short for the window and a pass, or no power of two.
+        UserError: --rings is too short for the window and a pass, or no power of two, or nothing ends an answer.
     """
     requested, ends = config.graph.ring_length, pair.stop_token_ids
-    if not chooses_context(config) or requested == 0 or not ends:
+    if not chooses_context(config) or requested == 0:
         return None
+    if not ends:
+        if requested is None:
+            return None
+        raise UserError("--rings needs a token that ends an answer, and the checkpoint names none: give --rings off")
     length = pair.model.sizes.ring_length if requested is None else requested
     spec = pair.target_spec
     shortest = (spec.visible(spec.kinds[SLIDING]) or 0) + longest_pass

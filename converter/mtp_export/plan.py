@@ -25,7 +25,16 @@ from mtp_export.config import ExportConfig
 from mtp_export.formats.format import Format, format_of
 from mtp_export.formats.roles import ROLES
 from mtp_export.formats.sizes import litertlm_bytes
-from mtp_export.pair_graphs import Settings, TracedPair, pair_left_aside, trace_pair
+from mtp_export.graph.static import GraphShape, cache_shapes
+from mtp_export.pair_graphs import (
+    Contexts,
+    Settings,
+    TracedPair,
+    chooses_context,
+    contexts,
+    pair_left_aside,
+    trace_pair,
+)
 from mtp_export.source import texts
 from mtp_export.source.headers import Headers
 from mtp_export.source.pair import input_files, open_pair
@@ -38,6 +47,7 @@ _BYTES_PER_S = 700e6
 _PROCESS_BYTES, _FLIGHT_BYTES = 340 << 20, 48 << 20
 _HEADER_COPIES = 4
 _FLOAT_BYTES = 4
+_SHORTEST_CONTEXT = 1024  # of those that memory is worked out for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,16 +62,24 @@ class Disk:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
     """What running the bundle takes: what a round reads of weights, the tables of which a token reads one row, the
-    KV cache when it is full, and the logits of the longest verify. All but the tables must fit into memory."""
+    KV cache of the default context when it is full, and the logits of the longest verify. All but the tables must fit
+    into memory. `kv_cache_bytes_by_context`: of 1024, its doubles, the default and the longest context; nothing else
+    grows with it."""
 
     weights_bytes: int
     table_bytes: int
     kv_cache_bytes: int
+    kv_cache_bytes_by_context: Mapping[int, int]
     logits_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.kv_cache_bytes + self.logits_bytes
+        return self.constant_bytes + self.kv_cache_bytes
+
+    @property
+    def constant_bytes(self) -> int:
+        """What must fit into memory whatever the context."""
+        return self.weights_bytes + self.logits_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,8 @@ class Plan:
     signatures: Mapping[str, Sequence[str]]
     cache_length: int
     context_length: int
+    longest_context_length: int
+    ring_length: int
     num_draft_tokens: int
     workers: int
     input_bytes: int
@@ -126,7 +146,7 @@ def plan(config: ExportConfig) -> Plan:
         files = _files(traced, format, graph_sizes, inputs)
         unused = pair_left_aside(pair, traced.graphs, reads_weights=False)
         notes = texts.notes(pair.target, pair.target_spec)
-    shape = traced.shape
+    shape, manifest = traced.shape, manifest_of(BundleContents(traced=traced, bits={}, files={}), ())
     return Plan(
         output=str(config.output),
         model=config.source.model,
@@ -137,7 +157,9 @@ def plan(config: ExportConfig) -> Plan:
         files_bytes=files,
         signatures={graph.role: [t.signature.name for t in graph.signatures] for graph in traced.graphs},
         cache_length=shape.cache_length,
-        context_length=manifest_of(BundleContents(traced=traced, bits={}, files={}), ()).context_length,
+        context_length=manifest.context_length,
+        longest_context_length=manifest.longest_context_length,
+        ring_length=manifest.ring_length,
         num_draft_tokens=shape.num_draft_tokens,
         workers=config.workers,
         input_bytes=sum(inputs.values()),
@@ -225,10 +247,37 @@ def _disk(folder: Path, needed: int) -> Disk:
 def _device(traced: TracedPair, format: Format) -> Device:
     spec, shape = traced.settings.pair.target_spec, traced.shape
     of_role = {role: format.stored_bytes(values) for role, values in traced.values.items()}
-    caches = sum(math.prod(spec.cache_shape(i, shape.cache_length)) for i in range(spec.num_caches))
+    by_context = _cache_bytes_by_context(traced)
     return Device(
         weights_bytes=sum(size for role, size in of_role.items() if not ROLES[role].looks_up),
         table_bytes=sum(size for role, size in of_role.items() if ROLES[role].looks_up),
-        kv_cache_bytes=2 * caches * _FLOAT_BYTES,
+        kv_cache_bytes=by_context[_contexts(traced).default],
+        kv_cache_bytes_by_context=by_context,
         logits_bytes=(shape.num_draft_tokens + 1) * spec.vocab_size * _FLOAT_BYTES,
     )
+
+
+def _contexts(traced: TracedPair) -> Contexts:
+    """Return the contexts of a bundle by the slots that each takes; one where it is not chosen."""
+    config, length = traced.settings.config, traced.shape.cache_length
+    chosen = contexts(config, traced.settings.pair)
+    return chosen if chooses_context(config) else Contexts(longest=length, default=length)
+
+
+def _cache_bytes_by_context(traced: TracedPair) -> dict[int, int]:
+    """Return the bytes of all KV caches by context; rings have the same in each."""
+    context, target = _contexts(traced), traced.settings.pair.target_spec
+    lengths = {context.default, context.longest}
+    doubled = _SHORTEST_CONTEXT
+    while doubled < context.longest and chooses_context(traced.settings.config):
+        lengths.add(doubled)
+        doubled *= 2
+    return {
+        length: _FLOAT_BYTES
+        * sum(math.prod(shape) for shape in cache_shapes(target, _resized(traced, length)).values())
+        for length in sorted(lengths)
+    }
+
+
+def _resized(traced: TracedPair, length: int) -> GraphShape:
+    return dataclasses.replace(traced.shape, cache_length=length)

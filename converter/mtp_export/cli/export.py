@@ -23,7 +23,7 @@ from mtp_export.cli.options import (
     output_option,
     prompts_option,
 )
-from mtp_export.cli.output import export_progress, print_notes
+from mtp_export.cli.output import context_text, export_progress, print_notes
 from mtp_export.config import (
     EXPORT_FORMATS,
     ExportConfig,
@@ -315,6 +315,8 @@ def _as_json(result: Any) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "drafter_recipe": manifest.drafter_recipe,
         "context_length": manifest.context_length,
+        "longest_context_length": manifest.longest_context_length,
+        "ring_length": manifest.ring_length,
         "num_draft_tokens": manifest.num_draft_tokens,
         "input_bytes": result.input_bytes,
         "files_bytes": _sizes(result),
@@ -337,5 +339,5 @@ def _print(result: Any) -> None:
         click.echo(f"  left aside: {', '.join(result.left_aside)}")
     for bits in sorted(set(manifest.bits.values())):
         click.echo(f"  {bits} bits: {', '.join(name for name, count in manifest.bits.items() if count == bits)}")
-    click.echo(f"  context {manifest.context_length} tokens, up to {manifest.num_draft_tokens} drafts a round")
+    click.echo(f"  {context_text(manifest)}, up to {manifest.num_draft_tokens} drafts a round")
     click.echo(f"next: mtp-export run {output} 'def add(a, b):'")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Any
 
 import click
 from rich.console import Console
@@ -48,6 +49,14 @@ def print_notes(notes: Iterable[str]) -> None:
     """Print what the user should know, one line each, on standard error."""
     for note in notes:
         click.echo(f"mtp-export: note: {note}", err=True)
+
+
+def context_text(sizes: Any) -> str:
+    """Return the contexts of a plan or a manifest in words."""
+    if not sizes.longest_context_length:
+        return f"context {sizes.context_length} tokens"
+    default, longest = sizes.context_length, sizes.longest_context_length
+    return f"context {default} tokens unless the app chooses another, at most {longest}"
 
 
 def number_table(title: str | None, first: str, *names: str) -> Table:

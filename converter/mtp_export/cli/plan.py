@@ -12,7 +12,7 @@ import click
 from mtp_export.cli.exit_codes import FAILED
 from mtp_export.cli.export import config_of, export_options, recipe_list
 from mtp_export.cli.options import debug_option, json_option
-from mtp_export.cli.output import print_notes, working
+from mtp_export.cli.output import context_text, print_notes, working
 from mtp_export.config import ExportConfig
 
 
@@ -64,7 +64,7 @@ def _print(plan: Any) -> None:
     for disk in plan.disks:
         click.echo(f"  {_size(disk.needed_bytes)} of disk in {disk.folder}, where {_size(disk.free_bytes)} are free")
     device = plan.device
-    click.echo(f"to run: context {plan.context_length} tokens, up to {plan.num_draft_tokens} drafts a round")
+    click.echo(f"to run: {context_text(plan)}, up to {plan.num_draft_tokens} drafts a round")
     parts = {
         "weights": device.weights_bytes,
         "KV cache when full": device.kv_cache_bytes,
@@ -72,6 +72,10 @@ def _print(plan: Any) -> None:
     }
     listed = ", ".join(f"{_size(count)} {name}" for name, count in parts.items())
     click.echo(f"  {_size(device.memory_bytes)} of memory: {listed}")
+    if plan.longest_context_length:
+        for length, count in device.kv_cache_bytes_by_context.items():
+            whole = _size(device.constant_bytes + count)
+            click.echo(f"  context {length:6}: {_size(count):>9} KV cache, {whole:>9} in all")
     click.echo(f"  {_size(device.table_bytes)} of tables stay on the disk, mapped: a token reads one row of each")
 
 

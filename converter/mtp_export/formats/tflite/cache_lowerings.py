@@ -45,12 +45,12 @@ def _at(axis: int, rank: int, value: Any, elsewhere: Sequence[int]) -> Any:
 
 @lower(torch.ops.mtp.slot_count.default)
 def _slot_count(context: Any, mask: Any) -> Any:
-    # The shape of the mask itself would be folded into a constant, and so would a slice that is the whole of it: of a
-    # pass of one token, its first row is. So the first slot is left out, and counted afterwards.
+    # The shape of the mask itself would be folded into a constant. The slice begins behind the first slot: one that is
+    # all of its input, as the mask's of a single token, would be dropped.
     rest = _add("tfl.slice", [mask, constant([0, 0, 0, 1]), constant([1, 1, 1, -1])], [1, 1, 1, _ANY], mask)
     sizes = _add("tfl.shape", [rest], [4], ir.IntegerType.get_signless(32))
-    fewer = _add("tfl.slice", [sizes, constant([3]), constant([1])], [1], ir.IntegerType.get_signless(32))
-    return tfl("tfl.add", [fewer, constant([1])], result_types(context), **_PLAIN)
+    count = _add("tfl.slice", [sizes, constant([3]), constant([1])], [1], sizes)
+    return tfl("tfl.add", [count, constant([1])], result_types(context), **_PLAIN)
 
 
 @lower(torch.ops.mtp.floor_div.default)
