@@ -32,6 +32,7 @@ SLOW = (
     "end_to_end/calibration",
     "end_to_end/cli",
     "end_to_end/examples",
+    "end_to_end/formats/test_cache_graphs.py",
     "end_to_end/formats/test_passes.py",
     "end_to_end/formats/test_random_chains.py",
     "end_to_end/formats/test_segment_cache.py",

@@ -18,14 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtp_export.formats.tflite.chain import LoweredGraph, lower
+from mtp_export.formats.tflite.gpu_table import open_graph
+from mtp_export.formats.tflite.passes.caches_first import with_caches_first
 from mtp_export.formats.tflite.passes.reply_ends import _ReplyEnds
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
 from mtp_export.formats.tflite.rewriting import rewrite
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.builder import GraphBuilder
 from mtp_export.graph.ir import TracedGraph
+from mtp_export.models import cache_ops
 from mtp_export.models.layers import RMSNorm, rotate
 from mtp_export.weights.recipes import FLOAT32
+from mtp_runtime.bundle.contract import SignatureKind
+from tests.support.operators import operator_counts
 from tests.support.small_graphs import random_parameters
 
 Values = dict[str, NDArray[Any]]
@@ -77,6 +82,41 @@ def norms_graph(size: Size) -> TracedGraph:
     return builder.graph()
 
 
+class Filled(nn.Module):
+    """The product with the filled slots of a cache."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, filled: Tensor) -> dict[str, Tensor]:
+        """Shapes: as `cache_ops.attend_filled` with all slots, filled [1] int32"""
+        keys, values, mask = (cache_ops.leading(x, filled, axis) for x, axis in ((keys, 2), (values, 3), (mask, 3)))
+        return {"attended": cache_ops.attend_filled(query, keys, values, mask)}
+
+
+SLOTS = 192
+
+
+def filled_shapes(size: Size, groups: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "query": (1, groups, size.heads * size.tokens, size.width),
+        "keys": (1, groups, SLOTS, size.width),
+        "values": (1, groups, size.width, SLOTS),
+        "mask": (1, 1, size.tokens, SLOTS),
+    }
+
+
+def filled_graph(kind: SignatureKind) -> TracedGraph:
+    """A signature for each size and one or two KV heads."""
+    builder = GraphBuilder(f"filled_{kind}")
+    for size, groups in FILLED:
+        shapes = filled_shapes(size, groups)
+        builder.start({n: (shape, torch.float32) for n, shape in shapes.items()} | {"filled": ((1,), torch.int32)})
+        builder.call(f"filled_{size}_{groups}", Filled, {name: name for name in (*shapes, "filled")})
+        name = f"{kind}_{size.tokens}_{groups}"
+        builder.finish(name, kind, {"attended": "attended"}, num_tokens=size.tokens)
+    return builder.graph()
+
+
+FILLED = [(Size(tokens, 2, 8), groups) for tokens in (1, 5) for groups in (1, 2)]
+
 PROMPT = {"embeddings": (1, 4, 8), "per_layer_embeddings": (1, 4, 2, 4)}
 
 
@@ -90,21 +130,25 @@ def prompt_graph() -> TracedGraph:
 
 @pytest.fixture(scope="module")
 def lowered() -> list[tuple[TracedGraph, LoweredGraph]]:
-    """Every graph, converted in one go: norms of each size, and a prompt."""
-    graphs = [*(norms_graph(size) for size in SIZES), prompt_graph()]
+    """Every graph, converted in one go: norms of each size, a prompt, and products with caches, in a verify and in a
+    prefill."""
+    graphs = [*(norms_graph(size) for size in SIZES), prompt_graph(), filled_graph("verify"), filled_graph("prefill")]
     return list(zip(graphs, lower(graphs, 1), strict=True))
 
 
 def runner(
-    one: tuple[TracedGraph, LoweredGraph], path: Path, rewriting: Callable[[LoweredGraph], LoweredGraph] | None = None
+    one: tuple[TracedGraph, LoweredGraph],
+    path: Path,
+    rewriting: Callable[[LoweredGraph], LoweredGraph] | None = None,
+    name: str | None = None,
 ) -> Run:
-    """Return what runs a graph in LiteRT, rewritten or not. The graph itself stays as it is."""
+    """Return what runs a graph's signature, the first without a name, in LiteRT, rewritten or not. The graph itself
+    stays as it is."""
     graph, converted = one
     converted = copy.deepcopy(converted)
     write_graph(converted if rewriting is None else rewriting(converted), random_parameters(graph, FLOAT32), path)
     interpreter = Interpreter(str(path), num_threads=1)
-    (signature,) = graph.signatures
-    run = interpreter.get_signature_runner(signature.signature.name)
+    run = interpreter.get_signature_runner(name or graph.signatures[0].signature.name)
     return lambda inputs: run(**inputs)
 
 
@@ -113,9 +157,11 @@ def random_values(shapes: dict[str, tuple[int, ...]], seed: int) -> Values:
     return {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
+PROMPTS, VERIFIES, PREFILLS = range(len(SIZES), len(SIZES) + 3)  # places among the graphs
 anything = st.integers(0, 2**32 - 1)
 few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+_SUMS = 1e-5  # of up to SLOTS products of values around one
 _ROUNDING = 1e-6  # where squares are reshaped first, XNNPACK may round them once where it rounded twice
 
 
@@ -144,9 +190,9 @@ def test_squares_reshaped_first(number: int, lowered: list[tuple[TracedGraph, Lo
 def test_the_end_of_a_reply(lowered: list[tuple[TracedGraph, LoweredGraph]], tmp_path: Path) -> None:
     """Without a first row of zeros nothing changes; with one, it is as if the token that ended were there."""
     rows = [[random_values({"row": (1, 1, *shape[2:])}, seed)["row"] for seed in range(3)] for shape in PROMPT.values()]
-    plain = runner(lowered[-1], tmp_path / "plain.tflite")
+    plain = runner(lowered[PROMPTS], tmp_path / "plain.tflite")
     rewritten = runner(
-        lowered[-1],
+        lowered[PROMPTS],
         tmp_path / "rewritten.tflite",
         lambda graph: rewrite(graph, functools.partial(_ReplyEnds, rows)),
     )
@@ -167,3 +213,34 @@ def test_the_end_of_a_reply(lowered: list[tuple[TracedGraph, LoweredGraph]], tmp
         assert all(np.array_equal(outputs[name], expected[name]) for name in expected)
 
     check()
+
+
+@pytest.mark.parametrize(("size", "groups"), FILLED, ids=str)
+def test_caches_first(size: Size, groups: int, lowered: list[tuple[TracedGraph, LoweredGraph]], tmp_path: Path) -> None:
+    """The same products, summed in another order, over any number of slots."""
+    name = f"verify_{size.tokens}_{groups}"
+    plain = runner(lowered[VERIFIES], tmp_path / "plain.tflite", name=name)
+    rewritten = runner(lowered[VERIFIES], tmp_path / "rewritten.tflite", with_caches_first, name)
+
+    @few
+    @given(seed=anything, filled=st.integers(1, SLOTS))
+    def check(seed: int, filled: int) -> None:
+        inputs = random_values(filled_shapes(size, groups), seed) | {"filled": np.array([filled], np.int32)}
+        expected, output = plain(inputs)["attended"], rewritten(inputs)["attended"]
+        np.testing.assert_allclose(output, expected, rtol=_SUMS, atol=_SUMS)
+
+    check()
+
+
+def test_caches_come_first_where_few_tokens_are(
+    lowered: list[tuple[TracedGraph, LoweredGraph]], tmp_path: Path
+) -> None:
+    """In each pass but a prefill, both products."""
+    for number, turned in ((VERIFIES, 2), (PREFILLS, 0)):
+        paths = [tmp_path / f"{name}_{number}.tflite" for name in ("plain", "rewritten")]
+        for path, rewriting in zip(paths, (None, with_caches_first), strict=True):
+            runner(lowered[number], path, rewriting)
+        for name in open_graph(paths[0]).signature_names():
+            before, after = (operator_counts(open_graph(path), name) for path in paths)
+            assert (before["BATCH_MATMUL"], after["BATCH_MATMUL"]) == (2, 2)
+            assert after["TRANSPOSE"] == before["TRANSPOSE"] + turned
