@@ -71,7 +71,7 @@ def _metadata(path: Path) -> tuple[dict[str, Any], Manifest]:
 
     with Bundle.open(path, verify=False) as bundle:
         container = bundle.path("litertlm") if path.is_dir() else path
-        return fields_of(read_metadata(container)), bundle.manifest
+        return fields_of(read_metadata(container)), bundle.exported
 
 
 def _context(manifest: Manifest) -> dict[str, Any]:
