@@ -8,7 +8,6 @@ import sys
 
 import litert_lm
 
-
 # Tokens of prompts and replies together: as many as the app needs, since caches take memory for all of them.
 CONTEXT = 1000
 
