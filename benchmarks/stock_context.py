@@ -100,7 +100,7 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     of_passes = passes(bundle, (short, long), options.repetitions, options.threads)
     found = ratios(runs, of_passes)
     return figures | {
-        "acceptance_rate": max(rate for rate in rates if rate is not None),
+        "acceptance_rate": max((rate for rate in rates if rate is not None), default=None),
         "rows": [row(runs, cell) for cell in cells],
         "passes_ms": of_passes,
         "ratios": found,
