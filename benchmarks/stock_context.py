@@ -38,7 +38,7 @@ AT = 500  # filled, where allocated lengths are compared
 LONG = 1000  # a text of more tokens is filled once, and decoded from in every repetition
 QUIET_LOAD = 0.3
 GOAL_ALLOCATED, GOAL_FILLED = 1.05, 2.5
-_ROOM = 300  # tokens that are generated beyond the text, in all repetitions
+_MORE_THAN_NEW = 8  # tokens a turn: those of the last round, and one that is fed before it
 
 
 def main() -> int:
@@ -72,10 +72,8 @@ def main() -> int:
 
 
 def exported(model: str, recipe: str, folder: Path) -> Path:
-    """Return the bundle of a synthetic pair, or of nano, exporting it if it is not there."""
+    """Export a synthetic pair, which is made if it is not there, or nano, and return the bundle."""
     pair, bundle = folder / f"{model}-1", folder / f"{model}-context-{recipe}"
-    if bundle.exists():
-        return bundle
     checkpoints: list[str] = []
     if model != "nano":
         if not pair.exists():
@@ -83,6 +81,7 @@ def exported(model: str, recipe: str, folder: Path) -> Path:
             subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
         checkpoints = ["--checkpoint", str(pair / "target"), "--drafter", str(pair / "drafter")]
     command = ["-m", "mtp_export", "export", "--model", model, "--recipe", recipe, "--output", str(bundle)]
+    command.append("--force")
     subprocess.run([sys.executable, *command, *checkpoints], check=True, cwd=ROOT)
     return bundle
 
@@ -91,7 +90,8 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one bundle."""
     manifest = read_manifest(bundle)
     short, long = options.allocated[0], min(options.allocated[1], manifest.longest_context_length)
-    cells = [(size, n) for size in (short, long) for n in sorted(options.filled) if n + _ROOM <= size]
+    room = (1 + options.repetitions) * (options.new_tokens + _MORE_THAN_NEW)  # behind a text that is filled once
+    cells = [(size, n) for size in (short, long) for n in sorted(options.filled) if n + room <= size]
     figures: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "repetitions", "new_tokens")}
     figures |= {"model": manifest.model, "recipe": manifest.recipe, "ring_length": manifest.ring_length}
     with engines(bundle, cells, options.threads) as opened:
@@ -100,7 +100,7 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     of_passes = passes(bundle, (short, long), options.repetitions, options.threads)
     found = ratios(runs, of_passes)
     return figures | {
-        "acceptance_rate": max(rate for rate in rates if rate is not None),
+        "acceptance_rate": max((rate for rate in rates if rate is not None), default=None),
         "rows": [row(runs, cell) for cell in cells],
         "passes_ms": of_passes,
         "ratios": found,

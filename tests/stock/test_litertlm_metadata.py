@@ -134,5 +134,19 @@ def test_inspect_prints_them(bundle: Path) -> None:
     assert 'sampler_params: {"type": "TOP_P", "k": 1, "p": 1.0, "temperature": 1.0}' in printed
     assert "characters, from chat_template.jinja, SHA-256 " in printed
     document = json.loads(run_cli("inspect", str(bundle / "nano.litertlm"), "--json", check=False).stdout)
-    assert document["metadata"]["max_num_tokens"] == 1020
+    assert document["metadata"]["max_num_tokens"] == 1024
     assert document["chat_template"]["source"] == "chat_template.jinja"
+
+
+def test_inspect_prints_the_contexts(bundle: Path) -> None:
+    printed = run_cli("inspect", str(bundle), check=False).stdout
+    assert "\ncontext 1024 tokens unless the app chooses another, at most 4096\n" in printed
+    assert "an answer can be taken back by up to 769 tokens\n" in printed
+    document = json.loads(run_cli("inspect", str(bundle), "--json", check=False).stdout)
+    assert document["context"] == {
+        "default": 1024,
+        "longest": 4096,
+        "chosen_at_load": True,
+        "ring_length": 1024,
+        "rewindable_tokens": 769,
+    }

@@ -46,7 +46,7 @@ def _fail(path: Path) -> BundleError:
 
 
 def _open_tflite(path: Path, folder: Path, threads: int) -> list[Any]:
-    """Return the compiled model, its input and its output buffers."""
+    """Return the compiled model, its input and its output buffers; a drafter that may hold back drafts here."""
     from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 
     cut = folder / "head.tflite"
@@ -56,11 +56,14 @@ def _open_tflite(path: Path, folder: Path, threads: int) -> list[Any]:
     model = CompiledModel.from_file(str(cut), options=options)
     inputs, outputs = model.create_input_buffers(0), model.create_output_buffers(0)
     inputs[0].write(np.random.default_rng(0).standard_normal(width, np.float32))
+    for drafts in inputs[1:]:
+        drafts.write(np.ones(1, np.int32))
     return [model, inputs, outputs]
 
 
 def _cut_tflite(path: Path) -> tuple[bytes, int]:
-    """Return the file with the head's operators alone, and how many values its input has.
+    """Return the file with the head's operators alone, and how many values its first input has. A second one is there
+    in a drafter that may hold back.
 
     Weights keep their places: the header is padded to the length that it had.
     """
@@ -76,11 +79,12 @@ def _cut_tflite(path: Path) -> tuple[bytes, int]:
     kept = [o for o in subgraph.operators if all(_IN_TFLITE.match(tensors[int(i)].name) for i in o.outputs)]
     made = {int(i) for operator in kept for i in operator.outputs}
     read = {int(i) for operator in kept for i in operator.inputs if i >= 0} - made
-    fed = sorted(i for i in read if tensors[i].buffer == 0 or _is_empty(model.buffers[tensors[i].buffer]))
-    if len(fed) != 1 or not made & outputs:
+    fed = [i for i in read if tensors[i].buffer == 0 or _is_empty(model.buffers[tensors[i].buffer])]
+    fed.sort(key=lambda i: tensors[i].type)  # floats are the first type
+    if not fed or [tensors[i].type for i in fed][1:] not in ([], [schema.TensorType.INT32]) or not made & outputs:
         raise _fail(path)
     subgraph.operators = kept
-    entry.inputs = [_tensor_map(schema, b"x", fed[0])]
+    entry.inputs = [_tensor_map(schema, name, i) for name, i in zip((b"x", b"drafts"), fed, strict=False)]
     entry.outputs = [item for item in entry.outputs if item.tensorIndex in made]
     subgraph.inputs = np.array(fed, np.int32)
     subgraph.outputs = np.array([item.tensorIndex for item in entry.outputs], np.int32)

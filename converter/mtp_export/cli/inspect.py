@@ -71,26 +71,30 @@ def _metadata(path: Path) -> tuple[dict[str, Any], Manifest]:
 
     with Bundle.open(path, verify=False) as bundle:
         container = bundle.path("litertlm") if path.is_dir() else path
-        return fields_of(read_metadata(container)), bundle.manifest
+        return fields_of(read_metadata(container)), bundle.exported
 
 
 def _context(manifest: Manifest) -> dict[str, Any]:
     """The contexts of a bundle, and how many tokens of a text may be taken back: None for any number."""
+    from mtp_export.bundle.ring_reach import rewindable_tokens
+
     return {
         "default": manifest.context_length,
         "longest": manifest.longest_context_length or manifest.context_length,
         "chosen_at_load": manifest.chooses_context,
         "ring_length": manifest.ring_length,
-        "rewindable_tokens": manifest.rewindable_tokens,
+        "rewindable_tokens": rewindable_tokens(manifest),
     }
 
 
 def _print_context(manifest: Manifest) -> None:
+    from mtp_export.bundle.ring_reach import rewindable_tokens
+
     click.echo(context_text(manifest))
     if manifest.ring_length:
         click.echo(
             f"  sliding layers keep {manifest.ring_length} positions: an answer can be taken back by up to "
-            f"{manifest.rewindable_tokens} tokens\n"
+            f"{rewindable_tokens(manifest)} tokens\n"
             "  beyond that a reply is empty, and all that follow: start the conversation again with its messages"
         )
 

@@ -242,19 +242,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.longest_context_length > 0
 
     @property
-    def rewindable_tokens(self) -> int | None:
-        """How many tokens of a text may be taken back, however long it is; None: any number.
-
-        The rows of the window before the end must still be in the ring. Behind them lie the tokens that are taken back
-        and what the last pass filled up, so ring_length >= window + all that was written since.
-        """
-        if not self.ring_length:
-            return None
-        longest_pass = max(signature.num_tokens for signature in self.signatures["target"])
-        rewindable: int = self.ring_length - self.target["sliding_window"] - longest_pass + 1
-        return rewindable
-
-    @property
     def samples(self) -> bool:
         """Whether the checkpoint says that tokens are drawn."""
         return self.sampler is not None and self.sampler.do_sample

@@ -78,12 +78,37 @@ class TestSizes:
             assert sizes[name] == pytest.approx(size, rel=tolerance, abs=512), name
         assert sum(sizes.values()) == pytest.approx(sum(real.values()), rel=0.01)
 
+    def test_memory_of_a_bundle_goes_by_the_context_that_an_app_chooses(self) -> None:
+        """Four sliding layers of 64 and a full one of 128, keys and values in float32, for one KV head."""
+        plan = planned("--rings", "off")
+        by_context = plan["device"]["kv_cache_bytes_by_context"]
+        assert by_context == {str(n): 2 * 4 * n * (4 * 64 + 128) for n in (1024, 2048, 4096)}
+        assert plan["device"]["kv_cache_bytes"] == by_context["1024"]
+        sizes = [plan[name] for name in ("context_length", "longest_context_length", "ring_length")]
+        assert sizes == [1024, 4096, 0]
+
+    def test_rings_are_as_large_at_every_context(self) -> None:
+        """Positions in a cache of their own, one value a slot."""
+        ring = 4 * 512 * (2 * 4 * 64 + 1)
+        by_context = planned("--rings", "512", "--default-context", "1500")["device"]["kv_cache_bytes_by_context"]
+        assert by_context == {str(n): ring + 2 * 4 * n * 128 for n in (1024, 1500, 2048, 4096)}
+
     def test_longer_caches_take_memory_and_no_disk(self) -> None:
-        short, long = (planned("--cache-length", str(length)) for length in (512, 4096))
+        """Of a bundle for a GPU, whose context is its own."""
+        gpu = ("--delegate", "gpu")
+        short, long = (planned(*gpu, "--cache-length", str(length)) for length in (512, 4096))
+        assert short["device"]["kv_cache_bytes_by_context"] == {"512": 2 * 4 * 512 * (4 * 64 + 128)}
         assert long["device"]["kv_cache_bytes"] == 8 * short["device"]["kv_cache_bytes"]
-        # Four sliding layers of 64 and a full one of 128, keys and values in float32, for one KV head.
-        assert short["device"]["kv_cache_bytes"] == 2 * 4 * 512 * (4 * 64 + 128)
         assert (short["context_length"], long["context_length"]) == (508, 4092)
+
+    def test_the_table_of_contexts_is_printed(self) -> None:
+        lines = CliRunner().invoke(command, ["--output", "/tmp/not/there"], catch_exceptions=False).stdout.splitlines()
+        assert [line.split(":")[0].split()[-1] for line in lines if line.startswith("  context")] == [
+            "1024",
+            "2048",
+            "4096",
+        ]
+        assert any("context 1024 tokens unless the app chooses another, at most 4096" in line for line in lines)
 
 
 class TestNothingIsRead:

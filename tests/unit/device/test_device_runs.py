@@ -11,6 +11,7 @@ import pytest
 from mtp_export.device.protocol import TextPrompt
 from mtp_export.device.runs import Job, greedy_runs
 from mtp_runtime.bundle.contract import SamplerDefaults
+from mtp_runtime.errors import UserError
 from tests.support.fake_backend import fake_manifest
 
 
@@ -46,3 +47,13 @@ def test_the_program_runs_without_mtp_only_where_the_bundle_is_greedy(
     (tmp_path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     program = job(tmp_path, **changes)
     assert greedy_runs(program, program.request("")).depths == depths
+
+
+def test_a_bundle_runs_at_the_context_that_was_chosen(tmp_path: Path) -> None:
+    manifest = fake_manifest(cache_length=67)
+    chosen = msgspec.structs.replace(manifest, format_version=2, context_length=40, longest_context_length=66)
+    (tmp_path / "manifest.json").write_text(chosen.to_json(), encoding="utf-8")
+    lengths = [job(tmp_path, context_length=length).request("").context_length for length in (None, 66, 50)]
+    assert lengths == [40, 66, 50]
+    with pytest.raises(UserError, match=r"the context is 67, this bundle takes 6 to 66"):
+        job(tmp_path, context_length=67).request("")
