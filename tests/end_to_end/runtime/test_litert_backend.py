@@ -42,7 +42,7 @@ class TestLiteRT(StaticGraphTests):
                         assert as_input is memory.buffer
                         assert as_output is (memory.buffer if role == "target" else None)
                         bindings += 1
-        # Four caches in and out of four target signatures (variants of format version 1 are left), two into the drafter.
+        # Four caches in and out of four target signatures, two into the drafter; variants of format version 1 are left.
         assert bindings == 4 * 2 * 4 + 2
 
 

@@ -16,9 +16,9 @@ from mtp_runtime.bundle.consistency import check_consistency
 from mtp_runtime.bundle.context import cache_places, opened_at
 from mtp_runtime.bundle.contract import TensorSpec
 from mtp_runtime.errors import RowsLostError
-from mtp_runtime.generate.generation import GenerationStats
 from mtp_runtime.generate.kv_cache import Rings, StaticKVCache
 from mtp_runtime.generate.loop import GenerationLoop, Request
+from mtp_runtime.generate.stats import GenerationStats
 from mtp_runtime.measure.teacher_forcing import FixedText, read_fixed
 from mtp_runtime.text.conversation import Conversation
 from tests.support import talking
