@@ -49,7 +49,12 @@ def fake_opener(folder: Path, agree: Callable[[int], bool], **manifest: int) -> 
     """Return how to open sessions on the fake backend, whose drafter is right where `agree` says so."""
     plain = fake_manifest(**manifest)  # type: ignore[arg-type]  # only integer options are used here
     full = msgspec.structs.replace(plain, files={**plain.files, **write_texts(folder, plain.vocab_size)})
-    return lambda: Session(Bundle(full, folder, None), StaticBackend(FakeBackend(full, agree), full))
+
+    def open_session() -> Session:
+        bundle = Bundle(full, folder, None)
+        return Session(bundle, StaticBackend(FakeBackend(bundle.manifest, agree), bundle.manifest))
+
+    return open_session
 
 
 def talking_copy(bundle: Path, folder: Path) -> Path:

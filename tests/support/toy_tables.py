@@ -21,6 +21,13 @@ class TokenCache:
         self.names = ()
         self.tokens = np.zeros(length + 1, np.int64)  # slot 0 precedes the first token
 
+    @property
+    def pass_room(self) -> int:
+        return self.length - self.filled_length - 1
+
+    def keepable(self, count: int) -> int:
+        return count
+
     def advance(self, count: int) -> None:
         if self.filled_length + count > self.length:
             raise ContextFullError("full")
@@ -30,7 +37,7 @@ class TokenCache:
         assert filled_length <= self.filled_length
         self.filled_length = filled_length
 
-    def rows(self, name: str) -> FloatArray:
+    def rows(self, name: str, filled_length: int | None = None) -> FloatArray:
         raise NotImplementedError
 
     def restore(self, rows: dict[str, FloatArray]) -> None:

@@ -72,6 +72,11 @@ def _num_drafts(context: click.Context, parameter: click.Parameter, value: str |
     default="cpu",
     help="ONNX: where the graphs run. webgpu is a GPU and needs mtp-export[webgpu].  [cpu]",
 )
+@click.option(
+    "--context-length",
+    type=int,
+    help="Tokens of prompt and output together, at most the bundle's longest context.  [the bundle's default]",
+)
 @json_option("tokens, origins and statistics")
 @debug_option
 @click.pass_context
@@ -89,6 +94,7 @@ def command(
     stop: tuple[str, ...],
     threads: int,
     provider: Literal["cpu", "webgpu"],
+    context_length: int | None,
     as_json: bool,
     debug: bool,
     **drawing: Any,
@@ -116,7 +122,7 @@ def command(
         if sys.stdin.isatty():
             raise UserError("no prompt: give it as an argument or on standard input")
         prompt = sys.stdin.read()
-    with Session.open(bundle, threads=threads, provider=provider) as session:
+    with Session.open(bundle, threads=threads, provider=provider, context_length=context_length) as session:
         if sampling is not None:
             chosen = session.checkpoint_sampling(seed=chosen.seed, method=chosen.method)
         text = session.chat_prompt(prompt, tools=tool_list) if chat else prompt

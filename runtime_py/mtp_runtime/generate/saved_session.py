@@ -110,11 +110,6 @@ def _read(file: BinaryIO, path: Path, size_bytes: int, manifest: Manifest) -> Sa
             f"{path} was saved with another bundle (of {header.model}; this one is of {manifest.model}): "
             "open the bundle that it was saved with"
         )
-    if len(header.token_ids) > manifest.context_length:
-        raise UserError(
-            f"{path} has {len(header.token_ids)} tokens, this session takes {manifest.context_length}: open the bundle "
-            "with the context_length that it was saved with"
-        )
     sizes = {name: 4 * math.prod(shape) for name, shape in header.shapes.items()}
     if (
         any(number < 0 for shape in header.shapes.values() for number in shape)
@@ -131,6 +126,11 @@ def _read(file: BinaryIO, path: Path, size_bytes: int, manifest: Manifest) -> Sa
         rows[name] = _array(values, shape, damaged)
     if digest.digest() != expected or not _makes_sense(header, manifest):
         raise damaged
+    if len(header.token_ids) > manifest.context_length:
+        raise UserError(
+            f"{path} has {len(header.token_ids)} tokens, this session takes {manifest.context_length}: open the bundle "
+            "with the context_length that it was saved with"
+        )
     return SavedSession(header.token_ids, rows, header.note)
 
 
@@ -144,8 +144,10 @@ def _array(values: bytes, shape: tuple[int, ...], damaged: UserError) -> FloatAr
 def _makes_sense(header: _Header, manifest: Manifest) -> bool:
     """Whether the tokens are the bundle's, and as many as there are rows."""
     ids = header.token_ids
-    return all(0 <= token < manifest.vocab_size for token in ids) and all(
-        shape[2] <= len(ids) for shape in header.shapes.values()
+    return (
+        len(ids) <= max(manifest.longest_context_length, manifest.context_length)
+        and all(0 <= token < manifest.vocab_size for token in ids)
+        and all(shape[2] <= len(ids) for shape in header.shapes.values())
     )
 
 
