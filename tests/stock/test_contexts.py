@@ -18,7 +18,7 @@ LONGEST = 4096
 CONTEXTS = (128, 200, 256, 300, 1000, 1024, 2040, LONGEST)
 SOME = (200, 300, 1000)
 PREFILL = 16  # the shortest: nearer to the end a prompt cannot come
-# Tokens that are left for the answer. Rounds end everywhere among the last tokens, and begin where drafts are held back.
+# Tokens left for the answer. Rounds end everywhere among the last tokens, and begin where drafts are held back.
 ROOMS = (PREFILL, 17, 18, 19, 20, 21, 23, 25, 30, 33, 40, 47, 64, 65, 100, 120)
 SOME_ROOMS = (PREFILL, 17, 19, 22, 25, 47, 100)
 WITHOUT_END = 100_000
