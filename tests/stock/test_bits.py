@@ -36,9 +36,9 @@ class Decoded:
 @pytest.fixture(
     scope="module",
     params=[
-        ("tflite-rings", "int8", 600),
-        ("tflite", "f32", 300),
-        pytest.param(("tflite-rings", "f32", 1100), marks=pytest.mark.long),
+        ("tflite-rings", "f32", 600),
+        ("tflite", "int8", 300),
+        pytest.param(("tflite-rings", "int8", 1100), marks=pytest.mark.long),
         pytest.param(("tflite-whole", "int8", 1100), marks=pytest.mark.long),
         pytest.param(("tflite", "int8", 200), marks=pytest.mark.long),
         pytest.param(("tflite", "int8", 128), marks=pytest.mark.long),
