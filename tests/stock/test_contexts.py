@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mtp_runtime.bundle.contract import read_manifest
 from tests.conftest import Export
 from tests.stock.scripts import Script, answers, run_scripts
 from tools.runtime_matrix.probe import QUESTIONS
@@ -18,7 +19,7 @@ LONGEST = 4096
 CONTEXTS = (128, 200, 256, 300, 1000, 1024, 2040, LONGEST)
 SOME = (200, 300, 1000)
 PREFILL = 16  # the shortest: nearer to the end a prompt cannot come
-# Tokens that are left for the answer. Rounds end everywhere among the last tokens, and begin where drafts are held back.
+# Tokens left for the answer. Rounds end everywhere among the last tokens, and begin where drafts are held back.
 ROOMS = (PREFILL, 17, 18, 19, 20, 21, 23, 25, 30, 33, 40, 47, 64, 65, 100, 120)
 SOME_ROOMS = (PREFILL, 17, 19, 22, 25, 47, 100)
 WITHOUT_END = 100_000
@@ -115,3 +116,23 @@ def test_chats_until_the_context_is_full(
         *before, last = replies
         assert before == [result[0] for result in longer[: len(before)]]
         assert longer[len(before)][0].startswith(last)
+
+
+def test_contexts_that_are_tiny_or_too_long(export_nano: Export, tmp_path: Path) -> None:
+    """From the shortest prefill on, an answer fills the context; below, prompts are refused. Above the exported length,
+    the context is the largest multiple of 256 within it; without a number, the default."""
+    bundle = export_nano("int8")
+    manifest = read_manifest(bundle)
+
+    def told(context: int | None, drafts: bool, tokens: int) -> Any:
+        scripts: list[Script] = [[["prompt", tokens, 0], ["answer", WITHOUT_END]]]
+        results = run_scripts(tmp_path, bundle / "nano.litertlm", scripts, context=context, drafts=drafts)
+        return results[0][-1]
+
+    for context in (PREFILL, 32):
+        plain, drafted = told(context, False, 5), told(context, True, 5)
+        assert len(plain) == context - 5 - 1
+        assert "".join(plain) == "".join(drafted)
+    assert told(PREFILL - 1, False, 5) == {"error": "litert_lm_session_run_prefill failed"}
+    assert len(told(manifest.cache_length + 1000, False, LONGEST - 20)) == 20 - 1
+    assert len(told(None, False, manifest.context_length - 20)) == 20 - 1
