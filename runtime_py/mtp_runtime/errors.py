@@ -30,5 +30,9 @@ class ContextFullError(UserError):
     """A prompt or a generation does not fit the context that the bundle was exported with."""
 
 
+class RowsLostError(UserError):
+    """A text is taken back further than the rings of sliding layers reach."""
+
+
 class BackendError(MtpError):
     """The inference library refused a graph or failed while it ran."""

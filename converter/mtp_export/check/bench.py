@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,15 +30,20 @@ class BenchReport(Profile, frozen=True, kw_only=True):
         return max(self.break_even)
 
 
-def bench(
-    path: Path,
-    *,
-    threads: int,
-    filled: int,
-    new_tokens: int,
-    repeats: int,
-    on_run: Callable[[str], None] = lambda name: None,
-) -> BenchReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """The bundle, a context of `context_length` tokens, None for its own, and how often what is timed: `filled`
+    positions are read by every pass, rounds generate `new_tokens` at a time."""
+
+    bundle: Path
+    threads: int
+    filled: int
+    new_tokens: int
+    repeats: int
+    context_length: int | None = None
+
+
+def bench(request: BenchRequest, on_run: Callable[[str], None] = lambda name: None) -> BenchReport:
     """Measure a bundle; passes and rounds take turns, so that a machine that slows down slows all alike.
 
     Raises:
@@ -45,19 +51,21 @@ def bench(
     """
     on_run("opening")
     started = time.perf_counter()
-    with Session.open(path, threads=threads, verify=False) as session:
+    threads, filled, new_tokens = request.threads, request.filled, request.new_tokens
+    with Session.open(request.bundle, threads=threads, verify=False, context_length=request.context_length) as session:
         open_s = time.perf_counter() - started
         manifest = session.manifest
         if filled + new_tokens > manifest.context_length:
+            remedy = " or a larger --context-length" if manifest.chooses_context else ""
             raise UserError(
                 f"--filled {filled} and --new-tokens {new_tokens} are more than the context's "
-                f"{manifest.context_length} tokens: give smaller ones"
+                f"{manifest.context_length} tokens: give smaller ones{remedy}"
             )
         prompt, k = filled_prompt(session, filled), manifest.num_draft_tokens
         on_run("passes")
-        passes = time_passes(session, prompt, repeats)
+        passes = time_passes(session, prompt, request.repeats)
         on_run("head")
-        passes["head"] = _time_head(session, threads, repeats)
+        passes["head"] = _time_head(session, threads, request.repeats)
         done = iter(range(1, 2 * (len(ALPHAS) + 1) + 1))
         rounds = time_rounds(
             session, prompt, new_tokens, ALPHAS, on_run=lambda: on_run(f"rounds, {next(done)} of {2 * len(ALPHAS) + 2}")
@@ -65,7 +73,7 @@ def bench(
     medians = {name: timing.median_ms for name, timing in passes.items()}
     name, package = _BACKENDS[manifest.export_format]
     return BenchReport(
-        **BenchReport.identity(path, manifest),
+        **BenchReport.identity(request.bundle, manifest),
         backend=f"{name} {version(package)}",
         machine=f"{processor()}, {usable_cores()} processors",
         threads=threads,

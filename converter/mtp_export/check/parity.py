@@ -40,7 +40,8 @@ OnRun = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityRequest:
-    """The bundle and how it is to be run: `max_new_tokens` for each of `prompts`, with so many threads.
+    """The bundle and how it is to be run: `max_new_tokens` for each of `prompts`, with so many threads, in a context of
+    `context_length` tokens, None for its own.
 
     With the `checkpoint` that a float bundle was exported from, transformers runs too; with `stock`, LiteRT-LM does.
     """
@@ -49,6 +50,7 @@ class ParityRequest:
     prompts: Sequence[Prompt]
     max_new_tokens: int
     threads: int
+    context_length: int | None = None
     checkpoint: Path | None
     stock: bool
 
@@ -60,7 +62,7 @@ def prove(request: ParityRequest, on_run: OnRun = lambda name: None) -> ParityRe
     Raises:
         MtpError: the bundle or a runtime fails.
     """
-    with Session.open(request.bundle, threads=request.threads) as session:
+    with Session.open(request.bundle, threads=request.threads, context_length=request.context_length) as session:
         manifest = session.manifest
         prompts = [msgspec.structs.replace(p, text=text_of(session, p), messages=()) for p in request.prompts]
         runs = run_prompts(session, prompts, request.max_new_tokens, on_run)
@@ -253,7 +255,7 @@ def _stock_results(
     """
     manifest, chats, tolerance = session.manifest, reference.chats, tolerance_of(session.manifest.recipe)
     container = session.bundle.path("litertlm") if request.bundle.is_dir() else request.bundle
-    expected = llm_metadata(session.bundle.path("tokenizer").parent, manifest)
+    expected = llm_metadata(session.bundle.path("tokenizer").parent, session.bundle.exported)
     bos = "" if expected.HasField("start_token") else session.tokenizer.bos_token
     tokens = len(reference.prompts) * request.max_new_tokens + _MOST_CHAT_TOKENS
     plain = StockRequest(

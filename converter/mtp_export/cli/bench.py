@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mtp_export.cli.options import bundle_argument, count_option, debug_option, json_option, output_option
+from mtp_export.cli.options import (
+    bundle_argument,
+    context_length_option,
+    count_option,
+    debug_option,
+    json_option,
+    output_option,
+)
 from mtp_export.cli.output import number_table, working
 from mtp_runtime.atomic import write_atomically
 from mtp_runtime.errors import UserError
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 @count_option("--filled", 500, "Positions of the cache that are filled.")
 @count_option("--new-tokens", 48, "Tokens that rounds generate at a time.", least=8)
 @count_option("--repeats", 20, "How often each pass is timed.", least=3)
+@context_length_option
 @output_option("Draw time against acceptance to this SVG file.")
 @json_option("the figures")
 @debug_option
@@ -32,6 +40,7 @@ def command(
     filled: int,
     new_tokens: int,
     repeats: int,
+    context_length: int | None,
     output: Path | None,
     as_json: bool,
     debug: bool,
@@ -46,9 +55,17 @@ def command(
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"cannot write {output}: no folder {output.parent}: choose another --output")
     with working("loading") as show:
-        from mtp_export.check.bench import bench
+        from mtp_export.check.bench import BenchRequest, bench
 
-        report = bench(bundle, threads=threads, filled=filled, new_tokens=new_tokens, repeats=repeats, on_run=show)
+        request = BenchRequest(
+            bundle=bundle,
+            threads=threads,
+            filled=filled,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            context_length=context_length,
+        )
+        report = bench(request, show)
     if output is not None:
         _write_drawing(report, output)
     if as_json:

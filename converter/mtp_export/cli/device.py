@@ -15,6 +15,7 @@ from mtp_export.cli.options import (
     bundle_argument,
     check_bundle_options,
     combined,
+    context_length_option,
     debug_option,
     json_option,
     output_option,
@@ -50,6 +51,7 @@ _shared = combined(
     click.option("--app", is_flag=True, help="Run LiteRT-LM by the sample app (android_demo), which is installed."),
     click.option("--backend", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True),
     over_prompts("JSONL: a text in each line.  [held-out prompts]", limit=8, max_new_tokens=64, threads=2),
+    context_length_option,
     click.option(
         "--timeout", "silence_s", type=float, default=600.0, show_default=True, help="Longest silence, seconds."
     ),

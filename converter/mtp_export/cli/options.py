@@ -109,6 +109,13 @@ def max_new_tokens_option(default: int, *, least: int | None = None, help_text: 
     return click.option("--max-new-tokens", type=kind, default=default, show_default=True, help=help_text)
 
 
+context_length_option = click.option(
+    "--context-length",
+    type=int,
+    help="Context to open the bundle at, in tokens: at most its longest.  [the bundle's default]",
+)
+
+
 def over_prompts(
     prompts: str, *, limit: int | None, max_new_tokens: int, threads: int, output: str = "output"
 ) -> Decorator:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mtp_export.cli.options import (
     bundle_argument,
+    context_length_option,
     debug_option,
     json_option,
     output_option,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.command("parity")
 @bundle_argument
 @over_prompts("JSONL: a text in each line.  [32 held-out prompts]", limit=None, max_new_tokens=128, threads=2)
+@context_length_option
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Target checkpoint, for transformers.  [nano's own]"
 )
@@ -43,6 +45,7 @@ def command(
     checkpoint: Path | None,
     no_stock: bool,
     threads: int,
+    context_length: int | None,
     output: Path | None,
     as_json: bool,
     debug: bool,
@@ -62,6 +65,7 @@ def command(
         prompts=chosen,
         max_new_tokens=max_new_tokens,
         threads=threads,
+        context_length=context_length,
         checkpoint=checkpoint or _embedded(bundle),
         stock=not no_stock,
     )

@@ -28,6 +28,7 @@ class AppRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     repetitions: int
     backend: Processor
     threads: int
+    context_length: int
 
 
 class _Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +86,7 @@ def run_with_app(
         repetitions=repetitions,
         backend=request.backend,
         threads=request.threads,
+        context_length=request.context_length,
     )
     data = msgspec.json.encode(app_request)
     name = f"run-{hashlib.sha256(data).hexdigest()[:16]}"

@@ -28,7 +28,6 @@ def run_with_binary(
     adb: Adb,
     binary: Path,
     request: Request,
-    context_length: int,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> tuple[StockAnswer, ...]:
     """Run `request`, whose paths are the device's, with the program `binary` and the libraries beside it.
@@ -45,7 +44,7 @@ def run_with_binary(
         logs: list[str] = []
         for number, path in enumerate(prompts, 1):
             on_line(f"{binary.name}, K = {depth}, prompt {number} of {len(prompts)}")
-            command = _command(program, request, path, depth, context_length)
+            command = _command(program, request, path, depth)
             ended = adb.run(f"cd {request.bundle} && LD_LIBRARY_PATH={Path(program).parent}:$LD_LIBRARY_PATH {command}")
             outputs.append(parse_output(ended.output, ended.errors))
             logs.append(f"{ended.errors}\n{ended.output}")
@@ -92,14 +91,14 @@ def parse_output(output: str, log: str) -> StockOutput:
     )
 
 
-def _command(program: str, request: Request, prompt: str, depth: int, context_length: int) -> str:
+def _command(program: str, request: Request, prompt: str, depth: int) -> str:
     flags = {
         "backend": request.backend,
         "model_path": request.container,
         "input_prompt_file": prompt,
         "use_session": "true",  # the prompt as one turn, without the chat template: see `as_the_program_feeds`
         "async": "false",
-        "max_num_tokens": context_length,
+        "max_num_tokens": request.context_length,
         "max_output_tokens": request.max_new_tokens,
         "num_cpu_threads": request.threads,
         "enable_speculative_decoding": "true" if depth else "false",

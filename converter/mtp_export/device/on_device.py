@@ -20,7 +20,6 @@ from mtp_export.device.protocol import Answer, PlaceDescription, Request, StockA
 from mtp_export.machine import processor, system, versions
 from mtp_runtime import Session
 from mtp_runtime.atomic import write_atomically
-from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import MtpError
 from mtp_runtime.measure.teacher_forcing import FixedText, Reading, read_fixed
 
@@ -34,13 +33,14 @@ def answer(request: Request) -> Answer:
     Raises:
         MtpError: the bundle or a runtime fails.
     """
-    manifest = read_manifest(Path(request.bundle))
     traces: list[TraceRun] = []
     readings: list[Reading] = []
     stock: list[StockAnswer] = []
     if "mtp_runtime" in request.runtimes:
         # The transfer has compared every file with its hash; here they are compared with the manifest's sizes.
-        with Session.open(request.bundle, threads=request.threads, verify=False) as session:
+        with Session.open(
+            request.bundle, threads=request.threads, verify=False, context_length=request.context_length
+        ) as session:
             traces = [_traces(session, request, depth) for depth in request.depths]
             readings = _readings(session, _own_texts(traces) if request.texts is None else request.texts)
     if "LiteRT-LM" in request.runtimes and request.container is not None:
@@ -51,7 +51,7 @@ def answer(request: Request) -> Answer:
                     model_path=request.container,
                     prompts=[prompt.text for prompt in request.prompts],
                     max_new_tokens=request.max_new_tokens,
-                    context_length=manifest.context_length,
+                    context_length=request.context_length,
                     use_mtp=depth > 0,
                     threads=request.threads,
                     backend=request.backend,

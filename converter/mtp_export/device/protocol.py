@@ -28,8 +28,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Run `prompts` greedily through each of `runtimes`, with each of `depths` drafts a round (0: without MTP).
 
     `bundle` is a folder on the machine that runs it; `container` the `.litertlm` in it, for LiteRT-LM, which runs it on
-    `backend`; the reference runtime has the CPU alone. It also reads `texts` by teacher forcing: None for its own
-    outputs without MTP, empty for none.
+    `backend`; the reference runtime has the CPU alone. Both have a context of `context_length` tokens. The reference
+    runtime also reads `texts` by teacher forcing: None for its own outputs without MTP, empty for none.
     """
 
     bundle: str
@@ -40,6 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     runtimes: tuple[Runtime, ...]
     backend: Processor
     threads: int
+    context_length: int
     texts: tuple[FixedText, ...] | None = ()
 
 

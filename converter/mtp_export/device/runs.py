@@ -17,6 +17,7 @@ from mtp_export.device.parity import fixed_texts, host_request
 from mtp_export.device.places import check_where, describe, run_here, run_with_python
 from mtp_export.device.protocol import Answer, PlaceDescription, Processor, Request, StockAnswer, TextPrompt, Where
 from mtp_export.device.transfer import send_bundle, send_container
+from mtp_runtime.bundle.context import opened_at
 from mtp_runtime.bundle.contract import read_manifest
 from mtp_runtime.errors import UserError
 
@@ -25,7 +26,8 @@ OnLine = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A bundle, where to run it and by which program, and the prompts. `binary` and `app` run LiteRT-LM alone."""
+    """A bundle, where to run it and by which program, and the prompts. `binary` and `app` run LiteRT-LM alone.
+    `context_length` in tokens, None for the bundle's own."""
 
     bundle: Path
     where: Where
@@ -38,6 +40,7 @@ class Job:
     prompts: tuple[TextPrompt, ...]
     max_new_tokens: int
     threads: int
+    context_length: int | None = None
 
     def check(self) -> None:
         """Check what can be checked before anything runs.
@@ -58,8 +61,12 @@ class Job:
             raise UserError("the emulated ARM64 place has no GPU: leave out --backend gpu")
 
     def request(self, folder: str) -> Request:
-        """Return the request for the bundle's runs without and with MTP; the place has the bundle in `folder`."""
-        manifest = read_manifest(self.bundle)
+        """Return the request for the bundle's runs without and with MTP; the place has the bundle in `folder`.
+
+        Raises:
+            UserError: the bundle cannot have such a context.
+        """
+        manifest = opened_at(read_manifest(self.bundle), self.context_length)
         container = manifest.files.get("litertlm")
         return Request(
             bundle=folder,
@@ -70,6 +77,7 @@ class Job:
             runtimes=("mtp_runtime", "LiteRT-LM") if container and self.stock else ("mtp_runtime",),
             backend=self.backend,
             threads=self.threads,
+            context_length=manifest.context_length,
         )
 
 
@@ -169,8 +177,7 @@ def _by_shell(
         folder = send_bundle(adb, job.bundle, on_bytes).folder
         return run_with_python(adb, request(folder), lambda line: on_line(f"{adb.serial}: {line}"))
     folder = send_container(adb, job.bundle, f"{FOLDER}/bundles", on_bytes).folder
-    context_length = read_manifest(job.bundle).context_length
-    return Answer(place=place, stock=run_with_binary(adb, job.binary, request(folder), context_length, on_line))
+    return Answer(place=place, stock=run_with_binary(adb, job.binary, request(folder), on_line))
 
 
 def _thermal_status(adb: Adb) -> str:

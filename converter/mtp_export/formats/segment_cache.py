@@ -27,6 +27,7 @@ _SOURCES = (
     "graph/*.py",
     "formats/*/convert.py",
     "formats/tflite/lowerings.py",
+    "formats/tflite/cache_lowerings.py",
     "formats/tflite/composites.py",
 )
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mtp_runtime.bundle.consistency import check_consistency
+from mtp_runtime.bundle.context import opened_at
 from mtp_runtime.bundle.contract import FileEntry, Manifest, read_manifest
 from mtp_runtime.errors import BundleError
 
@@ -15,23 +16,38 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Bundle:
-    """An opened bundle: its manifest and where its files lie. Close it to remove unpacked files."""
+    """An opened bundle: its manifest, for the context that was chosen and as `exported`, and where its files lie.
 
-    def __init__(self, manifest: Manifest, folder: Path, unpacked: tempfile.TemporaryDirectory[str] | None) -> None:
-        """Take an already checked folder; `unpacked` owns it if it is temporary."""
-        self.manifest = manifest
+    Close it to remove unpacked files.
+    """
+
+    def __init__(
+        self,
+        exported: Manifest,
+        folder: Path,
+        unpacked: tempfile.TemporaryDirectory[str] | None,
+        context_length: int | None = None,
+    ) -> None:
+        """Take an already checked folder; `unpacked` owns it if it is temporary.
+
+        Raises:
+            UserError: the bundle cannot have such a context.
+        """
+        self.exported = exported
+        self.manifest = opened_at(exported, context_length)
         self._folder = folder
         self._unpacked = unpacked
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
-        """Open the bundle's folder or its `.litertlm` file.
+    def open(cls, path: Path | str, *, verify: bool = True, context_length: int | None = None) -> Bundle:
+        """Open the bundle's folder or its `.litertlm` file, for a context of `context_length` tokens.
 
         Every file that the manifest names must be there with the stated size, and with `verify` the stated SHA-256.
         Of a `.litertlm` the graphs, the tokenizer and the chat template are unpacked into a temporary folder.
 
         Raises:
             BundleError: it is missing, damaged, of another kind or of a newer version.
+            UserError: the bundle cannot have such a context.
         """
         path = Path(path)
         if not path.exists():
@@ -39,19 +55,20 @@ class Bundle:
         if path.is_dir():
             manifest = read_manifest(path)
             check_consistency(manifest)
+            opened = cls(manifest, path, None, context_length)
             for role, entry in manifest.files.items():
                 _check_file(role, path / entry.path, entry, verify=verify)
-            return cls(manifest, path, None)
+            return opened
         # Imported here: a folder needs neither flatbuffers nor protobuf.
         from mtp_runtime.bundle import litertlm
 
         unpacked = tempfile.TemporaryDirectory(prefix="mtp-runtime-")
         try:
             manifest = litertlm.unpack(path, Path(unpacked.name), verify=verify)
+            return cls(manifest, Path(unpacked.name), unpacked, context_length)
         except BaseException:
             unpacked.cleanup()
             raise
-        return cls(manifest, Path(unpacked.name), unpacked)
 
     def has(self, role: str) -> bool:
         """Whether the file of `role` is at hand (a `.litertlm` does not carry all of a folder's)."""

@@ -1,13 +1,14 @@
 """Does a manifest agree with itself? Every signature's tensors follow from a handful of sizes (contract.py).
 
-A backend then compares each signature with its graph, so that no number of a manifest is taken on trust but
-`attention_length`, which only the converter knows.
+A backend then compares each signature with its graph, so that no number of a manifest is taken on trust but the
+`attention_length` of format version 1, which only the converter knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mtp_runtime.bundle.context import standard_name
 from mtp_runtime.bundle.contract import (
     BATCH_ROLES,
     MANIFEST_NAME,
@@ -18,7 +19,6 @@ from mtp_runtime.bundle.contract import (
     Manifest,
     TensorSpec,
     batch_role,
-    slot_axis,
 )
 from mtp_runtime.errors import BundleError
 
@@ -54,7 +54,7 @@ def check_consistency(manifest: Manifest) -> None:
             if spec.kind not in kinds:
                 raise _error(f"{role} has a signature {spec.name!r} of kind {spec.kind}, expected {' or '.join(kinds)}")
         for kind in _WHOLE.get(role, ()):
-            if not any(spec.kind == kind and spec.attention_length == manifest.cache_length for spec in specs):
+            if not any(spec.name == kind == spec.kind and _reads_all(spec, manifest) for spec in specs):
                 raise _error(f"{role} has no {kind} signature over the whole cache of {manifest.cache_length}")
     _check_special_tokens(manifest)
     caches = _caches(manifest)
@@ -135,22 +135,46 @@ def _as_read(spec: GraphSignature, caches: Tensors) -> Tensors:
     return {name: caches[cache] for name, cache in read.items() if cache in caches}
 
 
+def _reads_all(spec: GraphSignature, manifest: Manifest) -> bool:
+    return manifest.format_version > 1 or spec.attention_length == manifest.cache_length
+
+
 def _caches(manifest: Manifest) -> Tensors:
     """Return the caches of the target's `decode`."""
-    caches: Tensors = {}
     decode = manifest.signature("target", "decode")
-    for tensor in decode.inputs:
-        if tensor.is_cache:
-            axis = slot_axis(decode, tensor.name)
-            fits = len(tensor.shape) == 4 and tensor.shape[0] == 1 and tensor.shape[axis] == manifest.cache_length
-            if not fits or tensor.dtype != "float32" or CacheName.parse(tensor.name).reader is not None:
-                length = manifest.cache_length
-                expected = f"(1, G, {length}, D)" if axis == 2 else f"(1, G, D, {length})"
-                raise _error(f"{tensor.name} is {tensor.shape}, expected {expected}")
-            caches[tensor.name] = (tensor.dtype, tensor.shape)
-    if not caches:
+    tensors = [tensor for tensor in decode.inputs if tensor.is_cache]
+    names = [CacheName.parse(tensor.name) for tensor in tensors]
+    if not tensors:
         raise _error("the target's decode has no KV caches")
+    caches: Tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    for tensor, name in zip(tensors, names, strict=True):
+        expected = _cache_shapes(manifest, caches, name)
+        if tensor.dtype != "float32" or name.reader is not None or not any(_fits(tensor, e) for e in expected):
+            shapes = " or ".join(f"({', '.join(map(str, shape))})" for shape in expected)
+            raise _error(f"{tensor.name} is {tensor.shape}, expected {shapes}")
+    if manifest.ring_length:
+        positions = CacheName(part="k", index=max(name.index for name in names))
+        if caches.get(str(positions)) != ("float32", (1, 1, manifest.ring_length, 1)):
+            raise _error(f"{positions} is not the positions of a ring of {manifest.ring_length}")
     return caches
+
+
+def _cache_shapes(manifest: Manifest, caches: Tensors, name: CacheName) -> list[tuple[int | str, ...]]:
+    """Return the shapes that a cache may have, G and D in them any numbers."""
+    length, ring = manifest.cache_length, manifest.ring_length
+    if name.part == "k":
+        return [(1, "G", n, "D") for n in (length, ring) if n]
+    keys = caches.get(str(CacheName(part="k", index=name.index)), ("", ()))[1]
+    groups, slots, size = keys[1:] if len(keys) == 4 else ("G", length, "D")
+    straight, swapped = (1, groups, slots, size), (1, groups, size, slots)
+    if manifest.signature("target", "decode").single_buffer:
+        return [swapped]
+    return [straight] if manifest.format_version == 1 or slots == ring else [straight, swapped]
+
+
+def _fits(tensor: TensorSpec, expected: tuple[int | str, ...]) -> bool:
+    sizes = zip(tensor.shape, expected, strict=False)
+    return len(tensor.shape) == len(expected) and all(isinstance(e, str) or size == e for size, e in sizes)
 
 
 def _params(manifest: Manifest) -> Tensors:
@@ -205,7 +229,10 @@ def _check_draft(spec: GraphSignature, manifest: Manifest, caches: Tensors) -> N
 def _check_sizes(role: str, spec: GraphSignature, tokens: int, manifest: Manifest) -> None:
     if spec.num_tokens != tokens or not 1 <= tokens <= manifest.cache_length:
         raise _error(f"{role} {spec.name} takes {spec.num_tokens} tokens, expected {tokens}")
-    if not tokens <= spec.attention_length <= manifest.cache_length:
+    if manifest.format_version > 1:
+        if spec.name != standard_name(spec) or spec.attention_length:
+            raise _error(f"{role} {spec.name} is a variant, expected {standard_name(spec)}")
+    elif not tokens <= spec.attention_length <= manifest.cache_length:
         raise _error(f"{role} {spec.name} reads {spec.attention_length} of {manifest.cache_length} cache positions")
 
 

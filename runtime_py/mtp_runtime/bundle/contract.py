@@ -199,10 +199,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `cache_length` is S in the graphs. `context_length` is what may be filled: of a bundle whose context is chosen when
     it is opened, where nobody chooses, and up to `longest_context_length` can be chosen, below S, which is a prime; of
     any other S - K, because a verify writes K + 1 rows at the pending position. `ring_length`: slots of the caches of
-    sliding layers, 0 if they have as many as all others. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
-    the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention,
-    0 vLLM's. It is already inside the graph. With a `batch_size` above 1 there are also a `target_batch` and a
-    `drafter_batch`, graphs for so many sequences, with the signatures that `for_sequences` says.
+    sliding layers, 0 if they have as many as all others. `drafter_position_offset` is what the draft graph adds to the
+    `input_pos` it is fed, the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives
+    transformers' convention, 0 vLLM's. It is already inside the graph. With a `batch_size` above 1 there are also a
+    `target_batch` and a `drafter_batch`, graphs for so many sequences, with the signatures that `for_sequences` says.
     """
 
     format_version: int
@@ -361,11 +361,6 @@ def param_tensor(start: int, stop: int) -> NDArray[np.int32]:
     values = np.zeros((1, 1, 1, PARAM_COUNT), np.int32)
     values[..., :3] = start, stop, stop
     return values
-
-
-def slot_axis(signature: GraphSignature, cache: str) -> int:
-    """Return the axis of a cache of `signature` that counts slots."""
-    return 3 if signature.single_buffer and CacheName.parse(cache).part == "v" else 2
 
 
 def output_name(name: str) -> str:

@@ -58,6 +58,15 @@ class KVCache(Protocol):
         """Names of the cache tensors."""
         ...
 
+    @property
+    def pass_room(self) -> int:
+        """How many tokens a pass of drafts may have here; 0 or fewer where a round has to do without."""
+        ...
+
+    def keepable(self, count: int) -> int:
+        """Return how many of the first `count` filled positions can be kept: all, or 0 where rows are lost."""
+        ...
+
     def advance(self, count: int) -> None:
         """Count the next `count` positions as filled with processed tokens.
 
@@ -71,15 +80,17 @@ class KVCache(Protocol):
 
         Raises:
             MtpError: fewer positions than that are filled.
+            RowsLostError: not all rows that the next pass reads are there. Going back to 0 is always possible.
         """
         ...
 
-    def rows(self, name: str) -> FloatArray:
-        """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
+    def rows(self, name: str, filled_length: int | None = None) -> FloatArray:
+        """Return a copy of the rows of the tensor `name` at the first `filled_length` positions, by default all that
+        are filled; the last ones alone where the cache keeps no more. Shapes: [1, G, n, D]."""
         ...
 
     def restore(self, rows: dict[str, FloatArray]) -> None:
-        """Replace everything by rows that `rows()` returned, of every tensor. Shapes: [1, G, filled, D] each.
+        """Replace everything by rows that `rows()` returned, of every tensor. Shapes: [1, G, n, D] each.
 
         Raises:
             MtpError: a tensor is missing, or of another shape.

@@ -75,7 +75,7 @@ class GenerationLoop:
     def restore(self, token_ids: Sequence[int], rows: dict[str, FloatArray]) -> None:
         """Continue where a loop with these `token_ids` and these rows of their cache was.
 
-        Shapes: rows [1, G, filled, D] each, of at most as many positions as there are tokens.
+        Shapes: rows [1, G, n, D] each, of at most as many positions as there are tokens.
 
         Raises:
             MtpError: the rows do not fit the cache.
@@ -93,6 +93,7 @@ class GenerationLoop:
         Raises:
             UserError: the request contradicts the bundle or itself, or another request started in the meantime.
             ContextFullError: the prompt leaves no room for a token.
+            RowsLostError: `keep_length` tokens cannot be kept.
         """
         limit, limit_reason = self._check(request)
         self._runs += 1
@@ -125,7 +126,7 @@ class GenerationLoop:
                     )
                 started = time.perf_counter()
                 drafted_ms = stats.draft_ms
-                num_drafts = min(request.num_draft_tokens, limit - committed - 1)
+                num_drafts = self._most_drafts(min(request.num_draft_tokens, limit - committed - 1))
                 if request.adaptive:
                     num_drafts = self._adaptive.choose(num_drafts)
                 batch = self._round(num_drafts, request, stats) if num_drafts else self._decode(request, stats)
@@ -142,6 +143,10 @@ class GenerationLoop:
     def abandon(self) -> None:
         """Make a generation that is still under way fail at its next pass."""
         self._runs += 1
+
+    def _most_drafts(self, num_drafts: int) -> int:
+        """Return `num_drafts`, or 0 where the drafter drafts nothing: near the end of the cache, or of its rings."""
+        return num_drafts if self._cache.pass_room > self._manifest.num_draft_tokens else 0
 
     def _check(self, request: Request) -> tuple[int, FinishReason]:
         """Return how many tokens may be committed, and the finish reason once they are."""
@@ -163,9 +168,11 @@ class GenerationLoop:
             raise UserError(f"keep_length is {request.keep_length}: the cache holds {self._cache.filled_length} tokens")
         room = manifest.context_length - len(prompt_ids)
         if room < 1:
+            can_be_longer = manifest.context_length < manifest.longest_context_length
+            remedy = "open it with a larger context_length" if can_be_longer else "export with a larger --cache-length"
             raise ContextFullError(
                 f"the prompt has {len(prompt_ids)} tokens, the context takes {manifest.context_length} with the "
-                "answer: shorten it, or export with a larger --cache-length"
+                f"answer: shorten it, or {remedy}"
             )
         if request.max_new_tokens is not None and request.max_new_tokens <= room:
             return request.max_new_tokens, "max_tokens"

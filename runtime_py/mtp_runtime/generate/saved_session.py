@@ -1,4 +1,4 @@
-"""A session on disk: the filled rows of its cache and the tokens that they belong to.
+"""A session on disk: the filled rows of its cache, those that it keeps, and the tokens that they belong to.
 
 The file: 8 bytes of magic, the SHA-256 of all that follows, the length of the header (8 bytes, little endian), the
 header (JSON) and the rows of each tensor in the header's order, float32, little endian. Nothing in it is executed.
@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 64 << 20
 class SavedSession(NamedTuple):
     """The tokens of a session, the rows of the leading ones, and a note of the caller's.
 
-    Shapes: rows [1, G, filled, D] each, of at most as many positions as there are tokens.
+    Shapes: rows [1, G, n, D] each, of at most as many positions as there are tokens; of a ring only the last ones.
     """
 
     token_ids: tuple[int, ...]
@@ -110,6 +110,11 @@ def _read(file: BinaryIO, path: Path, size_bytes: int, manifest: Manifest) -> Sa
             f"{path} was saved with another bundle (of {header.model}; this one is of {manifest.model}): "
             "open the bundle that it was saved with"
         )
+    if len(header.token_ids) > manifest.context_length:
+        raise UserError(
+            f"{path} has {len(header.token_ids)} tokens, this session takes {manifest.context_length}: open the bundle "
+            "with the context_length that it was saved with"
+        )
     sizes = {name: 4 * math.prod(shape) for name, shape in header.shapes.items()}
     if (
         any(number < 0 for shape in header.shapes.values() for number in shape)
@@ -139,10 +144,8 @@ def _array(values: bytes, shape: tuple[int, ...], damaged: UserError) -> FloatAr
 def _makes_sense(header: _Header, manifest: Manifest) -> bool:
     """Whether the tokens are the bundle's, and as many as there are rows."""
     ids = header.token_ids
-    return (
-        len(ids) <= manifest.context_length
-        and all(0 <= token < manifest.vocab_size for token in ids)
-        and all(shape[2] <= len(ids) for shape in header.shapes.values())
+    return all(0 <= token < manifest.vocab_size for token in ids) and all(
+        shape[2] <= len(ids) for shape in header.shapes.values()
     )
 
 

@@ -42,21 +42,25 @@ class Session:
         verify: bool = True,
         cache_dir: Path | str | None = None,
         provider: Provider = "cpu",
+        context_length: int | None = None,
     ) -> Session:
         """Open the bundle at `path`, a folder or a `.litertlm`, with `threads` CPU threads.
 
         `verify` compares every file with its SHA-256. Packed weights are kept in `cache_dir`, by default
         `~/.cache/mtp-export/packed`: they make the second start fast and are in memory once.
         `provider` is where the graphs of an ONNX bundle run: "webgpu" is a GPU, and takes `mtp-export[webgpu]`.
+        `context_length` is how many tokens prompt and output may have together, from K + 2 up to the bundle's
+        `longest_context_length`; it decides how much memory the caches take. Where a bundle's context is not chosen
+        (ONNX, a bundle for a GPU), it has only its own.
 
         Raises:
-            UserError: the provider is not there, or not for this bundle.
+            UserError: the provider is not there, or not for this bundle, or the bundle cannot have such a context.
             BundleError: the bundle is missing, damaged, of another kind or of a newer version.
             BackendError: the inference library refuses its graphs.
         """
         check_threads(threads)
         with contextlib.ExitStack() as opened:
-            bundle = opened.enter_context(Bundle.open(path, verify=verify))
+            bundle = opened.enter_context(Bundle.open(path, verify=verify, context_length=context_length))
             backend = open_backend(bundle, threads, None if cache_dir is None else Path(cache_dir), provider)
             opened.callback(backend.close)
             session = cls(bundle, backend)
@@ -65,7 +69,7 @@ class Session:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest."""
+        """The bundle's manifest, for the context that was chosen."""
         return self.bundle.manifest
 
     @property
@@ -192,8 +196,14 @@ class Session:
 
     @property
     def processed_ids(self) -> tuple[int, ...]:
-        """The tokens whose rows are in the cache: a prompt that begins with n of them may have keep_length n."""
+        """The tokens whose rows are in the cache: a prompt that begins with n of them may have keep_length n, if n is
+        `keepable`."""
         return self._loop.processed_ids
+
+    def keepable(self, count: int) -> int:
+        """Return how many of the first `count` processed tokens a prompt may keep: all of them, or none where rows of
+        sliding layers are lost, as they are far behind in caches that are rings."""
+        return self.backend.kv_cache.keepable(count)
 
     def save(self, path: Path | str, *, note: Any = None) -> None:
         """Write the filled rows of the cache, `token_ids` and a `note` (JSON) to one file, for `restore`.
@@ -205,7 +215,7 @@ class Session:
         """
         self._check_open()
         cache, filled = self.backend.kv_cache, len(self.processed_ids)
-        rows = {name: cache.rows(name)[:, :, :filled] for name in cache.names}
+        rows = {name: cache.rows(name, filled) for name in cache.names}
         write_session(Path(path), self.manifest, SavedSession(self.token_ids, rows, note))
 
     def restore(self, path: Path | str) -> Any:

@@ -139,7 +139,7 @@ class Reply(Iterator[Token]):
         """Return the generation; what the cache holds is looked at as late as possible, for others may use it."""
         if self._generation is None:
             session = self._conversation.session
-            kept = common_length(self.prompt_ids[:-1], session.processed_ids)
+            kept = session.keepable(common_length(self.prompt_ids[:-1], session.processed_ids))
             self._generation = session.generate(self.prompt_ids, self._options, keep_length=kept)
             self._generation.read_text()
         return self._generation
@@ -150,7 +150,8 @@ class Conversation:
 
     Each prompt is the chat template's text of the whole conversation. Its longest beginning whose rows are in the
     cache is not processed again: usually all but the new message. A template that writes past replies otherwise than
-    they were generated (Gemma 4's drops thoughts) makes that shorter, and the result no different.
+    they were generated (Gemma 4's drops thoughts) makes that shorter, and the result no different. Where sliding layers
+    keep only the last rows, and what follows the beginning has taken the place of some, all is processed again.
     """
 
     def __init__(self, session: Session, *, system: str | None = None, **options: Any) -> None:

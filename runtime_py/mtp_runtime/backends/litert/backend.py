@@ -4,12 +4,15 @@ What makes the caches work in place (measured with ai-edge-litert 2.3.0): a buff
 be bound as input and as output of the same run, and in other signatures and models of the same environment; the graph's
 DYNAMIC_UPDATE_SLICE then writes its rows straight into it. A separate output buffer costs a copy of the cache. In a
 bundle for a GPU it is a part of a composite, whose inputs and outputs are copied.
+
+Where the context is chosen, inputs are resized. Until a signature ran, the library holds its outputs to be as long as
+they were exported, and refuses a cache's buffer for them: its first run has other buffers, and they are copied.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +23,11 @@ from numpy.typing import NDArray
 from mtp_runtime.backends.litert.quiet import hold_back_native_log_at_exit, native_log_held_back
 from mtp_runtime.backends.packed_weights import LITERT, PackedWeights, default_folder
 from mtp_runtime.bundle.bundle import Bundle
-from mtp_runtime.bundle.contract import GRAPH_ROLES, GraphSignature, slot_axis
+from mtp_runtime.bundle.context import cache_places
+from mtp_runtime.bundle.contract import GRAPH_ROLES, GraphSignature, Manifest
 from mtp_runtime.errors import BackendError, BundleError, MtpError
 from mtp_runtime.generate.backend import FloatArray, IntArray
-from mtp_runtime.generate.kv_cache import StaticKVCache
+from mtp_runtime.generate.kv_cache import Rings, StaticKVCache
 
 
 class LiteRTCacheBuffer:
@@ -47,8 +51,15 @@ class LiteRTCacheBuffer:
 class LiteRTSignature:
     """A signature with one buffer per tensor; caches are those of the bundle's KVCache."""
 
-    def __init__(self, model: CompiledModel, spec: GraphSignature, caches: Mapping[str, TensorBuffer]) -> None:
-        """Create the buffers of `spec` on `model` and bind `caches` to the tensors of their names."""
+    def __init__(
+        self,
+        model: CompiledModel,
+        spec: GraphSignature,
+        caches: Mapping[str, TensorBuffer],
+        resized: Collection[str] = (),
+    ) -> None:
+        """Create the buffers of `spec` on `model` and bind `caches` to the tensors of their names; those `resized` have
+        another length than the graph was exported with."""
         self.spec = spec
         self._model: CompiledModel | None = model
         self._index = model.get_signature_index(spec.name)
@@ -63,7 +74,9 @@ class LiteRTSignature:
         # Running by index is some 5 µs cheaper than by name; the lists are in the order of the graph's own signature.
         order = model.get_signature_by_index(self._index)
         self._input_list = [self._inputs[name] for name in order["inputs"]]
-        self._output_list = [self._outputs[name] for name in order["outputs"]]
+        self._output_names = tuple(order["outputs"])
+        self._output_list = [self._outputs[name] for name in self._output_names]
+        self._to_be_copied = [tensor.name for tensor in spec.outputs if tensor.name in resized]
         self._input_sizes = {tensor.name: math.prod(tensor.fixed_shape) for tensor in spec.inputs}
         for tensor in spec.inputs:
             if tensor.name not in caches:
@@ -92,9 +105,21 @@ class LiteRTSignature:
         if self._model is None:
             raise BackendError(f"{self.spec.name} cannot run: its bundle is closed")
         try:
-            self._model.run_by_index(self._index, self._input_list, self._output_list)
+            if self._to_be_copied:
+                self._run_first(self._model)
+            else:
+                self._model.run_by_index(self._index, self._input_list, self._output_list)
         except RuntimeError as error:
             raise BackendError(f"LiteRT failed to run {self.spec.name}: {error}") from error
+
+    def _run_first(self, model: CompiledModel) -> None:
+        """Run with other buffers for the outputs of resized caches, and copy them into the caches."""
+        written = {name: model.create_output_buffer_by_name(self.spec.name, name) for name in self._to_be_copied}
+        outputs = self._outputs | written
+        model.run_by_index(self._index, self._input_list, [outputs[name] for name in self._output_names])
+        for name, buffer in written.items():
+            self._outputs[name].write(buffer.read(self._output_sizes[name], np.float32))
+        self._to_be_copied = []
 
     def read(self, name: str) -> FloatArray:
         """Return a copy of the output `name` of the last run, in the signature's shape."""
@@ -111,15 +136,23 @@ class LiteRTGraphs:
         self._environment: Environment | None = environment
         self._models = dict(models)
         self._bound: dict[tuple[str, str], LiteRTSignature] = {}
-        decode = bundle.manifest.signature("target", "decode")
-        _check_graph(models["target"], "target", decode)
+        manifest = bundle.manifest
+        decode = manifest.signature("target", "decode")
         specs = [tensor for tensor in decode.inputs if tensor.is_cache]
+        exported = {tensor.name: tensor.shape for tensor in bundle.exported.signature("target", "decode").inputs}
+        self._resized = frozenset(spec.name for spec in specs if spec.shape != exported[spec.name])
         self._caches = {
             spec.name: models["target"].create_input_buffer_by_name(decode.name, spec.name) for spec in specs
         }
         buffers = {spec.name: LiteRTCacheBuffer(self._caches[spec.name], math.prod(spec.fixed_shape)) for spec in specs}
-        slots_last = [spec.name for spec in specs if slot_axis(decode, spec.name) == 3]
-        self._kv_cache = StaticKVCache(specs, buffers, bundle.manifest.cache_length, slots_last=slots_last)
+        places = cache_places(bundle.exported)
+        self._kv_cache = StaticKVCache(
+            specs,
+            buffers,
+            manifest.cache_length,
+            slots_last=[name for name, place in places.items() if place.slot_axis == 3],
+            rings=_rings(manifest, [name for name, place in places.items() if place.is_ring]),
+        )
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int = 2, cache_dir: Path | None = None) -> LiteRTGraphs:
@@ -159,6 +192,8 @@ class LiteRTGraphs:
         finally:
             for weights in packed.values():
                 weights.discard()
+        for role, model in models.items():
+            _resize(model, role, bundle)
         backend = cls(bundle, environment, models)
         for role in GRAPH_ROLES:
             for spec in bundle.manifest.signatures[role]:
@@ -177,8 +212,7 @@ class LiteRTGraphs:
             if not self._models:
                 raise BackendError(f"cannot bind {name}: the bundle is closed")
             spec = self._bundle.manifest.signature(role, name)
-            _check_graph(self._models[role], role, spec)
-            signature = LiteRTSignature(self._models[role], spec, self._caches)
+            signature = LiteRTSignature(self._models[role], spec, self._caches, self._resized)
             self._bound[role, name] = signature
         return signature
 
@@ -199,6 +233,34 @@ class LiteRTGraphs:
 def _options(threads: int, packed_weights: Path | None) -> Options:
     cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(packed_weights or ""))
     return Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
+
+
+def _rings(manifest: Manifest, names: Sequence[str]) -> Rings | None:
+    """Return the rings of the caches `names`. The target reads one position less than its window, the drafter all.
+
+    Raises:
+        BundleError: the manifest has no window.
+    """
+    if not names:
+        return None
+    window = manifest.target.get("sliding_window")
+    if not isinstance(window, int):
+        raise BundleError("the manifest has rings and no sliding_window: export the bundle again")
+    return Rings(frozenset(names), manifest.ring_length, window)
+
+
+def _resize(model: CompiledModel, role: str, bundle: Bundle) -> None:
+    """Give the inputs of a graph's signatures the shapes of the context that was chosen.
+
+    Raises:
+        BundleError: the graph contradicts the manifest.
+    """
+    for spec in bundle.manifest.signatures[role]:
+        exported = bundle.exported.signature(role, spec.name)
+        _check_graph(model, role, exported)
+        for tensor, before in zip(spec.inputs, exported.inputs, strict=True):
+            if tensor.shape != before.shape:
+                model.resize_input_tensor_by_name(spec.name, tensor.name, tensor.fixed_shape, strict=False)
 
 
 def _check_graph(model: CompiledModel, role: str, spec: GraphSignature) -> None:

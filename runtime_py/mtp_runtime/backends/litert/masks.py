@@ -13,14 +13,14 @@ class CausalMask:
     """Additive masks over a cache of S positions: 0 where a key is visible, `HIDDEN` where it is not.
 
     The mask of a query at position p is S - (p + 1) steps into the array [0] * S + [HIDDEN] * S, and each following
-    query starts one element earlier: every mask is a window into that one array.
+    query starts one element earlier: every mask is a window into that one array. A query past the end sees all keys.
     """
 
-    def __init__(self, cache_length: int) -> None:
-        """Prepare masks over `cache_length` positions."""
-        self._length = cache_length
-        self._strip = np.zeros(2 * cache_length, np.float32)
-        self._strip[cache_length:] = HIDDEN
+    def __init__(self, cache_length: int, past_end: int = 0) -> None:
+        """Prepare masks over `cache_length` positions, and so many of queries past the end."""
+        self._length, self._most = cache_length, cache_length + past_end
+        self._strip = np.zeros(self._most + cache_length, np.float32)
+        self._strip[self._most :] = HIDDEN
         self._strip.flags.writeable = False
 
     def visible(self, count: int, num_tokens: int = 1) -> NDArray[np.float32]:
@@ -31,14 +31,14 @@ class CausalMask:
         Shapes: result [T, S], T = num_tokens; contiguous for T = 1.
 
         Raises:
-            ValueError: a query would see more than S keys, or fewer than none.
+            ValueError: a query is further past the end, or sees fewer keys than none.
         """
-        if count < 0 or count + num_tokens - 1 > self._length:
+        if count < 0 or count + num_tokens - 1 > self._most:
             raise ValueError(f"{num_tokens} queries from {count} keys do not fit a cache of {self._length}")
         if num_tokens == 1:
-            return self._strip[None, self._length - count : 2 * self._length - count]
+            return self._strip[None, self._most - count : self._most + self._length - count]
         # Ten times cheaper than as_strided, and it checks its bounds.
         mask: NDArray[np.float32] = np.ndarray(
-            (num_tokens, self._length), np.float32, self._strip, 4 * (self._length - count), (-4, 4)
+            (num_tokens, self._length), np.float32, self._strip, 4 * (self._most - count), (-4, 4)
         )
         return mask

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from mtp_runtime.backends.litert.masks import CausalMask
-from mtp_runtime.bundle.contract import PARAM_TENSOR, GraphSignature, Manifest, SignatureKind, param_tensor
-from mtp_runtime.errors import BundleError, ContextFullError
+from mtp_runtime.bundle.contract import PARAM_TENSOR, GraphSignature, Manifest, param_tensor
+from mtp_runtime.errors import ContextFullError
 from mtp_runtime.generate.backend import Draft, FloatArray, IntArray, TargetPass
 from mtp_runtime.generate.kv_cache import StaticKVCache
 
@@ -120,44 +120,20 @@ class TokenRows:
         self.per_layer_embeddings[:, count:num_tokens] = 0.0
 
 
-class PassSelector:
-    """The signatures of one kind and one number of tokens, distinguished by how much of the cache they read."""
-
-    def __init__(self, graphs: StaticGraphs, role: str, specs: Sequence[GraphSignature]) -> None:
-        """Take at least one signature of the same kind and `num_tokens`."""
-        self.num_tokens = specs[0].num_tokens
-        self._graphs = graphs
-        self._role = role
-        self._by_length = sorted(specs, key=lambda spec: spec.attention_length)
-
-    def reading(self, length: int) -> BoundSignature:
-        """Return the cheapest signature that reads the first `length` cache positions.
-
-        Raises:
-            ContextFullError: none reads that many.
-        """
-        for spec in self._by_length:
-            if spec.attention_length >= length:
-                return self._graphs.bound(self._role, spec.name)
-        raise ContextFullError(f"no signature reads {length} positions: the cache is full, shorten the text")
-
-
 class TargetPasses:
     """The target's passes over T consecutive tokens, for every T that the bundle has a signature for."""
 
     def __init__(self, graphs: StaticGraphs, manifest: Manifest, mask: CausalMask) -> None:
         """Bind nothing yet: each signature is bound when it is first needed."""
-        self._mask = mask
-        self.decode = PassSelector(graphs, "target", of_kind(manifest, "target", "decode"))
-        self.verify = PassSelector(graphs, "target", of_kind(manifest, "target", "verify"))
-        prefill = of_kind(manifest, "target", "prefill")
-        self.prefill = {
-            size: PassSelector(graphs, "target", [spec for spec in prefill if spec.num_tokens == size])
-            for size in sorted({spec.num_tokens for spec in prefill})
-        }
-        self._positions = np.arange(manifest.cache_length, dtype=np.int32)
+        self._graphs, self._mask = graphs, mask
+        self._length = manifest.cache_length
+        self._leaves_out = manifest.chooses_context
+        prefill = [spec for spec in manifest.signatures["target"] if spec.name == f"prefill_{spec.num_tokens}"]
+        self.decode, self.verify = (manifest.signature("target", name) for name in ("decode", "verify"))
+        self.prefill = {spec.num_tokens: spec for spec in sorted(prefill, key=lambda spec: spec.num_tokens)}
+        self._positions = np.arange(manifest.cache_length + self.verify.num_tokens, dtype=np.int32)
 
-    def run(self, selector: PassSelector, rows: TokenRows, used: int, position: int) -> BoundSignature:
+    def run(self, spec: GraphSignature, rows: TokenRows, used: int, position: int) -> BoundSignature:
         """Process the first `used` tokens of `rows` at `position` and after, writing their cache rows.
 
         The rest of the pass is padding, whose cache rows and outputs mean nothing. Returns the signature that ran, to
@@ -166,8 +142,12 @@ class TargetPasses:
         Raises:
             ContextFullError: the pass would write beyond the cache.
         """
-        count = selector.num_tokens
-        bound = selector.reading(position + count)
+        count = spec.num_tokens
+        # The graph itself leaves out rows of a verify that are beyond the cache, or clamps the whole pass.
+        needed = position + (used if self._leaves_out else count)
+        if needed > self._length:
+            raise ContextFullError(f"the cache has {self._length} positions, a pass needs {needed}: shorten the text")
+        bound = self._graphs.bound("target", spec.name)
         if used < count:
             rows.pad(used, count)
         bound.write("embeddings", rows.embeddings[:, :count])
@@ -184,9 +164,8 @@ class DraftPasses:
     """The drafter's passes over the filled positions."""
 
     def __init__(self, graphs: StaticGraphs, manifest: Manifest, mask: CausalMask) -> None:
-        """Bind nothing yet: each signature is bound when it is first needed."""
-        self._mask = mask
-        self._selector = PassSelector(graphs, "drafter", of_kind(manifest, "drafter", "draft"))
+        """Bind nothing yet: the signature is bound when it is first needed."""
+        self._graphs, self._mask = graphs, mask
         self._input = np.zeros((1, 1, 2 * manifest.hidden_size), np.float32)
         self._position = np.zeros(1, np.int32)
         self._prepared = 0
@@ -196,7 +175,7 @@ class DraftPasses:
 
         Shapes: embedding and activations [H].
         """
-        bound = self._selector.reading(position)
+        bound = self._graphs.bound("drafter", "draft")
         if position != self._prepared:  # it stays the same throughout a round
             self._position[0] = position - 1
             bound.write("input_pos", self._position)
@@ -217,10 +196,10 @@ class StaticBackend:
     def __init__(self, graphs: StaticGraphs, manifest: Manifest) -> None:
         """Prepare the passes of every signature kind; `graphs` is closed with this object."""
         self.graphs = graphs
-        mask = CausalMask(manifest.cache_length)
+        mask = CausalMask(manifest.cache_length, past_end=manifest.num_draft_tokens)
         self._target = TargetPasses(graphs, manifest, mask)
         self._drafter = DraftPasses(graphs, manifest, mask)
-        self._rows = TokenRows(graphs, max(self._target.verify.num_tokens, *self._target.prefill))
+        self._rows = TokenRows(graphs, max((self._target.verify.num_tokens, *self._target.prefill)))
 
     @property
     def kv_cache(self) -> StaticKVCache:
@@ -236,18 +215,33 @@ class StaticBackend:
         """Process tokens in the fewest padded passes, and advance the cache."""
         start = self.kv_cache.filled_length
         sizes = tuple(self._target.prefill)
+        self.kv_cache.check_room(len(token_ids))
         for size, count in plan_prefill(start, start + len(token_ids), sizes, self.kv_cache.length):
             position = self.kv_cache.filled_length
             self._look_up(token_ids[position - start : position - start + count])
             self._target.run(self._target.prefill.get(size, self._target.decode), self._rows, count, position)
+            self.kv_cache.mark_written(position + size)
             self.kv_cache.advance(count)
 
     def verify(self, token_ids: Sequence[int]) -> TargetPass:
-        """Process tokens in one pass of `decode` or `verify`, padded where there are fewer than K + 1."""
+        """Process tokens in one pass of `decode` or `verify`, padded where there are fewer than K + 1.
+
+        A pass that would go past the end of rings, where rows are left out, is made in two.
+        """
+        position = self.kv_cache.filled_length
+        straight = self.kv_cache.straight(position)
+        passes = [self._verify(token_ids[:straight], position)]
+        if len(token_ids) > straight:
+            passes.append(self._verify(token_ids[straight:], position + straight))
+        logits, activations = zip(*passes, strict=True)
+        return TargetPass(np.concatenate(logits), np.concatenate(activations)) if len(passes) > 1 else passes[0]
+
+    def _verify(self, token_ids: Sequence[int], position: int) -> TargetPass:
         count = len(token_ids)
         self._look_up(token_ids)
-        selector = self._target.decode if count == 1 else self._target.verify
-        bound = self._target.run(selector, self._rows, count, self.kv_cache.filled_length)
+        spec = self._target.decode if count == 1 else self._target.verify
+        bound = self._target.run(spec, self._rows, count, position)
+        self.kv_cache.mark_written(position + min(spec.num_tokens, self.kv_cache.straight(position)))
         return TargetPass(bound.read("logits")[0, :count], bound.read("activations")[0, :count])
 
     def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
@@ -268,18 +262,6 @@ class StaticBackend:
     def _look_up(self, token_ids: Sequence[int]) -> None:
         for row, token in enumerate(token_ids):
             self._rows.set(row, token)
-
-
-def of_kind(manifest: Manifest, role: str, kind: SignatureKind) -> list[GraphSignature]:
-    """Return the signatures of the graph `role` that are of `kind`.
-
-    Raises:
-        BundleError: there is none.
-    """
-    signatures = [spec for spec in manifest.signatures.get(role, ()) if spec.kind == kind]
-    if not signatures:
-        raise BundleError(f"the bundle's {role} has no {kind} signature: export it again with this version")
-    return signatures
 
 
 def plan_prefill(start: int, stop: int, sizes: Sequence[int], cache_length: int) -> list[tuple[int, int]]:

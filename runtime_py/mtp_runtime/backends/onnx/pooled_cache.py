@@ -113,12 +113,15 @@ class PooledKVCache(CachePositions):
         super().rewind(filled_length)
         self.settle()
 
-    def rows(self, name: str) -> FloatArray:
-        """Return a copy of the filled rows of the tensor `name`. Shapes: [1, G, filled, D]."""
+    def rows(self, name: str, filled_length: int | None = None) -> FloatArray:
+        """Return a copy of the rows of the tensor `name` at the first `filled_length` positions, by default all that
+        are filled. Shapes: [1, G, filled, D]."""
         if name not in self._sliding:
-            return self._buffers[name].read()[:, :, : self._filled].copy()
-        last = self._buffers[name].read()[:, :, : self._filled - self._first]
-        return np.concatenate([*self._put_aside[name], last], axis=2)
+            rows = self._buffers[name].read()[:, :, : self._filled].copy()
+        else:
+            last = self._buffers[name].read()[:, :, : self._filled - self._first]
+            rows = np.concatenate([*self._put_aside[name], last], axis=2)
+        return rows[:, :, :filled_length]
 
     def restore(self, rows: Mapping[str, FloatArray]) -> None:
         """Replace everything by rows that `rows()` returned. Shapes: [1, G, filled, D] each."""

@@ -41,7 +41,7 @@ class LiteRtLmTest : Instrumentation() {
     }
 
     private fun generated(bundle: io.mtpexport.core.Bundle, useMtp: Boolean): Pair<Output, Double?> {
-        val engine = LiteRtLm(bundle, Processor.CPU, 4, useMtp, targetContext.runtimeCache())
+        val engine = LiteRtLm(bundle, bundle.manifest.context(null), Processor.CPU, 4, useMtp, targetContext.runtimeCache())
         val output = engine.use { it.generate("def fibonacci(n):\n", TOKENS) }
         return output to engine.notes().acceptanceRate
     }

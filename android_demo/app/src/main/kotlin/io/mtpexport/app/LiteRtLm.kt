@@ -20,6 +20,7 @@ import io.mtpexport.core.BundleException
 import io.mtpexport.core.Call
 import io.mtpexport.core.ChatMessage
 import io.mtpexport.core.ChatReply
+import io.mtpexport.core.ChatRuntime
 import io.mtpexport.core.Chats
 import io.mtpexport.core.Generator
 import io.mtpexport.core.Notes
@@ -32,9 +33,19 @@ import io.mtpexport.core.RuntimeLog
 import java.io.File
 import java.util.concurrent.CountDownLatch
 
-/** LiteRT-LM with one bundle. Opening takes seconds: never on the main thread, and one at a time. */
+/**
+ * LiteRT-LM with one bundle, opened for [contextLength] tokens ([io.mtpexport.core.Manifest.context]). Opening takes
+ * seconds: never on the main thread, and one at a time.
+ */
 @OptIn(ExperimentalApi::class)
-class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boolean, cache: File) : Generator {
+class LiteRtLm(
+    bundle: Bundle,
+    contextLength: Int,
+    processor: Processor,
+    threads: Int,
+    useMtp: Boolean,
+    cache: File,
+) : Generator {
     private val log = OwnLog()
     private val memory = PeakMemory()
     private val engine: Engine
@@ -58,7 +69,7 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
             EngineConfig(
                 modelPath = path,
                 backend = backend,
-                maxNumTokens = bundle.manifest.contextLength,
+                maxNumTokens = contextLength,
                 cacheDir = cache.apply { mkdirs() }.path,
             ),
         )
@@ -82,13 +93,23 @@ class LiteRtLm(bundle: Bundle, processor: Processor, threads: Int, useMtp: Boole
 
     /**
      * Answer in the chat that goes on until this is closed; [onPiece] gets the text as it comes. The bundle's own chat
-     * template and sampler are used, and drafts need no setting: the cache holds the same with them.
+     * template and sampler are used, and drafts need no setting: the cache holds the same with them. Where a reply is empty
+     * the chat cannot go on, and begins anew without what was said before: [onRestart] can say so.
      */
-    fun answer(text: String, onPiece: (String) -> Unit): Output {
+    fun answer(text: String, onRestart: () -> Unit, onPiece: (String) -> Unit): Output {
         val config = ConversationConfig(automaticToolCalling = false)
-        val conversation = chat ?: conversation(null, config).also { chat = it }
-        val replies = Chats.say({ send(conversation, it, onPiece) }, text) { NO_TOOL }
-        return output(replies.last().text, conversation)
+        val current = ChatRuntime { message ->
+            val conversation = chat ?: conversation(null, config).also { chat = it }
+            send(conversation, message, onPiece)
+        }
+        val restarted = {
+            chat?.close()
+            chat = null
+            onRestart()
+            current
+        }
+        val replies = Chats.sayOrRestart(current, restarted, text) { NO_TOOL }
+        return output(replies.last().text, checkNotNull(chat))
     }
 
     private fun send(conversation: Conversation, message: ChatMessage, onPiece: (String) -> Unit): ChatReply {

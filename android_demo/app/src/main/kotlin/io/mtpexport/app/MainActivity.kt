@@ -81,14 +81,16 @@ class MainActivity : Activity() {
         say("checking ${choice.bundle.container.name}")
         choice.bundle.manifest.check(choice.bundle.container)
         say("loading")
-        open = LiteRtLm(choice.bundle, choice.processor, choice.threads, choice.useMtp, runtimeCache())
-        say(listOf("loaded, MTP ${if (choice.useMtp) "on" else "off"}") + open!!.warnings())
+        val context = choice.bundle.manifest.context(choice.contextLength)
+        open = LiteRtLm(choice.bundle, context, choice.processor, choice.threads, choice.useMtp, runtimeCache())
+        say(listOf("loaded, MTP ${if (choice.useMtp) "on" else "off"}, context $context tokens") + open!!.warnings())
     }
 
     private fun send(message: String) = inBackground {
         val engine = open ?: return@inBackground say("load a bundle first")
         runOnUiThread { screen.append("\n> $message\n") }
-        val output = engine.answer(message) { piece -> runOnUiThread { screen.append(piece) } }
+        val onRestart = { runOnUiThread { screen.append("(the context is full: a new conversation begins)\n") } }
+        val output = engine.answer(message, onRestart) { piece -> runOnUiThread { screen.append(piece) } }
         val speed = if (output.decodeMs > 0) 1000 * output.numTokens / output.decodeMs else 0.0
         say(listOf("%.1f tokens/s, first after %.0f ms".format(speed, output.firstTokenMs)) + engine.warnings())
     }
@@ -98,10 +100,11 @@ class MainActivity : Activity() {
         choice.bundle.manifest.check(choice.bundle.container)
         val lines = assets.open("heldout.jsonl").use { it.readBytes().decodeToString() }
         val prompts = Prompt.inTurn(Prompt.parseLines(lines), COMPARED)
-        val request = Request(choice.bundle.folder.name, prompts, NEW_TOKENS, 1, choice.processor, choice.threads)
+        val context = choice.bundle.manifest.context(choice.contextLength)
+        val request = Request(choice.bundle.folder.name, prompts, NEW_TOKENS, 1, choice.processor, choice.threads, context)
         val protocol = RunProtocol(prompts, request.maxNewTokens, request.repetitions) { useMtp ->
             runtimeCache().deleteRecursively()
-            LiteRtLm(choice.bundle, choice.processor, choice.threads, useMtp, runtimeCache())
+            LiteRtLm(choice.bundle, context, choice.processor, choice.threads, useMtp, runtimeCache())
         }
         val runs = protocol.run(::say)
         runOnUiThread { screen.showTable(table(prompts, runs)) }

@@ -44,9 +44,10 @@ class RunActivity : Activity() {
         val bundle = Bundles.open(File(bundles(), request.bundle))
         bundle.manifest.check(bundle.container)
         memoryProblem(bundle)?.let { throw BundleException(it) }
+        val contextLength = bundle.manifest.context(request.contextLength)
         val protocol = RunProtocol(request.prompts, request.maxNewTokens, request.repetitions) { useMtp ->
             runtimeCache().deleteRecursively() // neither variant profits from the other's cache
-            LiteRtLm(bundle, request.processor, request.threads, useMtp, runtimeCache())
+            LiteRtLm(bundle, contextLength, request.processor, request.threads, useMtp, runtimeCache())
         }
         return Report.build(phone(), bundle.manifest, request, protocol.run(onProgress))
     }

@@ -1,6 +1,7 @@
 package io.mtpexport.app
 
 import android.app.Activity
+import android.text.InputType
 import android.view.View
 import android.view.ViewGroup.LayoutParams.MATCH_PARENT
 import android.view.ViewGroup.LayoutParams.WRAP_CONTENT
@@ -17,8 +18,14 @@ import android.widget.TextView
 import io.mtpexport.core.Bundle
 import io.mtpexport.core.Processor
 
-/** The user's choice at the top of the screen. */
-class Choice(val bundle: Bundle, val processor: Processor, val threads: Int, val useMtp: Boolean)
+/** The user's choice at the top of the screen. [contextLength] is null for the bundle's own. */
+class Choice(
+    val bundle: Bundle,
+    val processor: Processor,
+    val threads: Int,
+    val useMtp: Boolean,
+    val contextLength: Int?,
+)
 
 /** The views; the activity gives them their meaning. Use it on the main thread only. */
 class Screen(
@@ -31,6 +38,11 @@ class Screen(
     private val bundles = Spinner(activity)
     private val gpu = CheckBox(activity).apply { text = "GPU" }
     private val mtp = CheckBox(activity).apply { text = "MTP"; isChecked = true }
+    // As long as the app needs it: caches of the longest context take memory that a phone may not have.
+    private val context = EditText(activity).apply {
+        hint = "Context"
+        inputType = InputType.TYPE_CLASS_NUMBER
+    }
     private val status = TextView(activity)
     private val table = TableLayout(activity)
     private val chat = TextView(activity).apply { setTextIsSelectable(true) }
@@ -46,7 +58,7 @@ class Screen(
         val compare = button("Compare") { choice()?.let(onCompare) }
         val top = row(load, compare, button("Add…", onAdd))
         val scroll = ScrollView(activity).apply { addView(column(table, chat)) }
-        val all = column(bundles, row(gpu, mtp), top, status)
+        val all = column(bundles, row(gpu, mtp, context), top, status)
         all.addView(scroll, LinearLayout.LayoutParams(MATCH_PARENT, 0, 1f))
         all.addView(LinearLayout(activity).apply {
             addView(message, LinearLayout.LayoutParams(0, WRAP_CONTENT, 1f))
@@ -76,7 +88,7 @@ class Screen(
     fun append(text: String) = chat.append(text)
 
     private fun choice(): Choice? = listed.getOrNull(bundles.selectedItemPosition)?.let { bundle ->
-        Choice(bundle, if (gpu.isChecked) Processor.GPU else Processor.CPU, THREADS, mtp.isChecked)
+        Choice(bundle, if (gpu.isChecked) Processor.GPU else Processor.CPU, THREADS, mtp.isChecked, context.text.toString().toIntOrNull())
     }
 
     private fun button(label: String, onClick: () -> Unit) = Button(activity).apply {

@@ -33,7 +33,9 @@ data class ChatMessage(val role: Role, val parts: List<Part>) {
 }
 
 /** A reply: its text, without a thought, and the functions that it calls. */
-data class ChatReply(val text: String, val calls: List<Call>)
+data class ChatReply(val text: String, val calls: List<Call>) {
+    val isEmpty: Boolean get() = text.isEmpty() && calls.isEmpty()
+}
 
 /** A conversation that goes on: LiteRT-LM's, or in tests one that was written down. */
 fun interface ChatRuntime {
@@ -51,5 +53,19 @@ object Chats {
             replies += runtime.send(ChatMessage.answers(replies.last().calls.map { it to answer(it) }))
         }
         return replies
+    }
+
+    /**
+     * As [say], in the conversation that goes on. Where the reply is empty it cannot go on: its context is full, or it was
+     * taken back further than sliding layers keep (docs/litert-lm.md). [restarted] begins another, which gets the text.
+     */
+    fun sayOrRestart(
+        runtime: ChatRuntime,
+        restarted: () -> ChatRuntime,
+        text: String,
+        answer: (Call) -> Any?,
+    ): List<ChatReply> {
+        val replies = say(runtime, text, answer)
+        return if (replies.last().isEmpty) say(restarted(), text, answer) else replies
     }
 }

@@ -8,14 +8,33 @@ class BundleException(message: String) : Exception(message)
 
 data class FileEntry(val path: String, val sha256: String, val sizeBytes: Long)
 
-/** The part of a bundle's `manifest.json` that the app needs (docs/format.md). */
+/**
+ * The part of a bundle's `manifest.json` that the app needs (docs/format.md). [longestContextLength] is 0 where the
+ * context is not chosen.
+ */
 data class Manifest(
     val model: String,
     val recipe: String,
     val numDraftTokens: Int,
     val contextLength: Int,
+    val longestContextLength: Int,
     val container: FileEntry,
 ) {
+    /**
+     * The context to open the bundle at, in tokens of prompts and replies together: [chosen], or the bundle's own where it
+     * is null. It decides how much memory the caches take. LiteRT-LM would take a context that is too long and shorten it.
+     */
+    fun context(chosen: Int?): Int {
+        if (chosen == null || chosen == contextLength) return contextLength
+        if (longestContextLength == 0) {
+            throw BundleException("the bundle has a context of $contextLength tokens alone, not of $chosen: leave the choice out")
+        }
+        if (chosen !in SHORTEST_CONTEXT..longestContextLength) {
+            throw BundleException("the context is $chosen, the bundle takes $SHORTEST_CONTEXT to $longestContextLength: choose one of these")
+        }
+        return chosen
+    }
+
     /** Compare the `.litertlm` in [file] with its size and hash in the manifest. */
     fun check(file: File) {
         if (!file.isFile) throw BundleException("no file at $file: copy ${container.path} there")
@@ -33,14 +52,17 @@ data class Manifest(
     }
 
     companion object {
-        private const val FORMAT_VERSION = 1
+        private val FORMAT_VERSIONS = 1..2
+
+        /** A prompt of some words and its reply. */
+        const val SHORTEST_CONTEXT = 64
 
         fun parse(text: String): Manifest {
             try {
                 val json = Json.parse(text) as? Map<*, *> ?: throw JsonException("a manifest is an object")
                 val version = json.needInt("format_version")
-                if (version != FORMAT_VERSION) {
-                    throw BundleException("the bundle has format version $version, this app reads $FORMAT_VERSION: update it")
+                if (version !in FORMAT_VERSIONS) {
+                    throw BundleException("the bundle has format version $version, this app reads up to ${FORMAT_VERSIONS.last}: update it")
                 }
                 val container = json.need<Map<*, *>>("files")["litertlm"] as? Map<*, *>
                     ?: throw BundleException("the bundle has no .litertlm: export it with --format tflite")
@@ -49,6 +71,7 @@ data class Manifest(
                     recipe = json.need("recipe"),
                     numDraftTokens = json.needInt("num_draft_tokens"),
                     contextLength = json.needInt("context_length"),
+                    longestContextLength = if ("longest_context_length" in json) json.needInt("longest_context_length") else 0,
                     container = FileEntry(
                         safeName(container.need("path")), container.need("sha256"), container.need("size_bytes"),
                     ),

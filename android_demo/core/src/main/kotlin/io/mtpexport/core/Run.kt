@@ -31,6 +31,7 @@ data class Request(
     val repetitions: Int,
     val processor: Processor,
     val threads: Int,
+    val contextLength: Int,
 ) {
     companion object {
         fun parse(text: String): Request {
@@ -44,6 +45,7 @@ data class Request(
                 processor = Processor.entries.find { it.word == word }
                     ?: throw JsonException("backend is $word, expected one of ${Processor.entries.map { it.word }}"),
                 threads = json.needInt("threads"),
+                contextLength = json.needInt("context_length"),
             )
         }
     }

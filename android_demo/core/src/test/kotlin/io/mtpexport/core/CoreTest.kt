@@ -36,11 +36,11 @@ class ManifestTest {
     private val file = File.createTempFile("mtp", ".litertlm").apply { deleteOnExit(); writeText("container") }
     private val sha = "4ed3bd90a5d9e4fdbd1a62c2d9ce6ae2cda33e3c6bf4a2a4aa37b73ca0d0b8ad"
 
-    private fun manifest(path: String = "nano.litertlm", version: Int = 1, hash: String = sha, size: Long = 9) =
+    private fun manifest(path: String = "nano.litertlm", version: Int = 2, hash: String = sha, size: Long = 9) =
         Json.write(
             mapOf(
                 "format_version" to version, "model" to "nano", "recipe" to "int8", "num_draft_tokens" to 4,
-                "context_length" to 1020,
+                "context_length" to 1024, "longest_context_length" to 4096,
                 "files" to mapOf("litertlm" to mapOf("path" to path, "sha256" to hash, "size_bytes" to size)),
             ),
         )
@@ -48,7 +48,7 @@ class ManifestTest {
     @Test
     fun `a manifest is read`() {
         val parsed = Manifest.parse(manifest())
-        assertEquals(Manifest("nano", "int8", 4, 1020, FileEntry("nano.litertlm", sha, 9)), parsed)
+        assertEquals(Manifest("nano", "int8", 4, 1024, 4096, FileEntry("nano.litertlm", sha, 9)), parsed)
     }
 
     @Test
@@ -56,10 +56,22 @@ class ManifestTest {
         for (path in listOf("../x", "a/b", "", "..", "a\\b")) {
             assertTrue("unsafe" in assertFailsWith<BundleException> { Manifest.parse(manifest(path)) }.message!!)
         }
-        assertTrue("version 2" in assertFailsWith<BundleException> { Manifest.parse(manifest(version = 2)) }.message!!)
+        assertTrue("version 3" in assertFailsWith<BundleException> { Manifest.parse(manifest(version = 3)) }.message!!)
         assertTrue("not valid" in assertFailsWith<BundleException> { Manifest.parse("[]") }.message!!)
         assertTrue("model is null" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {\"litertlm\": {}}}") }.message!!)
         assertTrue("--format tflite" in assertFailsWith<BundleException> { Manifest.parse("{\"format_version\": 1, \"files\": {}}") }.message!!)
+    }
+
+    @Test
+    fun `a context is chosen within what the bundle takes`() {
+        val chosen = Manifest.parse(manifest())
+        assertEquals(listOf(1024, 2000, 4096), listOf(null, 2000, 4096).map(chosen::context))
+        for (wrong in listOf(0, 4097)) {
+            assertTrue("to 4096" in assertFailsWith<BundleException> { chosen.context(wrong) }.message!!)
+        }
+        val fixed = chosen.copy(longestContextLength = 0)
+        assertEquals(listOf(1024, 1024), listOf(null, 1024).map(fixed::context))
+        assertTrue("1024 tokens alone" in assertFailsWith<BundleException> { fixed.context(512) }.message!!)
     }
 
     @Test
@@ -176,9 +188,10 @@ class RunTest {
     fun `the report tells the gain by kind of text`() {
         val request = Request.parse(File(System.getProperty("golden"), "app_request.json").readText())
         assertEquals(listOf("code", "prose"), request.prompts.map { it.kind })
+        assertEquals(1024, request.contextLength)
         val runs = RunProtocol(request.prompts, request.maxNewTokens, request.repetitions, ::open).run()
         val phone = Phone("arm64-v8a", "c", "s", mapOf("android" to "16"))
-        val manifest = Manifest("nano", "int8", 4, 1020, FileEntry("n.litertlm", "00", 1))
+        val manifest = Manifest("nano", "int8", 4, 1020, 0, FileEntry("n.litertlm", "00", 1))
         val report = Report.build(phone, manifest, request, runs)
         val gains = report.need<List<*>>("speed").associate { (it as Map<*, *>)["kind"] to it.needDouble("mtp_gain") }
         assertEquals(2.0, gains["code"]!!, 1e-9)

@@ -119,4 +119,16 @@ class GoldenTest {
         assertEquals(1 + Chats.MAX_CALLS, sent)
         assertEquals(sent, replies.size)
     }
+
+    @Test
+    fun `an empty reply begins a new conversation`() {
+        val sent = mutableListOf<String>()
+        val full = ChatRuntime { message -> ChatReply("", emptyList()).also { sent += "full: $message" } }
+        val fresh = ChatRuntime { message -> ChatReply("Yes.", emptyList()).also { sent += "fresh: $message" } }
+        val message = ChatMessage.user("Well?")
+        assertEquals("Yes.", Chats.sayOrRestart(full, { fresh }, "Well?") { null }.single().text)
+        assertEquals(listOf("full: $message", "fresh: $message"), sent)
+        assertEquals("Yes.", Chats.sayOrRestart(fresh, { full }, "Well?") { null }.single().text)
+        assertEquals(3, sent.size)
+    }
 }

@@ -1,0 +1,128 @@
+"""Sessions of a version of LiteRT-LM by script: prompts of so many tokens, answers, checkpoints. Imports nothing but
+that version.
+
+python scripts.py REQUEST.json ANSWER.json
+
+The request: {"bundle": path, "context": tokens or null, "mode": "OFF" or "ON", "scripts": [[step, …], …]}. The answer:
+for each script its results, the last one {"error": …} if it ended with one. A script is a session; its steps are
+
+    ["prompt", tokens, place]   feed so many tokens of Python's library, from about there on -> tokens
+    ["answer", most]            greedy -> its pieces, with drafts a round's tokens each
+    ["save", name], ["rewind", name]   a checkpoint, which only the C library has -> what it returns
+
+or a chat, whose first step is ["chat", options of create_conversation], and its others
+
+    ["message", text]           greedy -> the reply, its thought, and the tokens held
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import inspect
+import json
+import sys
+import tarfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import litert_lm
+
+GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+_CHECKPOINTS = {"save": "litert_lm_session_save_checkpoint", "rewind": "litert_lm_session_rewind_to_checkpoint"}
+
+
+class Prompts:
+    """Texts of just so many tokens."""
+
+    def __init__(self, engine: Any) -> None:
+        source = "".join(inspect.getsource(module) for module in (textwrap, argparse, tarfile))
+        self.engine, self.ids = engine, engine.tokenize(source)
+
+    def text(self, tokens: int, place: int) -> str:
+        """Return the first text behind `place` that is split into so many tokens again.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for start in range(place, place + 100):
+            text: str = self.engine.detokenize(self.ids[start : start + tokens])
+            if len(self.engine.tokenize(text)) == tokens:
+                return text
+        raise ValueError(f"no text of {tokens} tokens behind {place}")
+
+
+def checkpoint(session: Any, what: str, name: str) -> int:
+    """Save a checkpoint, or go back to it; return what the C library does: 0 where it worked."""
+    function = getattr(session._lib, _CHECKPOINTS[what])
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
+    return int(function(session._ptr, name.encode()))
+
+
+def step(session: Any, prompts: Prompts, what: str, *options: Any) -> Any:
+    """Do one step of a script and return its result."""
+    if what == "prompt":
+        tokens, place = options
+        session.run_prefill([prompts.text(tokens, place)])
+        return tokens
+    if what == "answer":
+        # The other call returns nothing at all where the context is full.
+        return [text for part in session.run_decode_async() for text in part.texts]
+    return checkpoint(session, what, *options)
+
+
+def message(chat: Any, text: str) -> list[Any]:
+    """Send a message; return the reply, its thought, and how many tokens are held then."""
+    reply = chat.send_message(text)
+    said = "".join(part.get("text", "") for part in reply.get("content", []))
+    return [said, reply.get("channels", {}).get("thought", ""), chat.token_count]
+
+
+def results_of(script: list[list[Any]], do: Callable[..., Any]) -> list[Any]:
+    """Do the steps of a script, to its end or to an error."""
+    results: list[Any] = []
+    for what in script:
+        try:
+            results.append(do(*what))
+        except RuntimeError as error:
+            return [*results, {"error": str(error)}]
+    return results
+
+
+def run_script(engine: Any, prompts: Prompts, script: list[list[Any]]) -> list[Any]:
+    """Run a script in a session or a chat of its own."""
+    if script[0][0] == "chat":
+        with engine.create_conversation(sampler_config=GREEDY, **script[0][1]) as chat:
+            return results_of(script[1:], lambda _, text: message(chat, text))
+    most = max(options[0] for what, *options in script if what == "answer")
+    with engine.create_session(apply_prompt_template=False, sampler_config=GREEDY, max_output_tokens=most) as session:
+        return results_of(script, lambda *what: step(session, prompts, *what))
+
+
+def open_engine(path: str, mode: str, **options: Any) -> Any:
+    """Open a bundle with drafts OFF, ON or ADAPTIVE."""
+    options = {"backend": litert_lm.Backend.CPU(thread_count=1), "cache_dir": ":nocache", **options}
+    if hasattr(litert_lm, "SpeculativeDecodingMode"):
+        options["speculative_decoding_config"] = litert_lm.SpeculativeDecodingConfig(
+            mode=litert_lm.SpeculativeDecodingMode[mode]
+        )
+    else:
+        options["enable_speculative_decoding"] = mode == "ON"
+    return litert_lm.Engine(path, **options)
+
+
+def main() -> None:
+    """Answer a request."""
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    request, answer = (Path(argument) for argument in sys.argv[1:])
+    wanted = json.loads(request.read_text(encoding="utf-8"))
+    with open_engine(wanted["bundle"], wanted["mode"], max_num_tokens=wanted["context"]) as engine:
+        prompts = Prompts(engine)
+        results = [run_script(engine, prompts, script) for script in wanted["scripts"]]
+    answer.write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
