@@ -78,12 +78,26 @@ class TestSizes:
             assert sizes[name] == pytest.approx(size, rel=tolerance, abs=512), name
         assert sum(sizes.values()) == pytest.approx(sum(real.values()), rel=0.01)
 
-    def test_longer_caches_take_memory_and_no_disk(self) -> None:
-        short, long = (planned("--cache-length", str(length)) for length in (512, 4096))
-        assert long["device"]["kv_cache_bytes"] == 8 * short["device"]["kv_cache_bytes"]
+    def test_longer_contexts_take_memory(self) -> None:
+        """Of full layers alone, where sliding ones have rings, and the position of each slot of a ring."""
+        rings, linear = planned(), planned("--rings", "off")
         # Four sliding layers of 64 and a full one of 128, keys and values in float32, for one KV head.
-        assert short["device"]["kv_cache_bytes"] == 2 * 4 * 512 * (4 * 64 + 128)
-        assert (short["context_length"], long["context_length"]) == (508, 4092)
+        sliding, full = 2 * 4 * 4 * 64, 2 * 4 * 128
+        lengths = (1024, 2048, 4096)
+        for plan, of_length in (
+            (rings, {n: 1024 * (sliding + 4) + n * full for n in lengths}),
+            (linear, {n: n * (sliding + full) for n in lengths}),
+        ):
+            assert plan["device"]["kv_cache_bytes_by_context"] == {str(n): size for n, size in of_length.items()}
+            assert plan["device"]["kv_cache_bytes"] == of_length[1024]
+            assert (plan["context_length"], plan["longest_context_length"]) == (1024, 4096)
+        assert (rings["ring_length"], linear["ring_length"]) == (1024, 0)
+
+    def test_a_bundle_of_one_length_has_one_context(self) -> None:
+        for options in (("--delegate", "gpu"), ("--target", "onnx")):
+            plan = planned("--cache-length", "512", *options)
+            assert plan["device"]["kv_cache_bytes_by_context"] == {"512": 2 * 4 * 512 * (4 * 64 + 128)}
+            assert (plan["context_length"], plan["longest_context_length"], plan["ring_length"]) == (508, 0, 0)
 
 
 class TestNothingIsRead:
@@ -217,7 +231,7 @@ class TestCommand:
         text = run_cli("plan", "--output", str(tmp_path / "out")).stdout
         for part in ("target.tflite", "LiteRT: prefill_16", "nano.litertlm", "to export: reads 23.7 MB", "about"):
             assert part in text
-        assert "context 1020 tokens, up to 4 drafts a round" in text
+        assert "context 1024 tokens unless the app chooses another, at most 4096, up to 4 drafts a round" in text
 
     def test_options_are_those_of_export(self) -> None:
         def options(command: str) -> set[str]:
