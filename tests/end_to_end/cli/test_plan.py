@@ -93,13 +93,11 @@ class TestSizes:
         by_context = planned("--rings", "512", "--default-context", "1500")["device"]["kv_cache_bytes_by_context"]
         assert by_context == {str(n): ring + 2 * 4 * n * 128 for n in (1024, 1500, 2048, 4096)}
 
-    def test_longer_caches_take_memory_and_no_disk(self) -> None:
-        """Of a bundle for a GPU, whose context is its own."""
-        gpu = ("--delegate", "gpu")
-        short, long = (planned(*gpu, "--cache-length", str(length)) for length in (512, 4096))
-        assert short["device"]["kv_cache_bytes_by_context"] == {"512": 2 * 4 * 512 * (4 * 64 + 128)}
-        assert long["device"]["kv_cache_bytes"] == 8 * short["device"]["kv_cache_bytes"]
-        assert (short["context_length"], long["context_length"]) == (508, 4092)
+    def test_a_bundle_of_one_length_has_one_context(self) -> None:
+        for options in (("--delegate", "gpu"), ("--target", "onnx")):
+            plan = planned("--cache-length", "512", *options)
+            assert plan["device"]["kv_cache_bytes_by_context"] == {"512": 2 * 4 * 512 * (4 * 64 + 128)}
+            assert (plan["context_length"], plan["longest_context_length"], plan["ring_length"]) == (508, 0, 0)
 
     def test_the_table_of_contexts_is_printed(self) -> None:
         lines = CliRunner().invoke(command, ["--output", "/tmp/not/there"], catch_exceptions=False).stdout.splitlines()
@@ -242,7 +240,7 @@ class TestCommand:
         text = run_cli("plan", "--output", str(tmp_path / "out")).stdout
         for part in ("target.tflite", "LiteRT: prefill_16", "nano.litertlm", "to export: reads 23.7 MB", "about"):
             assert part in text
-        assert "context 1020 tokens, up to 4 drafts a round" in text
+        assert "context 1024 tokens unless the app chooses another, at most 4096, up to 4 drafts a round" in text
 
     def test_options_are_those_of_export(self) -> None:
         def options(command: str) -> set[str]:

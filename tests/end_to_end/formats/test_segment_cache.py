@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_export.formats.segment_cache import cached_results
+from mtp_export.formats.segment_cache import _PACKAGE, _SOURCES, cached_results
 
 
 def shout(word: str) -> bytes:
@@ -74,3 +74,10 @@ def test_names_are_the_same_in_every_process(words: list[str]) -> None:
     )
     command = [sys.executable, "-c", script]
     assert subprocess.check_output(command) == subprocess.check_output(command)
+
+
+def test_names_depend_on_every_module_that_says_how_an_operation_is_converted() -> None:
+    """Else an export takes what an older version of it converted."""
+    lowering = {path for path in _PACKAGE.rglob("*.py") if "@lower(" in path.read_text(encoding="utf-8")}
+    assert len(lowering) > 1
+    assert lowering <= {path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)}

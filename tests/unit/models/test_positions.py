@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,24 +73,26 @@ def test_full_layers_read_up_to_the_last_position_in_steps(data: st.DataObject, 
     assert read["mask_full_attention"].equal(mask[..., :filled])
 
 
-@given(st.data(), st.integers(1, 16), st.sampled_from([None, 32]))
-@settings(max_examples=50)
+@pytest.mark.parametrize("num_drafts", [1, 4])
+@pytest.mark.parametrize("ring", [None, 32])
 @torch.no_grad()
-def test_a_drafter_holds_back_near_both_ends_and_nowhere_else(
-    data: st.DataObject, num_drafts: int, ring: int | None
-) -> None:
+def test_a_drafter_holds_back_near_both_ends_and_nowhere_else(num_drafts: int, ring: int | None) -> None:
     """Of what it drafts no row is left out, and behind the drafts there is room for what the target says itself."""
-    length = data.draw(st.integers(num_drafts + 2, 100))
-    processed = data.draw(st.integers(1, length - 1))
+    length = 70
     module = DrafterPrologue(NANO.drafter, 1, num_drafts=num_drafts, ring=ring)
     activations = torch.zeros(1, 1, 2 * NANO.drafter.backbone_hidden_size)
-    last = int32(processed - 1)
-    drafts = module(activations, last, causal(last, length))["drafts"]
-    fits = processed + num_drafts + 1 < length and (ring is None or processed % ring + num_drafts < ring)
-    assert drafts.tolist() == [int(fits)]
+    for processed in range(1, length):
+        last = int32(processed - 1)
+        drafts = module(activations, last, causal(last, length))["drafts"]
+        fits = processed + num_drafts + 1 < length and (ring is None or processed % ring + num_drafts < ring)
+        assert drafts.tolist() == [int(fits)], processed
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 80)), min_size=1, max_size=12), st.integers(0, 200))
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.just(0) | st.just(0) | st.integers(0, 80)), min_size=1, max_size=12),
+    st.integers(0, 200),
+)
+@example([(1, 70), *[(5, 0)] * 4], 200)
 @settings(max_examples=50)
 def test_a_ring_that_was_taken_back_too_far_is_noticed(passes: list[tuple[int, int]], filled: int) -> None:
     """`passes`: how many tokens each has, and by how many the text is taken back before."""
