@@ -128,9 +128,7 @@ class _StaticAttention:
         self.builder.call(f"query_{key}", lambda: ReaderQuery(spec, layer), inputs, {"query": query}, prefix=prefix)
         inputs = {"query": query, **self.reads[place.cache]}
         module = _attend(layer.kind, single_buffer=self.builder.single_buffer)
-        self.builder.call(
-            f"attend_{key}", lambda: module(spec, layer), inputs, {"attended": attended}, prefix=prefix
-        )
+        self.builder.call(f"attend_{key}", lambda: module(spec, layer), inputs, {"attended": attended}, prefix=prefix)
         return attended
 
 

@@ -13,6 +13,7 @@ from mtp_export.models import cache_ops, ops
 from mtp_export.models.layers import Composable, RMSNorm, rotate
 from mtp_export.models.positions import written
 
+
 class QueryProjection(Composable):
     """The projections of a layer that reads keys and values which another layer wrote."""
 
