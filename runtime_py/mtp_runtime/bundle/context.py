@@ -9,12 +9,16 @@ import msgspec
 from mtp_runtime.bundle.contract import CacheName, GraphSignature, Manifest, TensorSpec
 from mtp_runtime.errors import UserError
 
+# Full layers read so many slots at a time. Were the last of them fewer, a token's sums would come out otherwise in the
+# last bits than in a longer cache.
+_STEP = 256
+
 
 def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest:
     """Return the manifest of a bundle that is opened for so many tokens, by default for as many as it was exported for.
 
-    It has the signatures that run there, one of a name and a kind: no prefill that is longer than the context, and no
-    variant of format version 1.
+    It has the signatures that run there, one of a name and a kind: no prefill that is longer than the cache, and no
+    variant of format version 1. Where the context is chosen, the cache has as many slots, rounded up.
 
     Raises:
         UserError: the bundle cannot have such a context.
@@ -34,8 +38,9 @@ def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest
         )
     if length < shortest:
         raise UserError(f"the context is {length}, this bundle takes {shortest} to {longest}: give one of these")
-    opened = _with_length(manifest, length)
-    return msgspec.structs.replace(opened, cache_length=length, context_length=length)
+    cache_length = -(-length // _STEP) * _STEP
+    opened = _with_length(manifest, cache_length)
+    return msgspec.structs.replace(opened, cache_length=cache_length, context_length=length)
 
 
 def standard_name(signature: GraphSignature) -> str:

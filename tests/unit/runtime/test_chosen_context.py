@@ -28,25 +28,28 @@ RING = 32
 
 
 def exported(*, ring_length: int = RING) -> Manifest:
-    return fake_manifest(cache_length=211, longest_context_length=200, ring_length=ring_length)
+    return fake_manifest(cache_length=311, longest_context_length=300, ring_length=ring_length)
 
 
 def test_a_chosen_context_stands_everywhere() -> None:
     check_consistency(exported())
     opened = opened_at(exported(), 12)
-    assert (opened.cache_length, opened.context_length) == (12, 12)
-    assert [spec.name for spec in opened.signatures["target"]] == ["prefill_8", "decode", "verify"]  # no prefill_16
+    assert (opened.cache_length, opened.context_length) == (256, 12)
     tensors = {t.name: t.shape for t in opened.signature("target", "decode").inputs}
-    assert tensors["mask"] == (1, 1, 1, 12)
-    assert (tensors["kv_cache_k_0"], tensors["kv_cache_k_1"]) == ((1, 1, 12, 1), (1, 1, RING, 1))
-    assert opened_at(exported()).cache_length == 200
+    assert tensors["mask"] == (1, 1, 1, 256)
+    assert (tensors["kv_cache_k_0"], tensors["kv_cache_k_1"]) == ((1, 1, 256, 1), (1, 1, RING, 1))
+    assert (opened_at(exported()).cache_length, opened_at(exported()).context_length) == (512, 300)
+    long = fake_manifest(cache_length=1031, longest_context_length=1024, prefill=(8, 300))
+    assert [opened_at(long, n).cache_length for n in (256, 257, 1024)] == [256, 512, 1024]
+    assert [spec.name for spec in opened_at(long, 256).signatures["target"]] == ["prefill_8", "decode", "verify"]
+    assert [spec.name for spec in opened_at(long, 257).signatures["target"]][:2] == ["prefill_8", "prefill_300"]
 
 
 @pytest.mark.parametrize(
     ("manifest", "length", "message"),
     [
-        (exported(), 5, "the context is 5, this bundle takes 6 to 200: give one of these"),
-        (exported(), 201, "this bundle takes 6 to 200: export with a larger --cache-length"),
+        (exported(), 5, "the context is 5, this bundle takes 6 to 300: give one of these"),
+        (exported(), 301, "this bundle takes 6 to 300: export with a larger --cache-length"),
         (fake_manifest(), 61, "the context is 61, this bundle has one of 60 alone"),
     ],
 )
@@ -81,10 +84,10 @@ def with_values(manifest: Manifest, shape: tuple[int, ...], keys: tuple[int, ...
 
 
 def test_where_values_have_their_slots_is_seen_in_the_exported_shapes() -> None:
-    swapped = with_values(exported(), (1, 1, 12, 211), (1, 1, 211, 12))
+    swapped = with_values(exported(), (1, 1, 12, 311), (1, 1, 311, 12))
     check_consistency(swapped)
     assert cache_places(swapped)["kv_cache_v_0"].slot_axis == 3
-    straight = with_values(exported(), (1, 1, 211, 12), (1, 1, 211, 12))
+    straight = with_values(exported(), (1, 1, 311, 12), (1, 1, 311, 12))
     check_consistency(straight)
     assert cache_places(straight)["kv_cache_v_0"].slot_axis == 2
     assert [name for name, place in cache_places(straight).items() if place.is_ring] == ["kv_cache_k_1", "kv_cache_k_2"]
@@ -93,9 +96,9 @@ def test_where_values_have_their_slots_is_seen_in_the_exported_shapes() -> None:
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (with_values(exported(), (1, 1, 13, 211), (1, 1, 211, 12)), "kv_cache_v_0 is (1, 1, 13, 211), expected"),
+        (with_values(exported(), (1, 1, 13, 311), (1, 1, 311, 12)), "kv_cache_v_0 is (1, 1, 13, 311), expected"),
         (with_values(fake_manifest(), (1, 1, 12, 64), (1, 1, 64, 12)), "kv_cache_v_0 is (1, 1, 12, 64), expected"),
-        (msgspec.structs.replace(exported(), ring_length=31), "kv_cache_k_1 is (1, 1, 32, 1), expected (1, G, 211, D)"),
+        (msgspec.structs.replace(exported(), ring_length=31), "kv_cache_k_1 is (1, 1, 32, 1), expected (1, G, 311, D)"),
         (msgspec.structs.replace(exported(ring_length=0), ring_length=8), "kv_cache_k_0 is not the positions"),
         (msgspec.structs.replace(fake_manifest(), format_version=2), "is a variant, expected"),
     ],
@@ -132,7 +135,7 @@ class Opened:
 @settings(deadline=None, max_examples=60)
 @given(
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=90),
-    context=st.integers(6, 200),
+    context=st.one_of(st.integers(6, 200), st.integers(250, 256)),
     drafts=st.integers(0, 4),
     pattern=st.lists(st.booleans(), min_size=1, max_size=12),
     ring_length=st.sampled_from([0, RING]),
