@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.conftest import TESTS
 
-PROGRAM = TESTS.parent / "tools/runtime_matrix/scripts.py"
+PROGRAM = "tools.runtime_matrix.scripts"
 TIMEOUT_S = 1200.0
 Script = list[list[Any]]
 _numbers = itertools.count()
@@ -27,8 +27,8 @@ def run_scripts(
     mode = "ON" if drafts else "OFF"
     wanted = {"bundle": str(bundle), "context": context, "mode": mode, "scripts": list(scripts)}
     request.write_text(json.dumps(wanted), encoding="utf-8")
-    command = [sys.executable, str(PROGRAM), str(request), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    command = [sys.executable, "-m", PROGRAM, str(request), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr[-500:]
     results: list[list[Any]] = json.loads(answer.read_text(encoding="utf-8"))
     return results
@@ -36,5 +36,6 @@ def run_scripts(
 
 def answers(script: Script, results: list[Any]) -> list[str]:
     """Return the texts of a script's answers, all of them there."""
-    assert len(results) == len(script), results[-1]
+    assert not isinstance(results[-1], dict), results[-1]
+    assert len(results) == len(script)
     return ["".join(result) for (what, *_), result in zip(script, results, strict=True) if what == "answer"]

@@ -1,7 +1,7 @@
 """Sessions of a version of LiteRT-LM by script: prompts of so many tokens, answers, checkpoints. Imports nothing but
 that version.
 
-python scripts.py REQUEST.json ANSWER.json
+python -m tools.runtime_matrix.scripts REQUEST.json ANSWER.json
 
 The request: {"bundle": path, "context": tokens or null, "mode": "OFF" or "ON", "scripts": [[step, …], …]}. The answer:
 for each script its results, the last one {"error": …} if it ended with one. A script is a session; its steps are
@@ -30,7 +30,8 @@ from typing import Any
 
 import litert_lm
 
-GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+from tools.runtime_matrix.probe import GREEDY, open_engine
+
 _CHECKPOINTS = {"save": "litert_lm_session_save_checkpoint", "rewind": "litert_lm_session_rewind_to_checkpoint"}
 
 
@@ -99,18 +100,6 @@ def run_script(engine: Any, prompts: Prompts, script: list[list[Any]]) -> list[A
     most = max(options[0] for what, *options in script if what == "answer")
     with engine.create_session(apply_prompt_template=False, sampler_config=GREEDY, max_output_tokens=most) as session:
         return results_of(script, lambda *what: step(session, prompts, *what))
-
-
-def open_engine(path: str, mode: str, **options: Any) -> Any:
-    """Open a bundle with drafts OFF, ON or ADAPTIVE."""
-    options = {"backend": litert_lm.Backend.CPU(thread_count=1), "cache_dir": ":nocache", **options}
-    if hasattr(litert_lm, "SpeculativeDecodingMode"):
-        options["speculative_decoding_config"] = litert_lm.SpeculativeDecodingConfig(
-            mode=litert_lm.SpeculativeDecodingMode[mode]
-        )
-    else:
-        options["enable_speculative_decoding"] = mode == "ON"
-    return litert_lm.Engine(path, **options)
 
 
 def main() -> None:
