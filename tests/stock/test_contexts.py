@@ -50,8 +50,8 @@ class Case:
     ],
 )
 def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
+    chosen: Case = request.param
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def expected(case: Case, bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     places = [(context, prompt) for context in case.contexts for prompt in case.prompts(context)]
     scripts: list[Script] = [[prompt, ["answer", room(context, prompt)]] for context, prompt in places]
     results = run_scripts(tmp_path_factory.mktemp("run"), bundle, scripts, context=LONGEST, drafts=False)
-    found: dict[int, list[str]] = {}
+    by_context: dict[int, list[str]] = {}
     for (context, prompt), result in zip(places, results, strict=True):
         assert len(result[1]) == room(context, prompt), "an answer that ends by itself shows nothing"
-        found.setdefault(context, []).append("".join(result[1]))
-    return found
+        by_context.setdefault(context, []).append("".join(result[1]))
+    return by_context
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -34,10 +34,10 @@ class Runs:
         Raises:
             RuntimeError: the version fails.
         """
-        request, answer = self.work / "request.json", self.work / "answer.json"
-        wanted = {"bundle": str(bundle), "context": context, "mode": mode, "scripts": list(scripts)}
-        request.write_text(json.dumps(wanted), encoding="utf-8")
-        command = [str(self.python), "-m", "tools.runtime_matrix.scripts", str(request), str(answer)]
+        request_path, answer = self.work / "request.json", self.work / "answer.json"
+        request = {"bundle": str(bundle), "context": context, "mode": mode, "scripts": list(scripts)}
+        request_path.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(self.python), "-m", "tools.runtime_matrix.scripts", str(request_path), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False, cwd=ROOT)
         if done.returncode != 0:
             raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
@@ -63,11 +63,11 @@ class Runs:
             for tokens in (9, 150)
         ]
         expected = _texts(self.results(self.without, scripts, 1000, "OFF"))
-        found = {mode: _texts(self.results(self.with_rings, scripts, 1000, mode)) for mode in modes}
+        whole = {mode: _texts(self.results(self.with_rings, scripts, 1000, mode)) for mode in modes}
         # With drafts all tokens of the last round are kept.
         cut = {
             mode: [text[: len(short)] for text, short in zip(texts, expected, strict=True)]
-            for mode, texts in found.items()
+            for mode, texts in whole.items()
         }
         return {mode: _equal(texts, expected) for mode, texts in cut.items()}
 
@@ -77,20 +77,21 @@ class Runs:
         scripts: list[Script] = [
             [*before, ["prompt", further, 2000], ["answer", 24], ["rewind", "here"], *behind] for further in (400, 600)
         ]
-        found = {mode: self.results(self.with_rings, scripts, 2000, mode) for mode in modes}
+        by_mode = {mode: self.results(self.with_rings, scripts, 2000, mode) for mode in modes}
         return {
-            mode: _equal([_said(r[len(before) + 3 :]) for r in results], ["", ""]) for mode, results in found.items()
+            mode: _equal([_all_answers(r[len(before) + 3 :]) for r in results], ["", ""])
+            for mode, results in by_mode.items()
         }
 
 
-def _said(results: Sequence[Any]) -> str:
+def _all_answers(results: Sequence[Any]) -> str:
     """Return all answers in results; of an error, what it is."""
     errors = [result["error"] for result in results if isinstance(result, dict)]
     return errors[0] if errors else "".join("".join(result) for result in results if isinstance(result, list))
 
 
 def _texts(results: Sequence[Sequence[Any]]) -> list[str]:
-    return [_said(one) for one in results]
+    return [_all_answers(one) for one in results]
 
 
 def _equal(texts: list[str], expected: list[str]) -> Any:
