@@ -31,7 +31,7 @@ def with_length(model: bytes, prime: int, length: int) -> bytes:
 def integer_constants(model: bytes) -> dict[str, list[int]]:
     """Return the values of small integer constants by signature; of -1 as it is."""
     root = schema.Model.GetRootAs(model)
-    found: dict[str, list[int]] = {}
+    constants: dict[str, list[int]] = {}
     for signature in map(root.SignatureDefs, range(root.SignatureDefsLength())):
         subgraph = root.Subgraphs(signature.SubgraphIndex())
         values: list[int] = []
@@ -42,8 +42,8 @@ def integer_constants(model: bytes) -> dict[str, list[int]]:
                 content = model[buffer.Offset() : buffer.Offset() + buffer.Size()]
             if tensor.Type() == schema.TensorType.INT32 and 0 < len(content) <= 64:
                 values += np.frombuffer(content, np.int32).tolist()
-        found[signature.SignatureKey().decode()] = values
-    return found
+        constants[signature.SignatureKey().decode()] = values
+    return constants
 
 
 class Target:

@@ -50,8 +50,8 @@ class Case:
     ],
 )
 def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
+    chosen: Case = request.param
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def expected(case: Case, bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     places = [(context, prompt) for context in case.contexts for prompt in case.prompts(context)]
     scripts: list[Script] = [[prompt, ["answer", room(context, prompt)]] for context, prompt in places]
     results = run_scripts(tmp_path_factory.mktemp("run"), bundle, scripts, context=LONGEST, drafts=False)
-    found: dict[int, list[str]] = {}
+    by_context: dict[int, list[str]] = {}
     for (context, prompt), result in zip(places, results, strict=True):
         assert len(result[1]) == room(context, prompt), "an answer that ends by itself shows nothing"
-        found.setdefault(context, []).append("".join(result[1]))
-    return found
+        by_context.setdefault(context, []).append("".join(result[1]))
+    return by_context
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -124,15 +124,15 @@ def test_contexts_that_are_tiny_or_too_long(export_nano: Export, tmp_path: Path)
     bundle = export_nano("int8")
     manifest = read_manifest(bundle)
 
-    def told(context: int | None, drafts: bool, tokens: int) -> Any:
+    def last_result(context: int | None, drafts: bool, tokens: int) -> Any:
         scripts: list[Script] = [[["prompt", tokens, 0], ["answer", WITHOUT_END]]]
         results = run_scripts(tmp_path, bundle / "nano.litertlm", scripts, context=context, drafts=drafts)
         return results[0][-1]
 
     for context in (PREFILL, 32):
-        plain, drafted = told(context, False, 5), told(context, True, 5)
+        plain, drafted = last_result(context, False, 5), last_result(context, True, 5)
         assert len(plain) == context - 5 - 1
         assert "".join(plain) == "".join(drafted)
-    assert told(PREFILL - 1, False, 5) == {"error": "litert_lm_session_run_prefill failed"}
-    assert len(told(manifest.cache_length + 1000, False, LONGEST - 20)) == 20 - 1
-    assert len(told(None, False, manifest.context_length - 20)) == 20 - 1
+    assert last_result(PREFILL - 1, False, 5) == {"error": "litert_lm_session_run_prefill failed"}
+    assert len(last_result(manifest.cache_length + 1000, False, LONGEST - 20)) == 20 - 1
+    assert len(last_result(None, False, manifest.context_length - 20)) == 20 - 1

@@ -3,7 +3,8 @@
 python -m tools.runtime_matrix [--output docs/runtime-matrix.md] [VERSION…]
 
 Exports nano with this commit and with an older one, runs probe.py with each version on both, drafts off and on, and
-writes a table. Takes about five minutes; needs a package registry and the history of the repository.
+writes a table; with this commit's also contexts, rings and texts taken back (contexts.py). Takes about fifteen minutes;
+needs a package registry and the history of the repository.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_runtime.measure.parity import common_length
+from tools.runtime_matrix.contexts import RING, Runs
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("probe.py")
@@ -42,12 +44,19 @@ def main() -> None:
         commit = _git("rev-parse", "--short=7", "HEAD")
         with _worktree(OLDER, work / "older") as older:
             bundles = {commit: _exported(ROOT, work / "now"), OLDER: _exported(older, work / "before")}
+        rings = {length: _exported(ROOT, work / f"rings-{length}", "--rings", length) for length in ("off", str(RING))}
         results = {}
         for version in options.versions:
             python = _installed(version, work)
             for name, bundle in bundles.items():
                 print(f"{version} on the bundle of {name}", file=sys.stderr, flush=True)
                 results[version, name] = _probed(python, bundle, work / "answer.json")
+            print(f"{version} at contexts", file=sys.stderr, flush=True)
+            runs = Runs(python=python, without=rings["off"], with_rings=rings[str(RING)], work=work)
+            by_mode = results[version, commit]
+            for check, by_name in runs.lines(list(by_mode)).items():
+                for mode, result in by_name.items():
+                    by_mode[mode][check] = result
         options.output.write_text(_page(results), encoding="utf-8")
     print(f"written: {options.output}")
 
@@ -66,12 +75,12 @@ def _worktree(commit: str, folder: Path) -> Iterator[Path]:
         _git("worktree", "remove", "--force", str(folder))
 
 
-def _exported(checkout: Path, output: Path) -> Path:
-    """nano's float bundle, by the code of a checkout."""
+def _exported(checkout: Path, output: Path, *further: str) -> Path:
+    """nano's float bundle, by the code of a checkout, with further options."""
     paths = os.pathsep.join(str(checkout / part) for part in ("converter", "runtime_py", "calibration"))
     # `main` is a function of `cli` in the older commit, and a module of it now.
     code = "from mtp_export.cli import main; getattr(main, 'main', main)()"
-    options = ["export", "--model", "nano", "--target", "tflite", "--recipe", "f32", "--output", str(output)]
+    options = ["export", "--model", "nano", "--target", "tflite", "--recipe", "f32", "--output", str(output), *further]
     environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(output) + "-cache"}
     subprocess.run([sys.executable, "-c", code, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
     return output / "nano.litertlm"
@@ -85,7 +94,7 @@ def _installed(version: str, work: Path) -> Path:
     return folder / "bin/python"
 
 
-def _probed(python: Path, bundle: Path, answer: Path) -> Mapping[str, Any]:
+def _probed(python: Path, bundle: Path, answer: Path) -> dict[str, dict[str, Any]]:
     command = [str(python), str(PROBE), str(bundle), str(answer)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
@@ -93,12 +102,12 @@ def _probed(python: Path, bundle: Path, answer: Path) -> Mapping[str, Any]:
         return _failed(f"no end within {_LONGEST_S} s")
     if done.returncode != 0:
         return _failed(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
-    results: Mapping[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    results: dict[str, dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
     answer.unlink()
     return results
 
 
-def _failed(error: str) -> Mapping[str, Any]:
+def _failed(error: str) -> dict[str, dict[str, Any]]:
     return {"OFF": {"the whole": {"error": " ".join(error.split())}}}
 
 

@@ -1,7 +1,7 @@
 """Sessions of a version of LiteRT-LM by script: prompts of so many tokens, answers, checkpoints. Imports nothing but
 that version.
 
-python scripts.py REQUEST.json ANSWER.json
+python -m tools.runtime_matrix.scripts REQUEST.json ANSWER.json
 
 The request: {"bundle": path, "context": tokens or null, "mode": "OFF" or "ON", "scripts": [[step, …], …]}. The answer:
 for each script its results, the last one {"error": …} if it ended with one. A script is a session; its steps are
@@ -30,7 +30,8 @@ from typing import Any
 
 import litert_lm
 
-GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+from tools.runtime_matrix.probe import GREEDY, open_engine
+
 _CHECKPOINTS = {"save": "litert_lm_session_save_checkpoint", "rewind": "litert_lm_session_rewind_to_checkpoint"}
 
 
@@ -54,38 +55,38 @@ class Prompts:
         raise ValueError(f"no text of {tokens} tokens behind {place}")
 
 
-def checkpoint(session: Any, what: str, name: str) -> int:
+def checkpoint(session: Any, kind: str, name: str) -> int:
     """Save a checkpoint, or go back to it; return what the C library does: 0 where it worked."""
-    function = getattr(session._lib, _CHECKPOINTS[what])
+    function = getattr(session._lib, _CHECKPOINTS[kind])
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
     return int(function(session._ptr, name.encode()))
 
 
-def step(session: Any, prompts: Prompts, what: str, *options: Any) -> Any:
+def step(session: Any, prompts: Prompts, kind: str, *options: Any) -> Any:
     """Do one step of a script and return its result."""
-    if what == "prompt":
+    if kind == "prompt":
         tokens, place = options
         session.run_prefill([prompts.text(tokens, place)])
         return tokens
-    if what == "answer":
+    if kind == "answer":
         # The other call returns nothing at all where the context is full.
         return [text for part in session.run_decode_async() for text in part.texts]
-    return checkpoint(session, what, *options)
+    return checkpoint(session, kind, *options)
 
 
 def message(chat: Any, text: str) -> list[Any]:
     """Send a message; return the reply, its thought, and how many tokens are held then."""
     reply = chat.send_message(text)
-    said = "".join(part.get("text", "") for part in reply.get("content", []))
-    return [said, reply.get("channels", {}).get("thought", ""), chat.token_count]
+    text_of_reply = "".join(part.get("text", "") for part in reply.get("content", []))
+    return [text_of_reply, reply.get("channels", {}).get("thought", ""), chat.token_count]
 
 
 def results_of(script: list[list[Any]], do: Callable[..., Any]) -> list[Any]:
     """Do the steps of a script, to its end or to an error."""
     results: list[Any] = []
-    for what in script:
+    for one in script:
         try:
-            results.append(do(*what))
+            results.append(do(*one))
         except RuntimeError as error:
             return [*results, {"error": str(error)}]
     return results
@@ -96,32 +97,20 @@ def run_script(engine: Any, prompts: Prompts, script: list[list[Any]]) -> list[A
     if script[0][0] == "chat":
         with engine.create_conversation(sampler_config=GREEDY, **script[0][1]) as chat:
             return results_of(script[1:], lambda _, text: message(chat, text))
-    most = max(options[0] for what, *options in script if what == "answer")
+    most = max(options[0] for kind, *options in script if kind == "answer")
     with engine.create_session(apply_prompt_template=False, sampler_config=GREEDY, max_output_tokens=most) as session:
-        return results_of(script, lambda *what: step(session, prompts, *what))
-
-
-def open_engine(path: str, mode: str, **options: Any) -> Any:
-    """Open a bundle with drafts OFF, ON or ADAPTIVE."""
-    options = {"backend": litert_lm.Backend.CPU(thread_count=1), "cache_dir": ":nocache", **options}
-    if hasattr(litert_lm, "SpeculativeDecodingMode"):
-        options["speculative_decoding_config"] = litert_lm.SpeculativeDecodingConfig(
-            mode=litert_lm.SpeculativeDecodingMode[mode]
-        )
-    else:
-        options["enable_speculative_decoding"] = mode == "ON"
-    return litert_lm.Engine(path, **options)
+        return results_of(script, lambda *one: step(session, prompts, *one))
 
 
 def main() -> None:
     """Answer a request."""
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
-    request, answer = (Path(argument) for argument in sys.argv[1:])
-    wanted = json.loads(request.read_text(encoding="utf-8"))
-    with open_engine(wanted["bundle"], wanted["mode"], max_num_tokens=wanted["context"]) as engine:
+    request_path, answer_path = (Path(argument) for argument in sys.argv[1:])
+    request = json.loads(request_path.read_text(encoding="utf-8"))
+    with open_engine(request["bundle"], request["mode"], max_num_tokens=request["context"]) as engine:
         prompts = Prompts(engine)
-        results = [run_script(engine, prompts, script) for script in wanted["scripts"]]
-    answer.write_text(json.dumps(results), encoding="utf-8")
+        results = [run_script(engine, prompts, script) for script in request["scripts"]]
+    answer_path.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
