@@ -72,13 +72,13 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
     """Return each bundle's times over those of the first, repetition by repetition."""
     first, *others = times.values()
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, of in zip(list(times)[1:], others, strict=True):
-        found[name] = {}
+        result[name] = {}
         for kind, values in of.items():
             each = [a / b for a, b in zip(values, first[kind], strict=True)]
-            found[name][kind] = {key: round(f(each), 3) for key, f in (("median", median), ("low", min), ("high", max))}
-    return found
+            result[name][kind] = {key: round(f(each), 3) for key, f in (("median", median), ("low", min), ("high", max))}
+    return result
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -98,14 +98,14 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         runs = take_turns(opened, cells, options.repetitions, options.new_tokens)
         rates = [engine.close() for engine in opened.values()]
     of_passes = passes(bundle, (short, long), options.repetitions, options.threads)
-    found = ratios(runs, of_passes)
+    compared = ratios(runs, of_passes)
     return figures | {
         "acceptance_rate": max((rate for rate in rates if rate is not None), default=None),
         "rows": [row(runs, cell) for cell in cells],
         "passes_ms": of_passes,
-        "ratios": found,
+        "ratios": compared,
         "same_text": same_text(runs),
-        "goals_met": all(ratio["median"] <= ratio["goal"] for ratio in found.values()),
+        "goals_met": all(ratio["median"] <= ratio["goal"] for ratio in compared.values()),
     }
 
 
@@ -228,7 +228,7 @@ def ratios(runs: All, of_passes: dict[str, dict[str, list[float]]]) -> dict[str,
     if most > AT and at_long:
         slow = token_times(runs[(long, most), False])
         values[f"LiteRT-LM's decode, {most} filled over {AT}"] = over(slow, token_times(at_long)), GOAL_FILLED
-    return {name: spread(found) | {"goal": goal} for name, (found, goal) in values.items()}
+    return {name: spread(times) | {"goal": goal} for name, (times, goal) in values.items()}
 
 
 def over(times: Sequence[float], others: Sequence[float]) -> list[float]:

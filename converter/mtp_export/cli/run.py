@@ -134,8 +134,7 @@ def command(
             sampling=chosen,
         )
         if as_json:
-            trace = generation.finish()
-            click.echo(trace.to_json(), nl=False)
+            click.echo(generation.finish().to_json(), nl=False)
             return
         for _, piece in generation.with_text():
             click.echo(piece, nl=False)

@@ -219,10 +219,10 @@ def _places(builder: GraphBuilder, shape: GraphShape) -> dict[LayerType, dict[st
     if shape.single_buffer:
         return {}
     names = ("at", "slots", "sources")
-    found = {
+    values = {
         kind: {name: f"{name}_{kind}" for name in names if builder.has(f"{name}_{kind}")} for kind in (FULL, SLIDING)
     }
-    return {FULL: found[FULL], SLIDING: found[FULL if shape.ring is None else SLIDING]}
+    return {FULL: values[FULL], SLIDING: values[FULL if shape.ring is None else SLIDING]}
 
 
 def _check_ring(builder: GraphBuilder, spec: TargetSpec, ring: Ring, attention: _StaticAttention) -> dict[str, str]:

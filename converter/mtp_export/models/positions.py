@@ -117,10 +117,10 @@ class WritePlaces:
     def __call__(self, input_pos: Tensor, slot_count: Tensor) -> dict[str, Tensor]:
         """Shapes: input_pos [T] int32, slot_count [1] int32 -> [1] and [N] int32"""
         first, num_tokens = input_pos[:1], input_pos.shape[0]
-        found = {FULL: places(first, num_tokens, slot_count) if self.ends else {"at": first}}
+        by_kind = {FULL: places(first, num_tokens, slot_count) if self.ends else {"at": first}}
         if self.ring is not None:
-            found[SLIDING] = self._in_ring(first, num_tokens, self.ring)
-        return {f"{name}_{kind}": value for kind, part in found.items() for name, value in part.items()}
+            by_kind[SLIDING] = self._in_ring(first, num_tokens, self.ring)
+        return {f"{name}_{kind}": value for kind, part in by_kind.items() for name, value in part.items()}
 
     def _in_ring(self, first: Tensor, num_tokens: int, ring: int) -> dict[str, Tensor]:
         if num_tokens == 1:

@@ -32,9 +32,9 @@ class RingCheck(nn.Module):
         lost [1], 1 where a row within the window is that of another position, else 0"""
         first, num_tokens = input_pos[:1], input_pos.shape[0]
         expected = first - self.before + counted(self.before)
-        found = ops.gather(positions, cache_ops.floor_mod(expected, self.ring), 2).reshape(self.before)
+        positions_there = ops.gather(positions, cache_ops.floor_mod(expected, self.ring), 2).reshape(self.before)
         within = torch.clamp(expected + 1, min=0, max=1).to(torch.float32)  # 0 before the first position
-        wrong = torch.abs(found - expected.to(torch.float32)) * within
+        wrong = torch.abs(positions_there - expected.to(torch.float32)) * within
         lost = torch.clamp(wrong.amax(0, keepdim=True), max=1.0)
         # Not input_pos: a runtime may say anything of rows that fill a pass up.
         rows = (first + counted(num_tokens)).to(torch.float32) - lost * _NOWHERE

@@ -199,8 +199,8 @@ def edges(one: Pass, length: int) -> Iterable[int]:
     """Positions of a pass around every edge: of a step of full layers, of the ring, and of the cache."""
     last = length - 1 if one.ends else length - one.tokens
     around = [edge + by for edge in (0, WINDOW, 256, 512, length) for by in (-1, 0, 1)]
-    found = {edge - tokens for edge in around for tokens in (0, 1, one.tokens - 1, one.tokens)}
-    return sorted(first for first in found | {last} if 0 <= first <= last)
+    starts = {edge - tokens for edge in around for tokens in (0, 1, one.tokens - 1, one.tokens)}
+    return sorted(first for first in starts | {last} if 0 <= first <= last)
 
 
 def assert_same(graph: TracedGraph, one: Pass, inputs: Values, outputs: Values) -> None:

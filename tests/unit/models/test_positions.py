@@ -54,9 +54,9 @@ def test_a_token_sees_its_window_and_nothing_else(
     cache = torch.full((length if ring is None else ring,), -1)
     for position in range(first + num_tokens):
         cache[position % len(cache)] = position
-    found, mask = cache[read["window"].long()], read[f"mask_{SLIDING}"][0, 0]
+    kept, mask = cache[read["window"].long()], read[f"mask_{SLIDING}"][0, 0]
     for position, row in zip(positions.tolist(), mask, strict=True):
-        assert found[row > SEEN].tolist() == list(range(max(0, position - size + 1), position + 1))
+        assert kept[row > SEEN].tolist() == list(range(max(0, position - size + 1), position + 1))
         assert (row[row > SEEN] == 0).all()
 
 
