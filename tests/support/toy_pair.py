@@ -123,7 +123,7 @@ class ToyLookup(torch.nn.Module):
         }
 
 
-_MODEL = SmallModel(
+MODEL = SmallModel(
     vocab_size=VOCAB,
     hidden_size=HIDDEN,
     per_layer=(LAYERS, PLE),
@@ -131,15 +131,15 @@ _MODEL = SmallModel(
     drafter_caches=2,
 )
 TARGET_SIGNATURES = (
-    _MODEL.target("prefill_8", "prefill", 8, CACHE_LENGTH),
-    _MODEL.target("prefill_16", "prefill", 16, CACHE_LENGTH),
-    _MODEL.target("decode", "decode", 1, CACHE_LENGTH),
-    _MODEL.target(f"decode_{SHORT}", "decode", 1, SHORT),
-    _MODEL.target("verify", "verify", NUM_DRAFT_TOKENS + 1, CACHE_LENGTH),
-    _MODEL.target(f"verify_{SHORT}", "verify", NUM_DRAFT_TOKENS + 1, SHORT),
+    MODEL.target("prefill_8", "prefill", 8, CACHE_LENGTH),
+    MODEL.target("prefill_16", "prefill", 16, CACHE_LENGTH),
+    MODEL.target("decode", "decode", 1, CACHE_LENGTH),
+    MODEL.target(f"decode_{SHORT}", "decode", 1, SHORT),
+    MODEL.target("verify", "verify", NUM_DRAFT_TOKENS + 1, CACHE_LENGTH),
+    MODEL.target(f"verify_{SHORT}", "verify", NUM_DRAFT_TOKENS + 1, SHORT),
 )
-DRAFT_SIGNATURE = _MODEL.drafter("draft", CACHE_LENGTH)
-SIGNATURES = {"target": TARGET_SIGNATURES, "drafter": (DRAFT_SIGNATURE,), **_MODEL.embedders()}
+DRAFT_SIGNATURE = MODEL.drafter("draft", CACHE_LENGTH)
+SIGNATURES = {"target": TARGET_SIGNATURES, "drafter": (DRAFT_SIGNATURE,), **MODEL.embedders()}
 
 
 def _lower(path: Path, modules: Sequence[tuple[GraphSignature, torch.nn.Module]]) -> None:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from mtp_runtime import BackendError, BundleError, Session, UserError
@@ -17,6 +16,11 @@ from tests.support import toy_pair
 from tests.support.static_graph_tests import StaticGraphTests, graphs_of
 from tests.support.toy_prompt import TOY_PROMPT
 
+# The toy pair's signatures, and one that its graph lacks.
+ONE_MORE = {
+    **toy_pair.SIGNATURES,
+    "target": (*toy_pair.TARGET_SIGNATURES, toy_pair.MODEL.target("prefill_4", "prefill", 4, toy_pair.CACHE_LENGTH)),
+}
 Build = Callable[[Sequence[int]], Path]
 
 
@@ -142,8 +146,7 @@ def test_the_library_prints_nothing(toy_folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["no graph", "other signature"])
 def test_the_library_prints_nothing_when_a_bundle_is_refused(toy_folder: Path, tmp_path: Path, fault: str) -> None:
-    renamed = msgspec.structs.replace(toy_pair.DRAFT_SIGNATURE, name="draft_8")
-    edited(toy_folder, tmp_path, signatures={**toy_pair.SIGNATURES, "drafter": (renamed,)})
+    edited(toy_folder, tmp_path, signatures=ONE_MORE)
     if fault == "no graph":
         (tmp_path / "drafter.tflite").write_bytes(b"not a graph at all" * 9)
         toy_pair.write_manifest(tmp_path)
@@ -154,7 +157,7 @@ def test_the_library_prints_nothing_when_a_bundle_is_refused(toy_folder: Path, t
         "gc.collect()\n"
     )
     _, errors = printed(code, tmp_path)
-    assert errors.startswith(("LiteRT refuses the bundle: ", "the drafter graph has no signature"))
+    assert errors.startswith(("LiteRT refuses the bundle: ", "the target graph has no signature"))
     assert errors.count("\n") == 1
 
 
@@ -178,9 +181,8 @@ def test_a_manifest_that_contradicts_its_graph_is_refused(toy_folder: Path, tmp_
 
 
 def test_a_signature_that_the_graph_lacks_is_refused(toy_folder: Path, tmp_path: Path) -> None:
-    renamed = msgspec.structs.replace(toy_pair.DRAFT_SIGNATURE, name="draft_8")
-    with pytest.raises(BundleError, match="the drafter graph has no signature 'draft_8'"):
-        Session.open(edited(toy_folder, tmp_path, signatures={**toy_pair.SIGNATURES, "drafter": (renamed,)}))
+    with pytest.raises(BundleError, match="the target graph has no signature 'prefill_4'"):
+        Session.open(edited(toy_folder, tmp_path, signatures=ONE_MORE))
 
 
 @pytest.mark.parametrize("content", [b"", b"TFL3", b"\x1c\0\0\0TFL3" + bytes(64), b"not a graph at all" * 9])
