@@ -9,7 +9,7 @@ Importing this package loads no inference library; `Session.open` does.
 
 from mtp_runtime.bundle.bundle import Bundle
 from mtp_runtime.bundle.contract import Manifest, read_manifest
-from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, UserError
+from mtp_runtime.errors import BackendError, BundleError, ContextFullError, MtpError, RowsLostError, UserError
 from mtp_runtime.generate.acceptance import Acceptance, Origin, accept_greedy
 from mtp_runtime.generate.backend import Backend, Draft, TargetPass
 from mtp_runtime.generate.generation import Generation
@@ -40,6 +40,7 @@ __all__ = [
     "MtpError",
     "Origin",
     "Reply",
+    "RowsLostError",
     "Sampling",
     "Session",
     "SessionBatch",

@@ -55,7 +55,7 @@ def bench(request: BenchRequest, on_run: Callable[[str], None] = lambda name: No
     with Session.open(request.bundle, threads=threads, verify=False, context_length=request.context_length) as session:
         open_s = time.perf_counter() - started
         manifest = session.manifest
-        if filled + new_tokens > manifest.context_length:
+        if filled + max(new_tokens, manifest.num_draft_tokens + 1) > manifest.context_length:
             remedy = " or a larger --context-length" if manifest.chooses_context else ""
             raise UserError(
                 f"--filled {filled} and --new-tokens {new_tokens} are more than the context's "
