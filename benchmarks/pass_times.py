@@ -77,7 +77,9 @@ def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]
         result[name] = {}
         for kind, values in of.items():
             each = [a / b for a, b in zip(values, first[kind], strict=True)]
-            result[name][kind] = {key: round(f(each), 3) for key, f in (("median", median), ("low", min), ("high", max))}
+            result[name][kind] = {
+                key: round(f(each), 3) for key, f in (("median", median), ("low", min), ("high", max))
+            }
     return result
 
 
