@@ -90,4 +90,3 @@ def _scatter(context: Any, indices: Any, values: Any, size: int) -> Any:
     column = ir.RankedTensorType.get([*ir.RankedTensorType(indices.type).shape, 1], i32)
     operands = [stablehlo.reshape(column, indices), values, constant([size])]
     return tfl("tfl.scatter_nd", operands, result_types(context))
-
