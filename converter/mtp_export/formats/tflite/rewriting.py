@@ -104,7 +104,7 @@ class Rewriting(abc.ABC):
         return new
 
     def constant(self, values: NDArray[Any]) -> int:
-        """A constant tensor; its buffer may be that of an equal one. Its name is a path, as no weight's is (read.py)."""
+        """A constant tensor; its buffer may be that of an equal one. Its name is a path: no weight has one."""
         key, buffers = (values.dtype.str, values.tobytes()), self.shared.buffers
         if key not in buffers:
             buffer = schema.BufferT()
