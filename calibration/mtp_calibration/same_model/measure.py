@@ -104,9 +104,10 @@ class _Hops:
         self._errors.setdefault(name, RelativeError()).add(reference, result)
 
     def add(self, expected: TargetOutputs, observed: Observed) -> None:
-        for name, rows in observed.caches.items():
+        for name, whole in expected.caches.items():  # of a bundle's, that of a ring's positions is none of the model's
+            rows = observed.caches[name]
             kept = rows.shape[2]  # a short pool keeps the last rows only
-            self._add(name, expected.caches[name][:, :, -kept:].numpy(), rows)
+            self._add(name, whole[:, :, -kept:].numpy(), rows)
         self._add("activations", expected.activations, observed.activations)
         self._add("logits", expected.logits, observed.logits)
 

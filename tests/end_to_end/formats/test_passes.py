@@ -22,6 +22,7 @@ from mtp_export.formats.tflite.gpu_table import open_graph
 from mtp_export.formats.tflite.passes.caches_first import with_caches_first
 from mtp_export.formats.tflite.passes.reply_ends import _ReplyEnds
 from mtp_export.formats.tflite.passes.squares import with_squares_reshaped_first
+from mtp_export.formats.tflite.read import read_weights
 from mtp_export.formats.tflite.rewriting import rewrite
 from mtp_export.formats.tflite.write import write_graph
 from mtp_export.graph.builder import GraphBuilder
@@ -244,3 +245,4 @@ def test_caches_come_first_where_few_tokens_are(
             before, after = (operator_counts(open_graph(path), name) for path in paths)
             assert (before["BATCH_MATMUL"], after["BATCH_MATMUL"]) == (2, 2)
             assert after["TRANSPOSE"] == before["TRANSPOSE"] + turned
+        assert not read_weights(paths[1]), "a constant that a pass added was taken for a weight"

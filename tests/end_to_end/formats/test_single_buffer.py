@@ -139,8 +139,8 @@ def with_slots_before_rows(signature: Document) -> None:
     ("edit", "name", "message"),
     [
         (without_params, "verify", "target verify: among its inputs, param_tensor is absent"),
-        (without_params, "decode", r"kv_cache_v_0 is \(1, 1, 64, 1024\), expected \(1, G, 1024, D\)"),
-        (with_slots_before_rows, "decode", r"kv_cache_v_0 is \(1, 1, 1024, 64\), expected \(1, G, D, 1024\)"),
+        (without_params, "decode", r"target prefill_16: among its inputs, param_tensor is .*, expected absent"),
+        (with_slots_before_rows, "decode", r"kv_cache_v_0 is \(1, 1, 1024, 64\), expected \(1, 1, 64, 1024\)"),
     ],
 )
 def test_a_manifest_that_contradicts_itself(

@@ -122,7 +122,8 @@ def test_a_changed_file_is_refused(export_nano: Export, tmp_path: Path) -> None:
 def test_manifest_describes_the_bundle(export_nano: Export) -> None:
     with Bundle.open(export_nano("int8")) as bundle:
         manifest = bundle.manifest
-    assert manifest.context_length == manifest.cache_length - manifest.num_draft_tokens
+    assert (manifest.context_length, manifest.longest_context_length) == (1024, 4096)
+    assert (manifest.cache_length, manifest.ring_length) == (4099, 1024)
     assert manifest.drafter_recipe == "int8"
     assert {entry.path for entry in manifest.inputs} >= {"target/model.safetensors", "drafter/model.safetensors"}
     verify = manifest.signature("target", "verify")

@@ -104,7 +104,7 @@ class Rewriting(abc.ABC):
         return new
 
     def constant(self, values: NDArray[Any]) -> int:
-        """A constant tensor; its buffer may be that of an equal one."""
+        """A constant tensor; its buffer may be that of an equal one. Its name is a path: no weight has one."""
         key, buffers = (values.dtype.str, values.tobytes()), self.shared.buffers
         if key not in buffers:
             buffer = schema.BufferT()
@@ -112,7 +112,7 @@ class Rewriting(abc.ABC):
             buffers[key] = len(self.model.buffers)
             self.model.buffers.append(buffer)
         tensor = schema.TensorT()
-        tensor.name, tensor.type, tensor.buffer = b"constant", _TYPES[values.dtype], buffers[key]
+        tensor.name, tensor.type, tensor.buffer = b"rewritten/constant", _TYPES[values.dtype], buffers[key]
         return self._add(tensor, list(values.shape))
 
     def tensor(self, like: int, shape: list[int] | None = None) -> int:
