@@ -46,6 +46,11 @@ class FormatConfig:
     portable: bool = False
     batch_size: int = 1
 
+    @property
+    def chooses_context(self) -> bool:
+        """Whether the context of a bundle is chosen when it is loaded."""
+        return self.name == "tflite" and self.delegate == "cpu"
+
     def check(self) -> None:
         one_of("--format", self.name, EXPORT_FORMATS)
         one_of("--delegate", self.delegate, DELEGATES)
@@ -157,6 +162,11 @@ class ExportConfig:
         for part in (self.source, self.format, self.quantisation, self.graph, self.refinement):
             part.check()
         in_range("--workers", self.workers, 1, 64)
+        for option, value in (("default-context", self.graph.context_length), ("rings", self.graph.ring_length)):
+            if value is not None and not self.format.chooses_context:
+                raise UserError(
+                    f"--{option} is for --format tflite --delegate cpu, whose context an app chooses: leave it out"
+                )
         recipe = self.quantisation.recipe
         if self.refinement.rounding == "gptq" and recipe in ("f32", "q4_0"):
             why = "nothing is rounded" if recipe == "f32" else "its weights must stay on their lattice"

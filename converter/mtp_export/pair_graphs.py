@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mtp_export.arch.spec import SLIDING, TargetSpec
+from mtp_export.arch.spec import SLIDING, DrafterSpec, TargetSpec
 from mtp_export.config import MIN_CACHE_LENGTH, ExportConfig, in_range
 from mtp_export.formats.format import Format
 from mtp_export.formats.roles import ROLES, TraceRequest
@@ -67,18 +67,15 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     num_draft_tokens = sizes.num_draft_tokens if drafts is None else drafts
     prefill_lengths = tuple(n for n in sizes.prefill_lengths if n < context.longest)
     return GraphShape(
-        cache_length=prime_above(context.longest, pair.target_spec) if chooses_context(config) else context.longest,
+        cache_length=prime_above(context.longest, pair.target_spec, pair.drafter_spec)
+        if config.format.chooses_context
+        else context.longest,
         num_draft_tokens=num_draft_tokens,
         prefill_lengths=prefill_lengths,
         ring=_ring(config, pair, max(*prefill_lengths, num_draft_tokens + 1), context.longest),
         single_buffer=config.format.delegate == "gpu",
         composites=config.format.composites,
     )
-
-
-def chooses_context(config: ExportConfig) -> bool:
-    """Whether the context of a bundle is chosen when it is loaded."""
-    return config.format.name == "tflite" and config.format.delegate == "cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +95,7 @@ def contexts(config: ExportConfig, pair: Pair) -> Contexts:
     sizes, most = pair.model.sizes, pair.target_spec.max_position_embeddings
     longest = config.graph.cache_length
     if longest is None:
-        longest = min(sizes.longest_context if chooses_context(config) else sizes.context_length, most)
+        longest = min(sizes.longest_context if config.format.chooses_context else sizes.context_length, most)
     default = config.graph.context_length
     if default is None:
         default = min(sizes.context_length, longest)
@@ -107,11 +104,15 @@ def contexts(config: ExportConfig, pair: Pair) -> Contexts:
     return Contexts(longest=longest, default=default)
 
 
-def prime_above(length: int, spec: TargetSpec) -> int:
+def prime_above(length: int, target: TargetSpec, drafter: DrafterSpec) -> int:
     """Return the smallest prime above `length` that divides no other size of the graphs: LiteRT-LM puts the length
     that an application chooses in place of its multiples."""
-    other = {spec.vocab_size, spec.vocab_size_per_layer_input, spec.hidden_size, spec.num_layers * spec.per_layer_size}
-    other |= {n for layer in spec.layers for n in (layer.intermediate_size, spec.num_heads * layer.head_dim)}
+    head = drafter.head
+    other = {target.vocab_size_per_layer_input, target.num_layers * target.per_layer_size}
+    other |= {head.num_candidates, head.cluster_size * drafter.hidden_size, head.num_centroids}
+    for spec in (target, drafter):
+        other |= {spec.vocab_size, spec.hidden_size}
+        other |= {n for layer in spec.layers for n in (layer.intermediate_size, spec.num_heads * layer.head_dim)}
     candidate = length + 1
     while any(candidate % n == 0 for n in range(2, math.isqrt(candidate) + 1)) or any(
         n % candidate == 0 for n in other
@@ -127,7 +128,7 @@ def _ring(config: ExportConfig, pair: Pair, longest_pass: int, longest_context: 
         UserError: --rings is too short for the window and a pass, or no power of two, or nothing ends an answer.
     """
     requested, ends = config.graph.ring_length, pair.stop_token_ids
-    if not chooses_context(config) or requested == 0:
+    if not config.format.chooses_context or requested == 0:
         return None
     if not ends:
         if requested is None:

@@ -30,7 +30,6 @@ from mtp_export.pair_graphs import (
     Contexts,
     Settings,
     TracedPair,
-    chooses_context,
     contexts,
     pair_left_aside,
     trace_pair,
@@ -261,7 +260,7 @@ def _contexts(traced: TracedPair) -> Contexts:
     """Return the contexts of a bundle by the slots that each takes; one where it is not chosen."""
     config, length = traced.settings.config, traced.shape.cache_length
     chosen = contexts(config, traced.settings.pair)
-    return chosen if chooses_context(config) else Contexts(longest=length, default=length)
+    return chosen if config.format.chooses_context else Contexts(longest=length, default=length)
 
 
 def _cache_bytes_by_context(traced: TracedPair) -> dict[int, int]:
@@ -269,7 +268,7 @@ def _cache_bytes_by_context(traced: TracedPair) -> dict[int, int]:
     context, target = _contexts(traced), traced.settings.pair.target_spec
     lengths = {context.default, context.longest}
     doubled = _SHORTEST_CONTEXT
-    while doubled < context.longest and chooses_context(traced.settings.config):
+    while doubled < context.longest and traced.settings.config.format.chooses_context:
         lengths.add(doubled)
         doubled *= 2
     return {

@@ -23,7 +23,7 @@ from tests.conftest import Export
 from tools.train_nano.dialogues import held_out
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/litert_lm_chat.py"
-CONTEXT = 1020
+CONTEXT = 1024
 QUESTIONS = [prompt.question for prompt in held_out() if not prompt.calls]
 CHATS = [Chat(name=f"chat {n}", user_texts=tuple(QUESTIONS[6 * n : 6 * n + 6])) for n in range(12)]
 

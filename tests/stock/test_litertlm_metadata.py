@@ -37,7 +37,7 @@ def test_nano_has_the_fields_of_gemma_4(bundle: Path) -> None:
             "model": {"prefix": "<|turn>model\n", "suffix": "<turn|>\n"},
         },
         "sampler_params": {"type": "TOP_P", "k": 1, "p": 1.0, "temperature": 1.0},
-        "max_num_tokens": 1020,
+        "max_num_tokens": 1024,
         "llm_model_type": {
             "gemma4": {
                 "start_of_image_token": {"token_str": "<|image>"},

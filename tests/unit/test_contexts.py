@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_export.arch import published
+from mtp_export.cli.plan import command
 from mtp_export.config import ExportConfig, FormatConfig, GraphConfig, SourceConfig
 from mtp_export.graph.static import GraphShape, Ring
 from mtp_export.pair_graphs import Contexts, contexts, graph_shape, prime_above
@@ -28,7 +30,9 @@ FORMATS = {
 
 def pair_of(model: str, stop_token_ids: tuple[int, ...] = STOPS) -> Any:
     spec = published.PAIRS[model]
-    return types.SimpleNamespace(model=spec, target_spec=spec.target, stop_token_ids=stop_token_ids)
+    return types.SimpleNamespace(
+        model=spec, target_spec=spec.target, drafter_spec=spec.drafter, stop_token_ids=stop_token_ids
+    )
 
 
 def config_of(model: str = "nano", format: str = "cpu", **graph: Any) -> ExportConfig:
@@ -44,8 +48,7 @@ def shape_of(model: str = "nano", format: str = "cpu", **graph: Any) -> GraphSha
 @given(st.integers(32, 4096))
 @settings(max_examples=50)
 def test_the_prime_is_the_smallest_that_is_no_factor_of_another_size(length: int) -> None:
-    spec = published.NANO.target
-    prime = prime_above(length, spec)
+    prime = prime_above(length, published.NANO.target, published.NANO.drafter)
     assert prime > length
     assert prime in PRIMES
     sizes = (4096, 256, 320, 512, 1024)  # nano's, and none has a prime above 32
@@ -55,7 +58,7 @@ def test_the_prime_is_the_smallest_that_is_no_factor_of_another_size(length: int
 
 @pytest.mark.parametrize(("model", "length", "prime"), [("nano", 4096, 4099), ("e2b", 32768, 32771)])
 def test_the_primes_of_what_ships(model: str, length: int, prime: int) -> None:
-    assert prime_above(length, published.PAIRS[model].target) == prime
+    assert prime_above(length, published.PAIRS[model].target, published.PAIRS[model].drafter) == prime
 
 
 def test_a_prime_that_is_a_factor_of_another_size_is_left_out() -> None:
@@ -65,9 +68,9 @@ def test_a_prime_that_is_a_factor_of_another_size_is_left_out() -> None:
         vocab_size=2402, vocab_size_per_layer_input=2, hidden_size=2, num_layers=1, per_layer_size=2, num_heads=1,
         layers=layers,
     )  # fmt: skip
-    assert prime_above(1200, spec) == 1213
+    assert prime_above(1200, spec, published.NANO.drafter) == 1213
     spec.vocab_size = 2
-    assert prime_above(1200, spec) == 1201
+    assert prime_above(1200, spec, published.NANO.drafter) == 1201
 
 
 @pytest.mark.parametrize(
@@ -140,3 +143,16 @@ def test_a_default_context_is_no_longer_than_the_longest() -> None:
 def test_prefills_are_shorter_than_the_longest_context() -> None:
     assert shape_of(cache_length=128).prefill_lengths == (16,)
     assert shape_of(cache_length=129).prefill_lengths == (16, 128)
+
+
+@pytest.mark.parametrize("format", ["gpu", "onnx"])
+@pytest.mark.parametrize(("field", "option"), [("context_length", "--default-context"), ("ring_length", "--rings")])
+def test_what_is_chosen_at_load_is_for_graphs_that_allow_it(format: str, field: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"{option} is for --format tflite --delegate cpu"):
+        config_of(format=format, **{field: 512}).check()
+
+
+@pytest.mark.parametrize("text", ["foo", "-1", "0", ""])
+def test_rings_are_a_number_or_off(text: str) -> None:
+    result = CliRunner().invoke(command, ["--rings", text, "--output", "/tmp/not/there"])
+    assert str(result.exception) == f"--rings is {text!r}, expected a number or off"

@@ -11,7 +11,7 @@ import msgspec
 
 from mtp_export.arch import gemma4
 from mtp_export.bundle import litertlm
-from mtp_export.pair_graphs import TracedPair, chooses_context, contexts
+from mtp_export.pair_graphs import TracedPair, contexts
 from mtp_export.progress import Progress
 from mtp_export.source import texts
 from mtp_export.source.checkpoint import hash_file
@@ -70,8 +70,10 @@ def manifest_of(contents: BundleContents, inputs: Sequence[FileEntry]) -> Manife
         rounding=config.refinement.rounding,
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
-        context_length=context.default if chooses_context(config) else shape.cache_length - shape.num_draft_tokens,
-        longest_context_length=context.longest if chooses_context(config) else 0,
+        context_length=context.default
+        if config.format.chooses_context
+        else shape.cache_length - shape.num_draft_tokens,
+        longest_context_length=context.longest if config.format.chooses_context else 0,
         ring_length=shape.ring_length or 0,
         batch_size=config.format.batch_size,
         drafter_position_offset=config.graph.drafter_position_offset,

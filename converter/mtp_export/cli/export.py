@@ -187,8 +187,16 @@ _MEASURED = {"drafter_position_offset": "1", "centroid_top_k": None}
 
 
 def _rings(text: str | None) -> int | None:
-    """Return the slots of rings that an option asks for: 0 for none, None for the model's own."""
-    return 0 if text == "off" else None if text is None else _count("rings", text)
+    """Return the slots of rings that an option asks for: 0 for none, None for the model's own.
+
+    Raises:
+        UserError: it is neither a number nor off.
+    """
+    if text is None or text == "off":
+        return None if text is None else 0
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--rings is {text!r}, expected a number or off")
+    return int(text)
 
 
 def config_of(options: Mapping[str, Any]) -> ExportConfig:
