@@ -63,13 +63,14 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     sizes, context = pair.model.sizes, contexts(config, pair)
     shortest = max(MIN_CACHE_LENGTH, min(sizes.prefill_lengths) + 1)  # a bundle needs a prefill
     in_range("--cache-length", context.longest, shortest, pair.target_spec.max_position_embeddings)
+    cache_length = context.longest
+    if config.format.chooses_context:
+        cache_length = prime_above(context.longest, pair.target_spec, pair.drafter_spec)
     drafts = config.graph.num_draft_tokens
     num_draft_tokens = sizes.num_draft_tokens if drafts is None else drafts
     prefill_lengths = tuple(n for n in sizes.prefill_lengths if n < context.longest)
     return GraphShape(
-        cache_length=prime_above(context.longest, pair.target_spec, pair.drafter_spec)
-        if config.format.chooses_context
-        else context.longest,
+        cache_length=cache_length,
         num_draft_tokens=num_draft_tokens,
         prefill_lengths=prefill_lengths,
         ring=_ring(config, pair, max(*prefill_lengths, num_draft_tokens + 1), context.longest),

@@ -58,7 +58,7 @@ def manifest_of(contents: BundleContents, inputs: Sequence[FileEntry]) -> Manife
     """Return the manifest of a bundle without a container, made from these inputs."""
     traced = contents.traced
     config, pair, shape = traced.settings.config, traced.settings.pair, traced.shape
-    context = contexts(config, pair)
+    chosen, context = config.format.chooses_context, contexts(config, pair)
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("mtp-export"),
@@ -70,10 +70,8 @@ def manifest_of(contents: BundleContents, inputs: Sequence[FileEntry]) -> Manife
         rounding=config.refinement.rounding,
         cache_length=shape.cache_length,
         num_draft_tokens=shape.num_draft_tokens,
-        context_length=context.default
-        if config.format.chooses_context
-        else shape.cache_length - shape.num_draft_tokens,
-        longest_context_length=context.longest if config.format.chooses_context else 0,
+        context_length=context.default if chosen else shape.cache_length - shape.num_draft_tokens,
+        longest_context_length=context.longest if chosen else 0,
         ring_length=shape.ring_length or 0,
         batch_size=config.format.batch_size,
         drafter_position_offset=config.graph.drafter_position_offset,
