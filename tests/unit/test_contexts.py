@@ -150,7 +150,7 @@ def test_prefills_are_shorter_than_the_longest_context() -> None:
 @pytest.mark.parametrize(("field", "option"), [("context_length", "--default-context"), ("ring_length", "--rings")])
 def test_what_is_chosen_at_load_is_for_graphs_that_allow_it(format: str, field: str, option: str) -> None:
     with pytest.raises(UserError, match=f"{option} is for --format tflite --delegate cpu"):
-        dataclasses.replace(config_of(format=format), graph=GraphConfig(**{field: 512})).check()  # type: ignore[arg-type]
+        dataclasses.replace(config_of(format=format), graph=GraphConfig(**{field: 512})).check()
 
 
 @pytest.mark.parametrize("text", ["foo", "-1", "0", ""])
