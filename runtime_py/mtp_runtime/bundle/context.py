@@ -18,7 +18,8 @@ def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest
     """Return the manifest of a bundle that is opened for so many tokens, by default for as many as it was exported for.
 
     It has the signatures that run there, one of a name and a kind: no prefill that is longer than the cache, and no
-    variant of format version 1. Where the context is chosen, the cache has as many slots, rounded up.
+    variant of format version 1. Where the context is chosen, the cache has as many slots, rounded up if the
+    export has room for that.
 
     Raises:
         UserError: the bundle cannot have such a context.
@@ -38,7 +39,8 @@ def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest
         )
     if length < shortest:
         raise UserError(f"the context is {length}, this bundle takes {shortest} to {longest}: give one of these")
-    cache_length = -(-length // _STEP) * _STEP
+    # Never longer than exported: LiteRT's buffers for what a graph gives have the size of the export.
+    cache_length = rounded if (rounded := -(-length // _STEP) * _STEP) < manifest.cache_length else length
     opened = _with_length(manifest, cache_length)
     return msgspec.structs.replace(opened, cache_length=cache_length, context_length=length)
 

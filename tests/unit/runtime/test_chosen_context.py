@@ -38,11 +38,18 @@ def test_a_chosen_context_stands_everywhere() -> None:
     tensors = {t.name: t.shape for t in opened.signature("target", "decode").inputs}
     assert tensors["mask"] == (1, 1, 1, 256)
     assert (tensors["kv_cache_k_0"], tensors["kv_cache_k_1"]) == ((1, 1, 256, 1), (1, 1, RING, 1))
-    assert (opened_at(exported()).cache_length, opened_at(exported()).context_length) == (512, 300)
+    assert (opened_at(exported()).cache_length, opened_at(exported()).context_length) == (300, 300)
     long = fake_manifest(cache_length=1031, longest_context_length=1024, prefill=(8, 300))
     assert [opened_at(long, n).cache_length for n in (256, 257, 1024)] == [256, 512, 1024]
     assert [spec.name for spec in opened_at(long, 256).signatures["target"]] == ["prefill_8", "decode", "verify"]
     assert [spec.name for spec in opened_at(long, 257).signatures["target"]][:2] == ["prefill_8", "prefill_300"]
+
+
+@given(context=st.integers(6, 300))
+def test_no_cache_is_longer_than_exported(context: int) -> None:
+    """LiteRT's buffers for outputs have the size of the export: a longer cache would be written behind their end."""
+    manifest = exported()
+    assert context <= opened_at(manifest, context).cache_length < manifest.cache_length
 
 
 @pytest.mark.parametrize(
