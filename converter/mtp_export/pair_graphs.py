@@ -18,6 +18,7 @@ from mtp_export.source.pair import Pair
 from mtp_export.weights import mapping
 from mtp_export.weights.parameter import Values
 from mtp_export.weights.recipes import RECIPES, with_embedders
+from mtp_runtime.bundle.context import FULL_STEP
 from mtp_runtime.errors import UserError
 
 _SPARE_BYTES = 64 << 20  # of disk, for text files
@@ -65,7 +66,9 @@ def graph_shape(config: ExportConfig, pair: Pair) -> GraphShape:
     in_range("--cache-length", context.longest, shortest, pair.target_spec.max_position_embeddings)
     cache_length = context.longest
     if config.format.chooses_context:
-        cache_length = prime_above(context.longest, pair.target_spec, pair.drafter_spec)
+        # Above whole steps: the reference runtime rounds every context up to them.
+        steps = -(-context.longest // FULL_STEP)
+        cache_length = prime_above(steps * FULL_STEP, pair.target_spec, pair.drafter_spec)
     drafts = config.graph.num_draft_tokens
     num_draft_tokens = sizes.num_draft_tokens if drafts is None else drafts
     prefill_lengths = tuple(n for n in sizes.prefill_lengths if n < context.longest)
@@ -114,6 +117,7 @@ def prime_above(length: int, target: TargetSpec, drafter: DrafterSpec) -> int:
     for spec in (target, drafter):
         other |= {spec.vocab_size, spec.hidden_size}
         other |= {n for layer in spec.layers for n in (layer.intermediate_size, spec.num_heads * layer.head_dim)}
+    other.add(drafter.visible(drafter.kinds[SLIDING]) or 0)  # slots that it gathers; the target's are multiples of 64
     candidate = length + 1
     while any(candidate % n == 0 for n in range(2, math.isqrt(candidate) + 1)) or any(
         n % candidate == 0 for n in other

@@ -27,7 +27,7 @@ class BundleError(UserError):
 
 
 class ContextFullError(UserError):
-    """A prompt or a generation does not fit the context that the bundle was exported with."""
+    """A prompt or a generation does not fit the context that the bundle was opened at."""
 
 
 class RowsLostError(UserError):

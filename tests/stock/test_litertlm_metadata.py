@@ -141,12 +141,12 @@ def test_inspect_prints_them(bundle: Path) -> None:
 def test_inspect_prints_the_contexts(bundle: Path) -> None:
     printed = run_cli("inspect", str(bundle), check=False).stdout
     assert "\ncontext 1024 tokens unless the app chooses another, at most 4096\n" in printed
-    assert "an answer can be taken back by up to 769 tokens\n" in printed
+    assert "an answer can be taken back by up to 768 tokens\n" in printed
     document = json.loads(run_cli("inspect", str(bundle), "--json", check=False).stdout)
     assert document["context"] == {
         "default": 1024,
         "longest": 4096,
         "chosen_at_load": True,
         "ring_length": 1024,
-        "rewindable_tokens": 769,
+        "rewindable_tokens": 768,
     }

@@ -194,7 +194,7 @@ def _rings(text: str | None) -> int | None:
     """
     if text is None or text == "off":
         return None if text is None else 0
-    if not text.isdecimal() or not int(text):
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise UserError(f"--rings is {text!r}, expected a number or off")
     return int(text)
 

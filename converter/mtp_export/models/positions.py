@@ -12,6 +12,7 @@ from torch import Tensor
 from mtp_export.arch.spec import FULL, SLIDING, DecoderSpec
 from mtp_export.models import cache_ops, ops
 from mtp_export.models.layers import inverse_frequencies, rope_tables
+from mtp_runtime.bundle.context import FULL_STEP
 
 # Large against any score, and within float16: there 1e9 is infinite, and 0 times that no number. Taken off the score of
 # a key once per position that it lies beyond the window, or put in the place of the score.
@@ -21,8 +22,6 @@ _SEEN = -1.0  # between what masks add to a key that is seen, 0, and to one that
 # Kernels sum a row in lanes, element i in lane i modulo at most this. Where a position always falls into the same one,
 # a token's sums come out the same to the last bit in every pass: else drafts could change what is said at a tie.
 _LANES = 64
-# Full layers read so many slots at a time: a multiple of _LANES, and few steps, since each packs its operands anew.
-_STEP = 256
 
 
 def counted(count: int) -> Tensor:
@@ -82,7 +81,7 @@ def filled_slots(input_pos: Tensor, mask: Tensor, slot_count: Tensor) -> dict[st
         [1,1,T,n]
     """
     last = input_pos.amax(0, keepdim=True)  # of a padded pass, the last position may be anything
-    filled = torch.minimum((cache_ops.floor_div(last, _STEP) + 1) * _STEP, slot_count)
+    filled = torch.minimum((cache_ops.floor_div(last, FULL_STEP) + 1) * FULL_STEP, slot_count)
     return {"filled": filled, f"mask_{FULL}": cache_ops.leading(mask, filled, 3)}
 
 

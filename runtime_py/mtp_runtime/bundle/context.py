@@ -6,23 +6,24 @@ from typing import NamedTuple
 
 import msgspec
 
-from mtp_runtime.bundle.contract import CacheName, GraphSignature, Manifest, TensorSpec
-from mtp_runtime.errors import UserError
+from mtp_runtime.bundle.contract import MANIFEST_NAME, CacheName, GraphSignature, Manifest, TensorSpec
+from mtp_runtime.errors import BundleError, UserError
 
-# Full layers read so many slots at a time. Were the last of them fewer, a token's sums would come out otherwise in the
-# last bits than in a longer cache.
-_STEP = 256
+# Full layers read so many slots at a time: a multiple of the lanes in which kernels sum (docs/decisions/0011). Were the
+# last of them fewer, a token's last bits would be others than in a longer cache.
+FULL_STEP = 256
 
 
 def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest:
     """Return the manifest of a bundle that is opened for so many tokens, by default for as many as it was exported for.
 
     It has the signatures that run there, one of a name and a kind: no prefill that is longer than the cache, and no
-    variant of format version 1. Where the context is chosen, the cache has as many slots, rounded up if the
-    export has room for that.
+    variant of format version 1. Where the context is chosen, the cache has as many slots, rounded up to steps of
+    full layers.
 
     Raises:
         UserError: the bundle cannot have such a context.
+        BundleError: the manifest contradicts itself.
     """
     if manifest.export_format == "onnx":
         _check_only(manifest, context_length)
@@ -35,12 +36,18 @@ def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest
     shortest, longest = manifest.num_draft_tokens + 2, manifest.longest_context_length
     if length > longest:
         raise UserError(
-            f"the context is {length}, this bundle takes {shortest} to {longest}: export with a larger --cache-length"
+            f"the context is {length}, this bundle takes {shortest} to {longest}: give one of these, or export with "
+            "a larger --cache-length if the model goes that far"
         )
     if length < shortest:
         raise UserError(f"the context is {length}, this bundle takes {shortest} to {longest}: give one of these")
-    # Never longer than exported: LiteRT's buffers for what a graph gives have the size of the export.
-    cache_length = rounded if (rounded := -(-length // _STEP) * _STEP) < manifest.cache_length else length
+    cache_length = -(-length // FULL_STEP) * FULL_STEP
+    if cache_length >= manifest.cache_length:
+        # LiteRT's buffers for what a graph gives have the size of the export: behind their end lies anything.
+        raise BundleError(
+            f"{MANIFEST_NAME}: cache_length is {manifest.cache_length}, too short for a context of {length}: export "
+            "the bundle again"
+        )
     opened = _with_length(manifest, cache_length)
     return msgspec.structs.replace(opened, cache_length=cache_length, context_length=length)
 
@@ -48,6 +55,18 @@ def opened_at(manifest: Manifest, context_length: int | None = None) -> Manifest
 def standard_name(signature: GraphSignature) -> str:
     """Return the name that a signature of its kind has, if it reads all of the cache."""
     return f"prefill_{signature.num_tokens}" if signature.kind == "prefill" else signature.kind
+
+
+def sliding_window(manifest: Manifest) -> int:
+    """Return the sliding window of the target, in positions.
+
+    Raises:
+        BundleError: the manifest has none.
+    """
+    window = manifest.target.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise BundleError(f"the manifest gives the target the sliding window {window!r}: export the bundle again")
+    return window
 
 
 class CachePlace(NamedTuple):

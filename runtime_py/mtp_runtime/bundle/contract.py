@@ -10,11 +10,13 @@ K draft tokens of a round, H hidden size, L layers, P per-layer embedding size, 
   projected_activations[1,1,H].
 - `embed`: token_ids[1,1] → embeddings[1,1,H], or [1,1,L,P] of the per-layer embedder.
 
-Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, [1,G,S,D] float32, n counting the layers that own a cache.
+Caches are `kv_cache_k_{n}` and `kv_cache_v_{n}`, float32, n counting the layers that own a cache: [1,G,S,D], values of
+full layers [1,G,D,S]. With rings those of sliding layers are [1,G,R,D], and one more cache, with the number of these
+pairs for n, [1,1,R,1], has the position of each slot.
 
 A bundle for a GPU (`--delegate gpu`) has one more input in every signature of target and drafter, `param_tensor`
-[1,1,1,7] int32: the first slot that a pass writes, the slot behind the last one, that again, and zeros. Its caches of
-values are [1,G,D,S].
+[1,1,1,7] int32: the first slot that a pass writes, the slot behind the last one, that again, and zeros. All its caches
+of values are [1,G,D,S].
 """
 
 from __future__ import annotations
@@ -32,8 +34,7 @@ from numpy.typing import NDArray
 
 from mtp_runtime.errors import BundleError
 
-FORMAT_VERSION = 2
-OLDEST_FORMAT_VERSION = 1  # that is read
+FORMAT_VERSION = 2  # all versions up to it are read
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -196,13 +197,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `files` maps a role (`target`, `drafter`, `embedder`, `per_layer_embedder`, `tokenizer`, `tokenizer_config`,
     `chat_template`, `litertlm`) to its file; `signatures` maps a graph's role to its signatures.
-    `cache_length` is S in the graphs. `context_length` is what may be filled: of a bundle whose context is chosen when
-    it is opened, where nobody chooses, and up to `longest_context_length` can be chosen, below S, which is a prime; of
-    any other S - K, because a verify writes K + 1 rows at the pending position. `ring_length`: slots of the caches of
-    sliding layers, 0 if they have as many as all others. `drafter_position_offset` is what the draft graph adds to the
-    `input_pos` it is fed, the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives
-    transformers' convention, 0 vLLM's. It is already inside the graph. With a `batch_size` above 1 there are also a
-    `target_batch` and a `drafter_batch`, graphs for so many sequences, with the signatures that `for_sequences` says.
+    `cache_length` is S in the graphs, `context_length` how many tokens may be filled: S - K, because a verify writes
+    K + 1 rows at the pending position. Where the context is chosen when a bundle is opened, it is the one of who
+    chooses none, `longest_context_length` is the most, and S is a prime above. `ring_length` is R, 0 without rings.
+    `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed, the position of the last
+    processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention, 0 vLLM's. With a `batch_size`
+    above 1 there are also a `target_batch` and a `drafter_batch`, for so many sequences (`for_sequences`).
     """
 
     format_version: int
@@ -273,24 +273,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return manifest
 
     def _check(self) -> None:
-        if not OLDEST_FORMAT_VERSION <= self.format_version <= FORMAT_VERSION:
-            raise BundleError(
-                f"{MANIFEST_NAME}: format_version is {self.format_version}, expected {OLDEST_FORMAT_VERSION} to "
-                f"{FORMAT_VERSION}"
-            )
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise BundleError(f"{MANIFEST_NAME}: format_version is {self.format_version}, expected 1 to {FORMAT_VERSION}")
         if self.num_draft_tokens < 1 or self.context_length < 1 or self.vocab_size < 1 or self.hidden_size < 1:
             raise BundleError(f"{MANIFEST_NAME}: sizes must be positive: export the bundle again")
-        if self.chooses_context:
-            if not self.context_length <= self.longest_context_length < self.cache_length:
-                raise BundleError(
-                    f"{MANIFEST_NAME}: context_length is {self.context_length}, longest_context_length "
-                    f"{self.longest_context_length} and cache_length {self.cache_length}, expected them to rise"
-                )
-        elif self.context_length != self.cache_length - self.num_draft_tokens:
-            raise BundleError(
-                f"{MANIFEST_NAME}: context_length is {self.context_length}, expected cache_length - num_draft_tokens "
-                f"= {self.cache_length - self.num_draft_tokens}"
-            )
+        self._check_context()
         for role, entry in self.files.items():
             # A manifest is data from anywhere: a name must stay inside its folder.
             parts = PurePosixPath(entry.path).parts
@@ -301,6 +288,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise BundleError(f"{MANIFEST_NAME}: signatures of {role} but no such file")
             if role not in self.signatures:
                 raise BundleError(f"{MANIFEST_NAME}: no signatures of {role}: export the bundle again")
+
+    def _check_context(self) -> None:
+        room, longest = self.cache_length - self.num_draft_tokens, self.longest_context_length
+        fits = self.context_length == room if longest == self.ring_length == 0 else self._may_choose()
+        if not fits:
+            raise BundleError(
+                f"{MANIFEST_NAME}: context_length is {self.context_length}, expected cache_length - num_draft_tokens = "
+                f"{room}, or in TFLite at most longest_context_length, below cache_length: export the bundle again"
+            )
+
+    def _may_choose(self) -> bool:
+        allowed = self.format_version > 1 and self.export_format == "tflite" and self.ring_length >= 0
+        return allowed and self.context_length <= self.longest_context_length < self.cache_length
 
     def signature(self, role: str, name: str) -> GraphSignature:
         """Return the signature `name` of the graph `role`.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mtp_runtime.backends.litert.quiet import hold_back_native_log_at_exit, native_log_held_back
 from mtp_runtime.backends.packed_weights import LITERT, PackedWeights, default_folder
 from mtp_runtime.bundle.bundle import Bundle
-from mtp_runtime.bundle.context import cache_places
+from mtp_runtime.bundle.context import cache_places, sliding_window
 from mtp_runtime.bundle.contract import GRAPH_ROLES, GraphSignature, Manifest
 from mtp_runtime.errors import BackendError, BundleError, MtpError
 from mtp_runtime.generate.backend import FloatArray, IntArray
@@ -236,17 +236,15 @@ def _options(threads: int, packed_weights: Path | None) -> Options:
 
 
 def _rings(manifest: Manifest, names: Sequence[str]) -> Rings | None:
-    """Return the rings of the caches `names`. The target reads one position less than its window, the drafter all.
+    """Return the rings of the caches `names`. Before a position the drafter reads one more than the window, the target
+    one less.
 
     Raises:
         BundleError: the manifest has no window.
     """
     if not names:
         return None
-    window = manifest.target.get("sliding_window")
-    if not isinstance(window, int):
-        raise BundleError("the manifest has rings and no sliding_window: export the bundle again")
-    return Rings(frozenset(names), manifest.ring_length, window)
+    return Rings(frozenset(names), manifest.ring_length, sliding_window(manifest) + 1)
 
 
 def _resize(model: CompiledModel, role: str, bundle: Bundle) -> None:

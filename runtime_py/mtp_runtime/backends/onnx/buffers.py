@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mtp_runtime.backends.onnx.pooled_cache import CacheRows, PooledKVCache
+from mtp_runtime.bundle.context import sliding_window
 from mtp_runtime.bundle.contract import (
     BATCH_ROLES,
     GRAPH_ROLES,
@@ -27,7 +28,6 @@ from mtp_runtime.bundle.contract import (
     of_sequence,
     output_name,
 )
-from mtp_runtime.errors import BundleError
 from mtp_runtime.generate.backend import FloatArray
 
 # Of one sequence in a pass: enough to use the cores, few enough for the buffers of sliding layers. It is the same for a
@@ -150,7 +150,7 @@ class GraphBuffers:
         caches = [spec for spec in manifest.signatures["target"][0].inputs if spec.is_cache]
         longest = max(PREFILL_TOKENS, manifest.num_draft_tokens + 1)
         allocate = functools.partial(self._allocate, sequence)
-        return PooledKVCache(caches, manifest.cache_length, _window(manifest), longest, allocate)
+        return PooledKVCache(caches, manifest.cache_length, sliding_window(manifest), longest, allocate)
 
     def _allocate(self, sequence: int, name: str, shape: tuple[int, ...]) -> CacheRows:
         batch, groups, _, size = shape
@@ -176,11 +176,3 @@ def shared(array: Any) -> ort.OrtValue:
 def sized(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return a shape with its named axes replaced by their `sizes`."""
     return tuple(size if isinstance(size, int) else sizes[size] for size in shape)
-
-
-def _window(manifest: Manifest) -> int:
-    """Return the sliding window of the target."""
-    window = manifest.target.get("sliding_window")
-    if not isinstance(window, int) or window < 1:
-        raise BundleError(f"the manifest gives the target the sliding window {window!r}: export the bundle again")
-    return window
