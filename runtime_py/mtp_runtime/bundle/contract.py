@@ -274,7 +274,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def _check(self) -> None:
         if not 1 <= self.format_version <= FORMAT_VERSION:
-            raise BundleError(f"{MANIFEST_NAME}: format_version is {self.format_version}, expected 1 to {FORMAT_VERSION}")
+            raise BundleError(
+                f"{MANIFEST_NAME}: format_version is {self.format_version}, expected 1 to {FORMAT_VERSION}"
+            )
         if self.num_draft_tokens < 1 or self.context_length < 1 or self.vocab_size < 1 or self.hidden_size < 1:
             raise BundleError(f"{MANIFEST_NAME}: sizes must be positive: export the bundle again")
         self._check_context()
