@@ -95,7 +95,8 @@ def test_variants_give_the_same(usual: str, variant: str, export_nano: Export) -
         np.testing.assert_allclose(second.activations, first.activations, atol=TOLERANCE)
         np.testing.assert_allclose(second_draft.activations, first_draft.activations, atol=TOLERANCE)
         assert second_draft.best == first_draft.best
-        assert_same_rows(second_session, rows)
+        # A GPU's caches are no rings, so it has none of positions.
+        assert_same_rows(second_session, {name: rows[name] for name in second_session.backend.kv_cache.names})
 
 
 @pytest.fixture(scope="module", params=["f32", "int8", "int4"])
