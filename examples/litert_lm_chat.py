@@ -8,6 +8,7 @@ import sys
 
 import litert_lm
 
+
 def engine(path: str, drafts: bool) -> litert_lm.Engine:
     options = {"backend": litert_lm.Backend.CPU(thread_count=2), "cache_dir": ":nocache", "max_num_tokens": 1000}
     if hasattr(litert_lm, "SpeculativeDecodingMode"):  # 0.19
