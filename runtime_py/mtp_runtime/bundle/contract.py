@@ -199,11 +199,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `chat_template`, `litertlm`) to its file; `signatures` maps a graph's role to its signatures.
     `cache_length` is S in the graphs, `context_length` how many tokens may be filled: S - K, because a verify writes
     K + 1 rows at the pending position. Where the context is chosen when a bundle is opened, it is the one of who
-    chooses none, `longest_context_length` is the most, and S is a prime above that, rounded up to whole steps of 256.
-    `ring_length` is R, 0 without rings. `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed,
-    the position of the last processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention, 0 vLLM's.
-    With a `batch_size` above 1 there are also a `target_batch` and a `drafter_batch`, for so many sequences
-    (`for_sequences`).
+    chooses none, `longest_context_length` is the most, and S is a prime above. `ring_length` is R, 0 without rings.
+    `drafter_position_offset` is what the draft graph adds to the `input_pos` it is fed, the position of the last
+    processed token (the convention of LiteRT-LM 0.18): 1 gives transformers' convention, 0 vLLM's. With a `batch_size`
+    above 1 there are also a `target_batch` and a `drafter_batch`, for so many sequences (`for_sequences`).
     """
 
     format_version: int

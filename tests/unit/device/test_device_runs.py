@@ -50,7 +50,7 @@ def test_the_program_runs_without_mtp_only_where_the_bundle_is_greedy(
 
 
 def test_a_bundle_runs_at_the_context_that_was_chosen(tmp_path: Path) -> None:
-    manifest = fake_manifest(cache_length=67)
+    manifest = fake_manifest(cache_length=257)  # above the context in whole steps
     chosen = msgspec.structs.replace(manifest, format_version=2, context_length=40, longest_context_length=66)
     (tmp_path / "manifest.json").write_text(chosen.to_json(), encoding="utf-8")
     lengths = [job(tmp_path, context_length=length).request("").context_length for length in (None, 66, 50)]
