@@ -10,6 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
+from mtp_runtime.bundle.context import cache_places
 from mtp_runtime.bundle.contract import Manifest, read_manifest
 
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # as LiteRT-LM masks
@@ -72,6 +73,11 @@ class Target:
     def signatures(self) -> dict[str, int]:
         """How many tokens a pass of each signature has."""
         return {signature.name: signature.num_tokens for signature in self.manifest.signatures["target"]}
+
+    def without_positions(self, name: str, cache: NDArray[np.float32], positions: range) -> NDArray[np.float32]:
+        """Return a cache without the slots of some positions."""
+        axis = cache_places(self.manifest)[name].slot_axis
+        return np.ascontiguousarray(np.delete(cache, [p % cache.shape[axis] for p in positions], axis))
 
     def empty(self) -> Caches:
         """Return caches in which nothing was written."""

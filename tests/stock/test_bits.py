@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mtp_runtime.bundle.contract import read_manifest
 from tests.conftest import Export
@@ -51,10 +50,6 @@ def decoded(request: pytest.FixtureRequest, export_nano: Export) -> Decoded:
     return Decoded(Target(export_nano(recipe, export_format=export_format), context))
 
 
-def slot_axis(cache: NDArray[np.float32]) -> int:
-    return 3 if cache.shape[2] < cache.shape[3] else 2  # of full layers' values
-
-
 def same(one: Caches, other: Caches) -> list[str]:
     """Return the names of caches that differ in a bit."""
     return [name for name in one if not np.array_equal(one[name].view(np.int32), other[name].view(np.int32))]
@@ -67,17 +62,7 @@ def without_rejected(caches: Caches, target: Target, first: int, last: int) -> C
     for name, cache in caches.items():
         in_ring = cache.shape[2] == target.ring
         slots = range(max(first, target.context), last) if in_ring else range(first, min(last, target.context))
-        axis = slot_axis(cache)
-        kept[name] = np.ascontiguousarray(np.delete(cache, [p % cache.shape[axis] for p in slots], axis))
-    return kept
-
-
-def without_padding(caches: Caches, filled: int, end: int) -> Caches:
-    """Return caches without what a padded prefill wrote behind the `filled` positions, up to `end`."""
-    kept = {}
-    for name, cache in caches.items():
-        axis = slot_axis(cache)
-        kept[name] = np.ascontiguousarray(np.delete(cache, [p % cache.shape[axis] for p in range(filled, end)], axis))
+        kept[name] = target.without_positions(name, cache, slots)
     return kept
 
 
@@ -111,8 +96,12 @@ def test_a_padded_prefill_changes_nothing_that_is_read(decoded: Decoded, signatu
         if first + rows <= target.context:
             filled = first + 1 + 7 * first % (rows - 1)
             _, caches = target.run(signature, first, decoded.caches[first], tokens=filled - first)
-            compared = (caches, decoded.caches[filled])
-            assert same(*(without_padding(c, filled, first + rows) for c in compared)) == [], first
+            padding = range(filled, first + rows)
+            kept, expected = (
+                {name: target.without_positions(name, cache, padding) for name, cache in of.items()}
+                for of in (caches, decoded.caches[filled])
+            )
+            assert same(kept, expected) == [], first
             logits, _ = target.run("decode", filled, caches)
             assert np.array_equal(logits[0, 0].view(np.int32), decoded.logits[filled].view(np.int32)), first
 
