@@ -127,7 +127,7 @@ def test_a_changed_file_is_refused(export_nano: Export, tmp_path: Path) -> None:
 
 def test_manifest_describes_the_bundle(export_nano: Export) -> None:
     with Bundle.open(export_nano("int8")) as bundle:
-        manifest = bundle.manifest
+        manifest = bundle.exported
     assert (manifest.context_length, manifest.longest_context_length) == (1024, 4096)
     assert (manifest.cache_length, manifest.ring_length) == (4099, 1024)
     assert manifest.drafter_recipe == "int8"
