@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mtp_export.machine import processor, system, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+QUIET_LOAD = 0.3  # the load average of a machine where nothing else runs
 _BUT_RESULTS = f":(exclude){RESULTS}"  # other results do not change what is measured
 _PACKAGES = ("ai-edge-litert", "litert-lm-api", "litert-torch", "numpy", "onnxruntime", "torch", "transformers")
 
@@ -32,6 +35,22 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**describe(), **figures}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def write_if_quiet(name: str | None, figures: dict[str, Any], load: float) -> bool:
+    """Write a result, if it has a name, or print that the machine was not quiet; return whether it was. `load` is the
+    load average before the measurement."""
+    if load > QUIET_LOAD:
+        print(f"NOT CLEAN: the load average was {load:.2f} before, expected at most {QUIET_LOAD}; nothing is written")
+        return False
+    if name:
+        print(f"written: {write_result(name, figures)}")
+    return True
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the least and the most."""
+    return {name: round(f(values), 3) for name, f in (("median", median), ("low", min), ("high", max))}
 
 
 def _git(*arguments: str) -> str:

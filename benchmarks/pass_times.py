@@ -16,11 +16,9 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
-from benchmarks.machine import write_result
+from benchmarks.machine import spread, write_if_quiet
 from mtp_runtime import Session
 from mtp_runtime.measure.timing import filled_prompt, time_passes
-
-QUIET_LOAD = 0.3
 
 
 def main() -> int:
@@ -42,12 +40,7 @@ def main() -> int:
         "ratios": ratios(times),
     }
     print_figures(figures)
-    if load > QUIET_LOAD:
-        print(f"NOT CLEAN: the load average was {load:.2f} before, expected at most {QUIET_LOAD}; nothing is written")
-        return 1
-    if options.result:
-        print(f"written: {write_result(options.result, figures)}")
-    return 0
+    return 0 if write_if_quiet(options.result, figures, load) else 1
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -76,10 +69,7 @@ def ratios(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]
     for name, of in zip(list(times)[1:], others, strict=True):
         result[name] = {}
         for kind, values in of.items():
-            each = [a / b for a, b in zip(values, first[kind], strict=True)]
-            result[name][kind] = {
-                key: round(f(each), 3) for key, f in (("median", median), ("low", min), ("high", max))
-            }
+            result[name][kind] = spread([a / b for a, b in zip(values, first[kind], strict=True)])
     return result
 
 

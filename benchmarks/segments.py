@@ -37,6 +37,7 @@ from mtp_export.graph.static import GraphShape, trace_drafter, trace_target
 from mtp_export.weights.mapping import target_format
 from mtp_export.weights.parameter import Parameter
 from mtp_export.weights.recipes import RECIPES, Recipe, WeightFormat
+from mtp_runtime.bundle.context import FULL_STEP
 
 MOST_BYTES = 128 << 20  # of the weights of all copies, more than the caches hold
 MOST_COPIES = 8
@@ -52,13 +53,15 @@ def main() -> int:
     parser.add_argument("--filled", type=int, default=500)
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
+    tokens = [int(n) for n in options.tokens.split(",")]
+    read = read_slots(options.filled + max(tokens) - 1)
     passes: dict[str, dict[str, dict[str, float]]] = {}
-    for graph, traced in passes_of(options.model, [int(n) for n in options.tokens.split(",")], options.filled):
+    for graph, traced in passes_of(options.model, tokens, read):
         counts = Counter(call.segment for call in traced.calls)
         if graph.role == "drafter":
             del counts["head"]  # benchmarks.head has it
         recipe = RECIPES[options.recipe if graph.role == "target" else "int8"]
-        micros = segments_us({key: graph.segments[key] for key in counts}, recipe, options)
+        micros = segments_us({key: graph.segments[key] for key in counts}, recipe, read, options)
         label = f"{traced.signature.name} of {traced.signature.num_tokens}"
         passes[label] = {key: {"count": count, "us": round(micros[key], 1)} for key, count in counts.items()}
         total = sum(part["count"] * part["us"] for part in passes[label].values())
@@ -72,23 +75,24 @@ def main() -> int:
     return 0
 
 
-def passes_of(model: str, tokens: Sequence[int], filled: int) -> list[tuple[TracedGraph, TracedSignature]]:
+def passes_of(model: str, tokens: Sequence[int], length: int) -> list[tuple[TracedGraph, TracedSignature]]:
     """The target's pass for every number of tokens and the drafter's, over caches as long as what full layers read
     of them."""
     pair = published.PAIRS[model]
-    length = read_slots(filled + max(tokens))
     shapes = [GraphShape(cache_length=length, num_draft_tokens=max(n - 1, 1), prefill_lengths=()) for n in tokens]
     graphs = [(trace_target(pair.target, shape), n) for shape, n in zip(shapes, tokens, strict=True)]
     graphs.append((trace_drafter(pair.drafter, pair.target, shapes[0], position_offset=1, row_scales=True), 1))
     return [(graph, traced) for graph, n in graphs for traced in graph.signatures if traced.signature.num_tokens == n]
 
 
-def read_slots(filled: int) -> int:
-    """How many slots a pass reads of a full layer's cache: see `positions.filled_slots`."""
-    return -(-filled // 256) * 256
+def read_slots(last: int) -> int:
+    """How many slots a pass up to position `last` reads of a full layer's cache: see `positions.filled_slots`."""
+    return (last // FULL_STEP + 1) * FULL_STEP
 
 
-def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
+def segments_us(
+    segments: Mapping[str, Segment], recipe: Recipe, read: int, options: argparse.Namespace
+) -> dict[str, float]:
     """Median microseconds of one call of each segment, among copies with weights of their own; caches are written in
     place."""
     builder = GraphBuilder("segments")
@@ -115,7 +119,11 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
             builder.call(key, partial(getattr, segment, "module"), bindings, renamed, prefix=f"{copy}.{key}.")
             results |= {value: value for value in renamed.values()}
         builder.finish(key, "decode", results, num_tokens=1)
-        values[key] = {name: value_of(name, shape, dtype, options.filled) for name, (shape, dtype) in inputs.items()}
+        first = {"input_pos": options.filled, "at": options.filled, "slots": options.filled, "filled": read}
+        values[key] = {
+            name: value_of(shape, dtype, first.get(name.partition(".")[0], 0))
+            for name, (shape, dtype) in inputs.items()
+        }
     graph = builder.graph()
     (lowered,) = lower_tflite.lower([graph], 1)
     random = {
@@ -130,11 +138,10 @@ def segments_us(segments: Mapping[str, Segment], recipe: Recipe, options: argpar
         return {key: timed(step, options.turns) / copies[key] for key, step in steps.items()}
 
 
-def value_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, filled: int) -> NDArray[Any]:
-    """Return what a pass would feed: positions behind those that are filled, slots in order, the rest at random."""
+def value_of(shape: tuple[int, ...], dtype: torch.dtype, first: int) -> NDArray[Any]:
+    """Return what a pass would feed: positions and slots in order, from the first one on, the rest at random."""
     if dtype == torch.int32:
-        first = {"input_pos": filled, "at": filled, "slots": filled, "filled": read_slots(filled)}
-        return np.arange(shape[0], dtype=np.int32) + first.get(name.partition(".")[0], 0)
+        return np.arange(first, first + shape[0], dtype=np.int32)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 

@@ -24,10 +24,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks.machine import ROOT, write_result
+from benchmarks.machine import QUIET_LOAD, ROOT, spread, write_if_quiet
 from benchmarks.stock_engine import Answer, Settings, StockEngine
 from mtp_runtime import Session, read_manifest
 from mtp_runtime.measure.timing import filled_prompt, time_passes
@@ -36,7 +35,6 @@ ALLOCATED = (1024, 32000)
 FILLED = (60, 500, 7000, 16000)
 AT = 500  # filled, where allocated lengths are compared
 LONG = 1000  # a text of more tokens is filled once, and decoded from in every repetition
-QUIET_LOAD = 0.3
 GOAL_ALLOCATED, GOAL_FILLED = 1.05, 2.5
 _MORE_THAN_NEW = 8  # tokens a turn: those of the last round, and one that is fed before it
 
@@ -60,14 +58,8 @@ def main() -> int:
         bundle = options.bundle or exported(name, options.recipe, options.folder)
         figures = {"load_before": round(load, 2), "quiet": load <= QUIET_LOAD, **measure(bundle, options)}
         print_table(figures)
-        met &= figures["goals_met"] and figures["same_text"] and figures["quiet"]
-        if figures["quiet"]:
-            path = write_result(f"stock_context_{figures['model']}_{figures['recipe']}", figures)
-            print(f"written: {path}")
-        else:
-            print(
-                f"NOT CLEAN: the load average was {load:.2f} before, expected at most {QUIET_LOAD}; nothing is written"
-            )
+        met &= write_if_quiet(f"stock_context_{figures['model']}_{figures['recipe']}", figures, load)
+        met &= figures["goals_met"] and figures["same_text"]
     return 0 if met else 1
 
 
@@ -90,8 +82,18 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one bundle."""
     manifest = read_manifest(bundle)
     short, long = options.allocated[0], min(options.allocated[1], manifest.longest_context_length)
+    if long <= short:
+        longest = (
+            f"{manifest.longest_context_length} tokens" if manifest.chooses_context else "that of its export alone"
+        )
+        raise SystemExit(f"{bundle}: its longest context is {longest}, expected one above {short}: give another bundle")
     room = (1 + options.repetitions) * (options.new_tokens + _MORE_THAN_NEW)  # behind a text that is filled once
     cells = [(size, n) for size in (short, long) for n in sorted(options.filled) if n + room <= size]
+    if not any(size == long for size, _ in cells):
+        most = f"at most {long - room} for a context of {long}"
+        raise SystemExit(
+            f"--filled is {min(options.filled)}, expected {most}: give smaller ones, or a larger --allocated"
+        )
     figures: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "repetitions", "new_tokens")}
     figures |= {"model": manifest.model, "recipe": manifest.recipe, "ring_length": manifest.ring_length}
     with engines(bundle, cells, options.threads) as opened:
@@ -180,11 +182,6 @@ def passes(bundle: Path, allocated: Sequence[int], repetitions: int, threads: in
                 for name, timing in time_passes(session, filled_prompt(session, AT), repeats=5).items():
                     times[size].setdefault(name.partition("_")[0], []).append(round(timing.median_ms, 4))
     return times
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median, the least and the most."""
-    return {name: round(f(values), 3) for name, f in (("median", median), ("low", min), ("high", max))}
 
 
 def row(runs: All, cell: Cell) -> dict[str, Any]:

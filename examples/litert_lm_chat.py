@@ -8,13 +8,9 @@ import sys
 
 import litert_lm
 
-# Tokens of prompts and replies together: as many as the app needs, since caches take memory for all of them.
-CONTEXT = 1000
-
 
 def engine(path: str, drafts: bool) -> litert_lm.Engine:
-    cpu = litert_lm.Backend.CPU(thread_count=2)
-    options = {"backend": cpu, "cache_dir": ":nocache", "max_num_tokens": CONTEXT}
+    options = {"backend": litert_lm.Backend.CPU(thread_count=2), "cache_dir": ":nocache", "max_num_tokens": 1000}
     if hasattr(litert_lm, "SpeculativeDecodingMode"):  # 0.19
         mode = litert_lm.SpeculativeDecodingMode.ON if drafts else litert_lm.SpeculativeDecodingMode.OFF
         return litert_lm.Engine(path, speculative_decoding_config=litert_lm.SpeculativeDecodingConfig(mode), **options)

@@ -116,9 +116,9 @@ def no_segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Export:
     """Export nano with a recipe, once for all tests; `fresh` converts and exports it again, elsewhere. `export_format`
-    is `tflite`, `tflite-rings` for rings of 512, `tflite-whole` for none, `tflite-gpu` for `--delegate gpu`,
-    `tflite-composites` for that with `--composites`, `onnx` (with graphs for eight sequences too), or `onnx-portable`
-    for ONNX in standard operations. What it printed lies beside it."""
+    is `tflite`, `tflite-rings` for rings of 512, `tflite-whole` for none, `tflite-2000` for another longest context,
+    `tflite-gpu` for `--delegate gpu`, `tflite-composites` for that with `--composites`, `onnx` (with graphs for eight
+    sequences too), or `onnx-portable` for ONNX in standard operations. What it printed lies beside it."""
 
     def export(recipe: str, *, export_format: str = "tflite", fresh: bool = False) -> Path:
         folder = run_folder / (f"{export_format}-{recipe}-again" if fresh else f"{export_format}-{recipe}")
@@ -135,6 +135,7 @@ def export_nano(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> E
                 "onnx-portable": ("--portable",),
                 "tflite-rings": ("--rings", "512"),
                 "tflite-whole": ("--rings", "off"),
+                "tflite-2000": ("--cache-length", "2000"),
                 "tflite-gpu": ("--delegate", "gpu"),
                 "tflite-composites": ("--delegate", "gpu", "--composites"),
             }

@@ -62,8 +62,7 @@ class Disk:
 class Device:
     """What running the bundle takes: what a round reads of weights, the tables of which a token reads one row, the
     KV cache of the default context when it is full, and the logits of the longest verify. All but the tables must fit
-    into memory. `kv_cache_bytes_by_context`: of 1024, its doubles, the default and the longest context; nothing else
-    grows with it."""
+    into memory. `kv_cache_bytes_by_context`: of 1024, its doubles, the default and the longest context."""
 
     weights_bytes: int
     table_bytes: int
@@ -73,12 +72,7 @@ class Device:
 
     @property
     def memory_bytes(self) -> int:
-        return self.constant_bytes + self.kv_cache_bytes
-
-    @property
-    def constant_bytes(self) -> int:
-        """What must fit into memory whatever the context."""
-        return self.weights_bytes + self.logits_bytes
+        return self.weights_bytes + self.kv_cache_bytes + self.logits_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

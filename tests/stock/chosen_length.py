@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
+from mtp_runtime.bundle.context import cache_places
 from mtp_runtime.bundle.contract import Manifest, read_manifest
 
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # as LiteRT-LM masks
@@ -17,33 +18,42 @@ Caches = dict[str, NDArray[np.float32]]
 
 
 def with_length(model: bytes, prime: int, length: int) -> bytes:
-    """Return a model as LiteRT-LM loads it: in the shapes of tensors, another length in place of the prime."""
+    """Return a model as LiteRT-LM loads it: in the shapes of tensors, multiples of another length in place of those of
+    the prime."""
     content = bytearray(model)
     root = schema.Model.GetRootAs(content)
     for subgraph in map(root.Subgraphs, range(root.SubgraphsLength())):
         for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
             if tensor.ShapeLength():
                 shape = tensor.ShapeAsNumpy()
-                shape[shape == prime] = length
+                multiples = shape % prime == 0
+                shape[multiples] = shape[multiples] // prime * length
     return bytes(content)
 
 
-def integer_constants(model: bytes) -> dict[str, list[int]]:
-    """Return the values of small integer constants by signature; of -1 as it is."""
+class TensorContent(NamedTuple):
+    """A tensor of a graph: its type, its shape, and its bytes, none of one that is computed."""
+
+    type: int
+    shape: tuple[int, ...]
+    content: bytes
+
+
+def tensors(model: bytes) -> dict[str, list[TensorContent]]:
+    """Return the tensors of a model by signature, in their order."""
     root = schema.Model.GetRootAs(model)
-    constants: dict[str, list[int]] = {}
+    by_signature: dict[str, list[TensorContent]] = {}
     for signature in map(root.SignatureDefs, range(root.SignatureDefsLength())):
         subgraph = root.Subgraphs(signature.SubgraphIndex())
-        values: list[int] = []
+        found = by_signature[signature.SignatureKey().decode()] = []
         for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
             buffer = root.Buffers(tensor.Buffer())
             content = buffer.DataAsNumpy().tobytes() if buffer.DataLength() else b""
             if buffer.Offset() > 1:
                 content = model[buffer.Offset() : buffer.Offset() + buffer.Size()]
-            if tensor.Type() == schema.TensorType.INT32 and 0 < len(content) <= 64:
-                values += np.frombuffer(content, np.int32).tolist()
-        constants[signature.SignatureKey().decode()] = values
-    return constants
+            shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
+            found.append(TensorContent(tensor.Type(), shape, content))
+    return by_signature
 
 
 class Target:
@@ -63,6 +73,11 @@ class Target:
     def signatures(self) -> dict[str, int]:
         """How many tokens a pass of each signature has."""
         return {signature.name: signature.num_tokens for signature in self.manifest.signatures["target"]}
+
+    def without_positions(self, name: str, cache: NDArray[np.float32], positions: range) -> NDArray[np.float32]:
+        """Return a cache without the slots of some positions."""
+        axis = cache_places(self.manifest)[name].slot_axis
+        return np.ascontiguousarray(np.delete(cache, [p % cache.shape[axis] for p in positions], axis))
 
     def empty(self) -> Caches:
         """Return caches in which nothing was written."""

@@ -10,7 +10,7 @@ import pytest
 
 from mtp_runtime.bundle.contract import read_manifest
 from tests.conftest import Export
-from tests.stock.chosen_length import Caches, Target, integer_constants
+from tests.stock.chosen_length import Caches, Target, tensors, with_length
 
 STEP = 256  # full layers read so many slots more at a time
 
@@ -62,8 +62,7 @@ def without_rejected(caches: Caches, target: Target, first: int, last: int) -> C
     for name, cache in caches.items():
         in_ring = cache.shape[2] == target.ring
         slots = range(max(first, target.context), last) if in_ring else range(first, min(last, target.context))
-        axis = 3 if cache.shape[2] < cache.shape[3] else 2  # of full layers' values
-        kept[name] = np.ascontiguousarray(np.delete(cache, [p % cache.shape[axis] for p in slots], axis))
+        kept[name] = target.without_positions(name, cache, slots)
     return kept
 
 
@@ -89,11 +88,35 @@ def test_a_prefill_leaves_what_decoding_does(decoded: Decoded, signature: str) -
             assert same(caches, decoded.caches[first + rows]) == [], first
 
 
-def test_no_number_in_the_graphs_is_the_exported_length(export_nano: Export) -> None:
-    folder = export_nano("int8")
-    prime = read_manifest(folder).cache_length
+@pytest.mark.parametrize("signature", ["prefill_16", "prefill_128"])
+def test_a_padded_prefill_changes_nothing_that_is_read(decoded: Decoded, signature: str) -> None:
+    """At every edge, and at the end of a ring, where its rows go on at the beginning."""
+    target, rows = decoded.target, decoded.target.signatures[signature]
+    for first in decoded.edges(rows):
+        if first + rows <= target.context:
+            filled = first + 1 + 7 * first % (rows - 1)
+            _, caches = target.run(signature, first, decoded.caches[first], tokens=filled - first)
+            padding = range(filled, first + rows)
+            kept, expected = (
+                {name: target.without_positions(name, cache, padding) for name, cache in of.items()}
+                for of in (caches, decoded.caches[filled])
+            )
+            assert same(kept, expected) == [], first
+            logits, _ = target.run("decode", filled, caches)
+            assert np.array_equal(logits[0, 0].view(np.int32), decoded.logits[filled].view(np.int32)), first
+
+
+def test_the_exported_length_is_in_shapes_alone(export_nano: Export) -> None:
+    """Loaded for one context, bundles that were exported for two longest ones are the same, to every number: a table
+    of all slots, or a constant that counts them, would differ."""
+    exported = [export_nano("int8"), export_nano("int8", export_format="tflite-2000")]
+    primes = [read_manifest(folder).cache_length for folder in exported]
+    assert primes == [4099, 2053]
     for graph in ("target", "drafter"):
-        constants = integer_constants((folder / f"{graph}.tflite").read_bytes())
-        for signature, values in constants.items():
-            assert values, signature
-            assert [value for value in values if abs(abs(value) - prime) <= 2] == [], signature
+        models = [(folder / f"{graph}.tflite").read_bytes() for folder in exported]
+        one, other = (tensors(with_length(*pair, 1000)) for pair in zip(models, primes, strict=True))
+        assert one.keys() == other.keys()
+        for signature, found in one.items():
+            assert any(tensor.content for tensor in found), signature
+            differing = [pair for pair in zip(found, other[signature], strict=True) if pair[0] != pair[1]]
+            assert [[tensor[:2] for tensor in pair] for pair in differing] == [], signature

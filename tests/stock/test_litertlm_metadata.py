@@ -142,6 +142,7 @@ def test_inspect_prints_the_contexts(bundle: Path) -> None:
     printed = run_cli("inspect", str(bundle), check=False).stdout
     assert "\ncontext 1024 tokens unless the app chooses another, at most 4096\n" in printed
     assert "an answer can be taken back by up to 768 tokens\n" in printed
+    assert "with constrained decoding it would be wrong instead: export with --rings off" in printed
     document = json.loads(run_cli("inspect", str(bundle), "--json", check=False).stdout)
     assert document["context"] == {
         "default": 1024,

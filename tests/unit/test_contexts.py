@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mtp_export.arch import published
 from mtp_export.cli.plan import command
 from mtp_export.config import ExportConfig, FormatConfig, GraphConfig, SourceConfig
-from mtp_export.graph.static import GraphShape, Ring
+from mtp_export.graph.static import GraphShape, Ring, trace_drafter, trace_embedder, trace_target
 from mtp_export.pair_graphs import Contexts, contexts, graph_shape, prime_above
 from mtp_runtime.errors import UserError
 
@@ -52,9 +56,51 @@ def test_the_prime_is_the_smallest_that_is_no_factor_of_another_size(length: int
     prime = prime_above(length, published.NANO.target, published.NANO.drafter)
     assert prime > length
     assert prime in PRIMES
-    sizes = (4096, 256, 320, 512, 1024)  # nano's, and none has a prime above 32
+    sizes = (4096, 256, 320, 512, 1024, 129)  # nano's; the drafter sees 129 = 3 · 43 positions
     assert all(size % prime for size in sizes)
-    assert not PRIMES & set(range(length + 1, prime))
+    passed_over = PRIMES & set(range(length + 1, prime))
+    assert all(any(size % other == 0 for size in sizes) for other in passed_over)
+
+
+class Sizes(TorchDispatchMode):
+    """Collects the sizes of all tensors that operations take and give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, Tensor):
+                self.found.update(tensor.shape)
+        return out
+
+
+LONGER_THAN_ALL = 1_000_003  # a prime
+
+
+@functools.cache
+def other_sizes() -> set[int]:
+    """Return the sizes in nano's graphs that are not made of the length of its caches."""
+    nano = published.NANO
+    with Sizes() as sizes:
+        for ring in (None, Ring(length=256, end_token=1), Ring(length=1024, end_token=1)):
+            shape = GraphShape(cache_length=LONGER_THAN_ALL, num_draft_tokens=4, prefill_lengths=(16, 128), ring=ring)
+            trace_target(nano.target, shape)
+            trace_drafter(nano.drafter, nano.target, shape, position_offset=1, row_scales=True)
+        for role in ("embedder", "per_layer_embedder"):
+            trace_embedder(nano.target, role)
+    assert {size % LONGER_THAN_ALL == 0 for size in sizes.found} == {True, False}
+    return {size for size in sizes.found if size % LONGER_THAN_ALL}
+
+
+def test_only_sizes_made_of_the_caches_length_are_multiples_of_the_prime() -> None:
+    sizes = other_sizes()
+    assert {129, 4096} <= sizes
+    for length in (*range(32, 300), *range(512, 4097, 256)):
+        prime = shape_of(cache_length=length).cache_length
+        assert [size for size in sizes if size % prime == 0] == [], length
 
 
 @pytest.mark.parametrize(("model", "length", "prime"), [("nano", 4096, 4099), ("e2b", 32768, 32771)])
@@ -95,7 +141,7 @@ def test_contexts(model: str, format: str, graph: dict[str, int], expected: Cont
 
 def test_only_caches_whose_length_is_chosen_at_load_have_a_prime() -> None:
     assert {name: shape_of(format=name, cache_length=2000).cache_length for name in FORMATS} == {
-        "cpu": 2003,
+        "cpu": 2053,  # above 2048, whole steps of full layers
         "gpu": 2000,
         "onnx": 2000,
     }

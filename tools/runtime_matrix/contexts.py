@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ RING = 512
 OFFSETS = range(0, 136, 9)  # tokens before the end of a ring where passes begin
 _LONGEST_S = 1200
 Script = list[list[Any]]
+Check = Callable[[str], Any]  # of a mode: its texts, or {"error": …}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,16 @@ class Runs:
         """Return the results of scripts.
 
         Raises:
-            RuntimeError: the version fails.
+            RuntimeError: the version fails, or does not end.
         """
         request_path, answer = self.work / "request.json", self.work / "answer.json"
         request = {"bundle": str(bundle), "context": context, "mode": mode, "scripts": list(scripts)}
         request_path.write_text(json.dumps(request), encoding="utf-8")
         command = [str(self.python), "-m", "tools.runtime_matrix.scripts", str(request_path), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False, cwd=ROOT)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False, cwd=ROOT)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"no end within {_LONGEST_S} s") from error
         if done.returncode != 0:
             raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
         results: list[list[Any]] = json.loads(answer.read_text(encoding="utf-8"))
@@ -46,42 +51,60 @@ class Runs:
 
     def lines(self, modes: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the results of each check by mode; of one that failed, its error."""
-        checks = {f"a context of {context}, until full": self._context(context, modes) for context in CONTEXTS}
-        return {**checks, f"rings of {RING}": self._rings(modes), "taken back too far": self._taken_back(modes)}
+        checks: dict[str, Callable[[], Check]] = {
+            f"a context of {context}, until full": partial(self._context, context) for context in CONTEXTS
+        }
+        checks |= {f"rings of {RING}": self._rings, "taken back too far": self._taken_back}
+        lines = {}
+        for name, prepared in checks.items():
+            check = _or_error(prepared)
+            lines[name] = {
+                mode: check if isinstance(check, dict) else _or_error(partial(check, mode)) for mode in modes
+            }
+        return lines
 
-    def _context(self, context: int, modes: Sequence[str]) -> dict[str, Any]:
+    def _context(self, context: int) -> Check:
         prompts = [["prompt", context - room - 1, 331 * n] for n, room in enumerate(ROOMS)]
         cut: list[Script] = [[prompt, ["answer", room]] for prompt, room in zip(prompts, ROOMS, strict=True)]
         full: list[Script] = [[prompt, ["answer", LONGEST]] for prompt in prompts]
         expected = _texts(self.results(self.without, cut, LONGEST, "OFF"))
-        return {mode: _equal(_texts(self.results(self.without, full, context, mode)), expected) for mode in modes}
+        return lambda mode: _equal(_texts(self.results(self.without, full, context, mode)), expected)
 
-    def _rings(self, modes: Sequence[str]) -> dict[str, Any]:
+    def _rings(self) -> Check:
         scripts: list[Script] = [
             [["prompt", RING - offset, 13 * offset], ["prompt", tokens, 3000 + offset], ["answer", 40]]
             for offset in OFFSETS
             for tokens in (9, 150)
         ]
         expected = _texts(self.results(self.without, scripts, 1000, "OFF"))
-        whole = {mode: _texts(self.results(self.with_rings, scripts, 1000, mode)) for mode in modes}
-        # With drafts all tokens of the last round are kept.
-        cut = {
-            mode: [text[: len(short)] for text, short in zip(texts, expected, strict=True)]
-            for mode, texts in whole.items()
-        }
-        return {mode: _equal(texts, expected) for mode, texts in cut.items()}
 
-    def _taken_back(self, modes: Sequence[str]) -> dict[str, Any]:
+        def check(mode: str) -> Any:
+            texts = _texts(self.results(self.with_rings, scripts, 1000, mode))
+            # With drafts all tokens of the last round are kept.
+            return _equal([text[: len(short)] for text, short in zip(texts, expected, strict=True)], expected)
+
+        return check
+
+    def _taken_back(self) -> Check:
         before: Script = [["prompt", 300, 0], ["save", "here"]]
         behind: Script = [["prompt", 20, 3000], ["answer", 24], ["prompt", 180, 3300], ["answer", 24]]
         scripts: list[Script] = [
             [*before, ["prompt", further, 2000], ["answer", 24], ["rewind", "here"], *behind] for further in (400, 600)
         ]
-        by_mode = {mode: self.results(self.with_rings, scripts, 2000, mode) for mode in modes}
-        return {
-            mode: _equal([_all_answers(r[len(before) + 3 :]) for r in results], ["", ""])
-            for mode, results in by_mode.items()
-        }
+
+        def check(mode: str) -> Any:
+            results = self.results(self.with_rings, scripts, 2000, mode)
+            return _equal([_all_answers(result[len(before) + 3 :]) for result in results], ["", ""])
+
+        return check
+
+
+def _or_error(run: Callable[[], Any]) -> Any:
+    """Return what a function returns, or the error of a version that fails in it."""
+    try:
+        return run()
+    except RuntimeError as error:
+        return {"error": " ".join(str(error).split())}
 
 
 def _all_answers(results: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ from mtp_export.bundle.metadata import llm_metadata, metadata_differences
 from mtp_export.check.chat_parity import compare_stock_chat, compare_tokens_of_chat, hold
 from mtp_export.check.own_runs import CHAT_TOKENS, Reference, reference_chats, run_prompts
 from mtp_export.check.prompts import Prompt, text_of
-from mtp_export.check.stock_runtime import StockRequest, StockRun, known_faults, run_stock
+from mtp_export.check.stock_runtime import StockRequest, StockRun, check_stock_context, known_faults, run_stock
 from mtp_runtime import GenerationTrace, Manifest, Session
 from mtp_runtime.bundle.contract import PARAM_TENSOR
 from mtp_runtime.bundle.litertlm import read_metadata
@@ -63,7 +63,9 @@ def prove(request: ParityRequest, on_run: OnRun = lambda name: None) -> ParityRe
         MtpError: the bundle or a runtime fails.
     """
     with Session.open(request.bundle, threads=request.threads, context_length=request.context_length) as session:
-        manifest = session.manifest
+        manifest, no_stock = session.manifest, _without_stock(request, session)
+        if no_stock is None:
+            check_stock_context(manifest)
         prompts = [msgspec.structs.replace(p, text=text_of(session, p), messages=()) for p in request.prompts]
         runs = run_prompts(session, prompts, request.max_new_tokens, on_run)
         reference = Reference(
@@ -74,7 +76,7 @@ def prove(request: ParityRequest, on_run: OnRun = lambda name: None) -> ParityRe
             chats=reference_chats(session, on_run),
         )
         left_out = list(reference.chats.left_out)
-        no_transformers, no_stock = _without_transformers(request, manifest), _without_stock(request, session)
+        no_transformers = _without_transformers(request, manifest)
         left_out += [reason for reason in (no_stock, no_transformers) if reason]
         findings: list[str] = []
         results = _own_results(session, runs, reference)

@@ -17,7 +17,8 @@ import msgspec
 
 from mtp_export.check.chats import MAX_CALLS, Chat, answers_message, user_message
 from mtp_export.child_process import ChildFailedError, ChildTimeoutError, answer_parent, run_child
-from mtp_runtime.errors import BackendError
+from mtp_runtime.bundle.contract import Manifest
+from mtp_runtime.errors import BackendError, UserError
 
 _DISTRIBUTIONS = ("litert-lm-api", "litert-lm-api-nightly")
 # What a version does wrong with drafts, whatever the bundle; docs/litert-lm.md has what an app can do.
@@ -40,6 +41,20 @@ def known_faults() -> str | None:
         if faults is not None:
             return f"LiteRT-LM {installed} has known faults with drafts: {faults} (docs/litert-lm.md)"
     return None
+
+
+def check_stock_context(manifest: Manifest) -> None:
+    """Check that LiteRT-LM takes a prompt in the context of an opened bundle: it wants room for a whole prefill.
+
+    Raises:
+        UserError: the context is shorter than the shortest prefill.
+    """
+    prefills = [spec.num_tokens for spec in manifest.signatures["target"] if spec.kind == "prefill"]
+    if manifest.context_length < min(prefills, default=0):
+        raise UserError(
+            f"the context is {manifest.context_length}, and LiteRT-LM takes no prompt in fewer than {min(prefills)} "
+            "tokens, the shortest prefill: give a larger --context-length"
+        )
 
 
 class StockTurn(msgspec.Struct, frozen=True, kw_only=True):

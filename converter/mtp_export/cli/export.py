@@ -97,7 +97,7 @@ export_options = combined(
         "--cache-length",
         type=int,
         help="Longest context in tokens, prompt and answer. An app chooses how much of it is allocated when it loads a "
-        "bundle for LiteRT-LM on a CPU.  "
+        "bundle for LiteRT-LM on a CPU. For a GPU and for ONNX: slots of the caches, a context of K tokens fewer.  "
         f"[{by_model(lambda pair: pair.sizes.longest_context)}; otherwise the default context]",
     ),
     click.option(

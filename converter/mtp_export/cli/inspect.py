@@ -95,7 +95,8 @@ def _print_context(manifest: Manifest) -> None:
         click.echo(
             f"  sliding layers keep {manifest.ring_length} positions: an answer can be taken back by up to "
             f"{rewindable_tokens(manifest)} tokens\n"
-            "  beyond that a reply is empty, and all that follow: start the conversation again with its messages"
+            "  beyond that a reply is empty, and all that follow: start the conversation again with its messages\n"
+            "  with constrained decoding it would be wrong instead: export with --rings off, or take nothing back"
         )
 
 

@@ -74,8 +74,7 @@ def _print(plan: Any) -> None:
     click.echo(f"  {_size(device.memory_bytes)} of memory: {listed}")
     if plan.longest_context_length:
         for length, count in device.kv_cache_bytes_by_context.items():
-            whole = _size(device.constant_bytes + count)
-            click.echo(f"  context {length:6}: {_size(count):>9} KV cache, {whole:>9} in all")
+            click.echo(f"  context {length:6}: {_size(count):>9} KV cache")
     click.echo(f"  {_size(device.table_bytes)} of tables stay on the disk, mapped: a token reads one row of each")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from mtp_export.check.stock_runtime import check_stock_context
 from mtp_export.device.adb import FOLDER, Adb
 from mtp_export.device.app import run_with_app
 from mtp_export.device.bench import UNKNOWN_HEAT, Measurement, schedule, without_warm_up
@@ -64,17 +65,20 @@ class Job:
         """Return the request for the bundle's runs without and with MTP; the place has the bundle in `folder`.
 
         Raises:
-            UserError: the bundle cannot have such a context.
+            UserError: the bundle, or LiteRT-LM where it is to run, cannot have such a context.
         """
         manifest = opened_at(read_manifest(self.bundle), self.context_length)
         container = manifest.files.get("litertlm")
+        runs_stock = self.stock and container is not None
+        if runs_stock:
+            check_stock_context(manifest)
         return Request(
             bundle=folder,
             container=f"{folder}/{container.path}" if container else None,
             prompts=self.prompts,
             max_new_tokens=self.max_new_tokens,
             depths=(0, manifest.num_draft_tokens),
-            runtimes=("mtp_runtime", "LiteRT-LM") if container and self.stock else ("mtp_runtime",),
+            runtimes=("mtp_runtime", "LiteRT-LM") if runs_stock else ("mtp_runtime",),
             backend=self.backend,
             threads=self.threads,
             context_length=manifest.context_length,

@@ -57,7 +57,7 @@ class ClusteredHead(_Clusters):
         Candidates keep their differences, the worst of them gets 1, every other token 0, and so does a candidate that
         may not be drafted. transformers fills with min - 1, so this is the same row minus a constant.
 
-        Where `drafts` is 0, token 0 is the best: it fills prompts up, and no target says it.
+        Where `drafts` is 0, token 0 is the best: it fills prompts up, so a target seldom says it (docs/decisions/0022).
 
         Shapes: hidden [1,1,H], drafts [1] int32, 0 or 1 -> [1,1,V]
         """

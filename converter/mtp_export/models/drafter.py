@@ -36,7 +36,7 @@ class DrafterPrologue(_Prologue):
 
     def forward(self, activations: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Shapes: activations [1,1,2*backbone] (scaled embedding of the last token, then the previous hidden state),
-        input_pos [1] int32, mask [1,1,1,S] -> x [1,1,H], position tables, `drafts` [1] int32, 0 where nothing is to be
+        input_pos [1] int32, mask [1,1,1,S] -> x [1,1,H], position tables, `drafts` [1] int32, 0 where token 0 is to be
         drafted, else 1"""
         count = cache_ops.slot_count(mask)
         seen = self.window(input_pos, mask, count) | filled_slots(input_pos, mask, count)
@@ -45,7 +45,8 @@ class DrafterPrologue(_Prologue):
 
     def _drafts(self, pending: Tensor, count: Tensor) -> Tensor:
         """Whether a verify from `pending` on, and the token that it says behind the drafts, end before the cache does,
-        and before the ring: rows behind an end are not written (`WritePlaces`)."""
+        and before the ring: rows behind an end are not written (`WritePlaces`). A target that says token 0 there has
+        lost them (docs/decisions/0022)."""
         room = count - (pending + self.num_drafts + 1)
         if self.ring is not None:
             room = torch.minimum(room, self.ring - self.num_drafts - cache_ops.floor_mod(pending, self.ring))

@@ -75,7 +75,8 @@ class Window:
 def filled_slots(input_pos: Tensor, mask: Tensor, slot_count: Tensor) -> dict[str, Tensor]:
     """How many slots full layers read, and what they see of them: up to the last position, in steps.
 
-    What is left out had a weight of exactly 0, so a token has the same bits however much is read.
+    What is left out had a weight of exactly 0, so a token has the same bits however much is read, where contexts are
+    multiples of `_LANES`. In others the last bits may be other ones, in every pass alike.
 
     Shapes: input_pos [T] int32, mask [1,1,T,S], slot_count [1] int32 -> `filled` [1] int32, `mask_full_attention`
         [1,1,T,n]
@@ -124,7 +125,7 @@ class WritePlaces:
     def _in_ring(self, first: Tensor, num_tokens: int, ring: int) -> dict[str, Tensor]:
         if num_tokens == 1:
             return {"at": cache_ops.floor_mod(first, ring)}
-        if self.ends:  # of drafts behind the ring's end none is accepted: the drafter sees to it
+        if self.ends:  # the drafter sees to it that none behind the ring's end is accepted (docs/decisions/0022)
             return places(cache_ops.floor_mod(first, ring), num_tokens, ring)
         return dict(zip(("at", "slots", "sources"), cache_ops.ring_places(first, num_tokens, ring), strict=True))
 

@@ -136,7 +136,8 @@ class Backend(Protocol):
         """Run the drafter once over the filled positions.
 
         At the first step of a round, `token_id` is the pending token and `activations` the target's at the position
-        before it; at later steps both come from the step before. The cache stays as it is throughout a round.
+        before it; at later steps both come from the step before. The cache stays as it is throughout a round. Where a
+        verify of K + 1 tokens would pass the end of the cache or of a ring, the draft may be token 0.
 
         Shapes: activations [H].
         """

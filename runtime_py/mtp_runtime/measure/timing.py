@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mtp_runtime.errors import UserError
 from mtp_runtime.generate.backend import Draft, FloatArray
 from mtp_runtime.generate.session import Session
 from mtp_runtime.generate.stats import overall_acceptance_rate, overall_committed_per_round
@@ -73,6 +74,9 @@ def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> d
     """Time the prefill of the prompt, and at its end decode, verify of every size and drafts, all of them in turn.
 
     A draft's time is the mean of a round's, of which the first finds less in the processor's caches than the others.
+
+    Raises:
+        UserError: behind the prompt, nothing would be drafted.
     """
     backend = session.backend
     activations = np.zeros(session.manifest.hidden_size, np.float32)
@@ -80,6 +84,7 @@ def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> d
     for _ in range(3):
         backend.kv_cache.rewind(0)
         prefills.append(_ms(lambda: backend.prefill(prompt)))
+        _check_room(session)
     steps: dict[str, tuple[int, int, Callable[[], object]]] = {}  # tokens of a pass, passes in a row, one pass
     for size in pass_sizes(session):
         steps["decode" if size == 1 else f"verify_{size}"] = size, 1, lambda n=size: backend.verify(prompt[:n])  # type: ignore[misc]
@@ -90,6 +95,18 @@ def time_passes(session: Session, prompt: Sequence[int], repeats: int = 12) -> d
             times[name].append(sum(_ms(step) for _ in range(in_a_row)) / in_a_row)
     taken = {name: Timing.of(times[name][_WARM_UP:], tokens) for name, (tokens, _, _) in steps.items()}
     return {f"prefill_{len(prompt)}": Timing.of(prefills[1:], len(prompt))} | taken
+
+
+def _check_room(session: Session) -> None:
+    """Check that a verify is one pass here: at the end of a ring it is two."""
+    cache, manifest = session.backend.kv_cache, session.manifest
+    filled, tokens = cache.filled_length, manifest.num_draft_tokens + 1
+    if cache.pass_room < tokens:
+        ring = f", or a ring of {manifest.ring_length}," if manifest.ring_length else ""
+        raise UserError(
+            f"with {filled} tokens filled, the context{ring} ends within {tokens} tokens, where nothing is drafted: "
+            f"fill {filled - tokens} instead"
+        )
 
 
 def time_rounds(

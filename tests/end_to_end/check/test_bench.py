@@ -48,6 +48,17 @@ def test_mistakes_end_the_command_before_a_bundle_is_opened(tmp_path: Path) -> N
     assert done.stderr.startswith("mtp-export: error: cannot write ")
 
 
+def test_passes_at_the_end_of_a_ring_are_refused(export_nano: Export) -> None:
+    """A verify is two passes there, and nothing is drafted."""
+    bundle = str(export_nano("f32", export_format="tflite-rings"))
+    command = ("bench", bundle, "--threads", "1", "--repeats", "1", "--new-tokens", "8", "--filled")
+    done = run_cli(*command, "509", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    message = "with 509 tokens filled, the context, or a ring of 512, ends within 5 tokens, where nothing is drafted"
+    assert done.stderr == f"mtp-export: error: {message}: fill 504 instead\n"
+    run_cli(*command, "504")
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("k", [1, 4])
 def test_break_even_is_where_a_round_takes_as_long_as_the_tokens_it_commits(alpha: float, k: int) -> None:

@@ -59,7 +59,7 @@ class TestFormat:
     def test_signatures_are_the_traced_ones(self, written: Written) -> None:
         for graph in written.traced.graphs:
             traced = tuple(signature.signature for signature in graph.signatures)
-            assert written.bundle.manifest.signatures[graph.role] == traced
+            assert written.bundle.exported.signatures[graph.role] == traced
 
     def test_files_have_the_planned_names_and_sizes(self, written: Written) -> None:
         sizes = written.format.file_sizes(written.traced.graphs, written.traced.values)

@@ -49,6 +49,12 @@ def test_every_runtime_generates_the_same_tokens(
     assert_equal(report, prompts, tmp_path)
 
 
+def test_parity_needs_a_context_in_which_litert_lm_takes_a_prompt(export_nano: Export) -> None:
+    done = run_cli("parity", str(export_nano("int8")), "--context-length", "15", check=False)
+    assert done.returncode == 2
+    assert "context is 15, and LiteRT-LM takes no prompt in fewer than 16 tokens, the shortest prefill" in done.stderr
+
+
 @pytest.mark.parametrize("recipe", ["f32", "int8", "int4"])
 def test_a_token_has_the_same_bits_in_every_pass(export_nano: Export, recipe: str) -> None:
     """Whether it is decoded alone or verified at any row, before the window is full, while it fills and long after: so
@@ -121,7 +127,7 @@ def test_a_changed_file_is_refused(export_nano: Export, tmp_path: Path) -> None:
 
 def test_manifest_describes_the_bundle(export_nano: Export) -> None:
     with Bundle.open(export_nano("int8")) as bundle:
-        manifest = bundle.manifest
+        manifest = bundle.exported
     assert (manifest.context_length, manifest.longest_context_length) == (1024, 4096)
     assert (manifest.cache_length, manifest.ring_length) == (4099, 1024)
     assert manifest.drafter_recipe == "int8"

@@ -95,7 +95,10 @@ def test_variants_give_the_same(usual: str, variant: str, export_nano: Export) -
         np.testing.assert_allclose(second.activations, first.activations, atol=TOLERANCE)
         np.testing.assert_allclose(second_draft.activations, first_draft.activations, atol=TOLERANCE)
         assert second_draft.best == first_draft.best
-        assert_same_rows(second_session, rows)
+        # A ring has one more, of its positions.
+        of_layers = {name: rows[name] for name in second_session.backend.kv_cache.names}
+        assert {values.shape[-1] for name, values in rows.items() if name not in of_layers} <= {1}
+        assert_same_rows(second_session, of_layers)
 
 
 @pytest.fixture(scope="module", params=["f32", "int8", "int4"])

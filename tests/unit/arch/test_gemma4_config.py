@@ -304,7 +304,9 @@ def test_drafts_of_a_round_by_model_and_processor(
     model: str, delegate: str, requested: int | None, drafts: int
 ) -> None:
     spec = published.PAIRS[model]
-    pair: Any = types.SimpleNamespace(model=spec, target_spec=spec.target, stop_token_ids=(1,))
+    pair: Any = types.SimpleNamespace(
+        model=spec, target_spec=spec.target, drafter_spec=spec.drafter, stop_token_ids=(1,)
+    )
     config = ExportConfig(
         source=SourceConfig(model=model),
         output=Path(),

@@ -245,7 +245,8 @@ class StaticBackend:
         return TargetPass(bound.read("logits")[0, :count], bound.read("activations")[0, :count])
 
     def draft(self, token_id: int, activations: FloatArray, *, with_candidates: bool = False) -> Draft:
-        """Run the drafter once; the tokens that it did not score are those whose logit is 0."""
+        """Run the drafter once; the tokens that it did not score are those whose logit is 0. Near the end of a context
+        that was chosen, or of a ring, the draft is token 0 (docs/decisions/0022)."""
         self._rows.set(0, token_id)
         bound = self._drafter.run(self._rows.embeddings[0, 0], activations, self.kv_cache.filled_length)
         logits = bound.read("logits")[0, 0]

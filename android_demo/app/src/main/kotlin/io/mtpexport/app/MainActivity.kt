@@ -89,7 +89,7 @@ class MainActivity : Activity() {
     private fun send(message: String) = inBackground {
         val engine = open ?: return@inBackground say("load a bundle first")
         runOnUiThread { screen.append("\n> $message\n") }
-        val onRestart = { runOnUiThread { screen.append("(the context is full: a new conversation begins)\n") } }
+        val onRestart = { runOnUiThread { screen.append("(the conversation cannot go on: a new one begins)\n") } }
         val output = engine.answer(message, onRestart) { piece -> runOnUiThread { screen.append(piece) } }
         val speed = if (output.decodeMs > 0) 1000 * output.numTokens / output.decodeMs else 0.0
         say(listOf("%.1f tokens/s, first after %.0f ms".format(speed, output.firstTokenMs)) + engine.warnings())

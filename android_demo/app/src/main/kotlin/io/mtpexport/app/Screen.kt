@@ -16,6 +16,7 @@ import android.widget.TableLayout
 import android.widget.TableRow
 import android.widget.TextView
 import io.mtpexport.core.Bundle
+import io.mtpexport.core.Manifest
 import io.mtpexport.core.Processor
 
 /** The user's choice at the top of the screen. [contextLength] is null for the bundle's own. */
@@ -88,7 +89,8 @@ class Screen(
     fun append(text: String) = chat.append(text)
 
     private fun choice(): Choice? = listed.getOrNull(bundles.selectedItemPosition)?.let { bundle ->
-        Choice(bundle, if (gpu.isChecked) Processor.GPU else Processor.CPU, THREADS, mtp.isChecked, context.text.toString().toIntOrNull())
+        val contextLength = Manifest.chosenContext(context.text.toString())
+        Choice(bundle, if (gpu.isChecked) Processor.GPU else Processor.CPU, THREADS, mtp.isChecked, contextLength)
     }
 
     private fun button(label: String, onClick: () -> Unit) = Button(activity).apply {

@@ -54,8 +54,11 @@ data class Manifest(
     companion object {
         private val FORMAT_VERSIONS = 1..2
 
-        /** A prompt of some words and its reply. */
-        const val SHORTEST_CONTEXT = 64
+        /** The shortest prefill of a bundle: LiteRT-LM takes no prompt in a context of fewer tokens. */
+        const val SHORTEST_CONTEXT = 16
+
+        /** The choice in the [text] of a field, for [context]: null where it is empty, too long for any bundle where it is no Int. */
+        fun chosenContext(text: String): Int? = if (text.isEmpty()) null else text.toIntOrNull() ?: Int.MAX_VALUE
 
         fun parse(text: String): Manifest {
             try {

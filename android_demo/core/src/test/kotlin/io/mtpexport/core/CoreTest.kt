@@ -66,12 +66,22 @@ class ManifestTest {
     fun `a context is chosen within what the bundle takes`() {
         val chosen = Manifest.parse(manifest())
         assertEquals(listOf(1024, 2000, 4096), listOf(null, 2000, 4096).map(chosen::context))
-        for (wrong in listOf(0, 4097)) {
-            assertTrue("to 4096" in assertFailsWith<BundleException> { chosen.context(wrong) }.message!!)
+        assertEquals(16, chosen.context(16))
+        for (wrong in listOf(0, 15, 4097)) {
+            assertTrue("takes 16 to 4096" in assertFailsWith<BundleException> { chosen.context(wrong) }.message!!)
         }
         val fixed = chosen.copy(longestContextLength = 0)
         assertEquals(listOf(1024, 1024), listOf(null, 1024).map(fixed::context))
         assertTrue("1024 tokens alone" in assertFailsWith<BundleException> { fixed.context(512) }.message!!)
+    }
+
+    @Test
+    fun `a field that is not empty never stands for the bundle's own context`() {
+        assertEquals(listOf(null, 2000), listOf("", "2000").map(Manifest::chosenContext))
+        for (text in listOf("2147483648", "99999999999999999999", "x")) {
+            val chosen = Manifest.chosenContext(text)
+            assertFailsWith<BundleException>(text) { Manifest.parse(manifest()).context(chosen) }
+        }
     }
 
     @Test
