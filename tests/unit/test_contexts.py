@@ -66,14 +66,14 @@ class Sizes(TorchDispatchMode):
     """Collects the sizes of all tensors that operations take and give."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.found: set[int] = set()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, Tensor):
-                self.found.update(tensor.shape)
+                self.sizes.update(tensor.shape)
         return out
 
 
@@ -91,8 +91,8 @@ def other_sizes() -> set[int]:
             trace_drafter(nano.drafter, nano.target, shape, position_offset=1, row_scales=True)
         for role in ("embedder", "per_layer_embedder"):
             trace_embedder(nano.target, role)
-    assert {size % LONGER_THAN_ALL == 0 for size in sizes.found} == {True, False}
-    return {size for size in sizes.found if size % LONGER_THAN_ALL}
+    assert {size % LONGER_THAN_ALL == 0 for size in sizes.sizes} == {True, False}
+    return {size for size in sizes.sizes if size % LONGER_THAN_ALL}
 
 
 def test_only_sizes_made_of_the_caches_length_are_multiples_of_the_prime() -> None:
