@@ -45,14 +45,14 @@ def tensors(model: bytes) -> dict[str, list[TensorContent]]:
     by_signature: dict[str, list[TensorContent]] = {}
     for signature in map(root.SignatureDefs, range(root.SignatureDefsLength())):
         subgraph = root.Subgraphs(signature.SubgraphIndex())
-        constants = by_signature[signature.SignatureKey().decode()] = []
+        contents = by_signature[signature.SignatureKey().decode()] = []
         for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
             buffer = root.Buffers(tensor.Buffer())
             content = buffer.DataAsNumpy().tobytes() if buffer.DataLength() else b""
             if buffer.Offset() > 1:
                 content = model[buffer.Offset() : buffer.Offset() + buffer.Size()]
             shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
-            constants.append(TensorContent(tensor.Type(), shape, content))
+            contents.append(TensorContent(tensor.Type(), shape, content))
     return by_signature
 
 

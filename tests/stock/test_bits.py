@@ -116,7 +116,7 @@ def test_the_exported_length_is_in_shapes_alone(export_nano: Export) -> None:
         models = [(folder / f"{graph}.tflite").read_bytes() for folder in exported]
         one, other = (tensors(with_length(*pair, 1000)) for pair in zip(models, primes, strict=True))
         assert one.keys() == other.keys()
-        for signature, constants in one.items():
-            assert any(tensor.content for tensor in constants), signature
-            differing = [pair for pair in zip(constants, other[signature], strict=True) if pair[0] != pair[1]]
+        for signature, contents in one.items():
+            assert any(tensor.content for tensor in contents), signature
+            differing = [pair for pair in zip(contents, other[signature], strict=True) if pair[0] != pair[1]]
             assert [[tensor[:2] for tensor in pair] for pair in differing] == [], signature

@@ -62,7 +62,7 @@ def test_the_prime_is_the_smallest_that_is_no_factor_of_another_size(length: int
     assert all(any(size % other == 0 for size in sizes) for other in passed_over)
 
 
-class Sizes(TorchDispatchMode):
+class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the sizes of all tensors that operations take and give."""
 
     def __init__(self) -> None:
@@ -84,15 +84,15 @@ LONGER_THAN_ALL = 1_000_003  # a prime
 def other_sizes() -> set[int]:
     """Return the sizes in nano's graphs that are not made of the length of its caches."""
     nano = published.NANO
-    with Sizes() as sizes:
+    with Sizes() as seen:
         for ring in (None, Ring(length=256, end_token=1), Ring(length=1024, end_token=1)):
             shape = GraphShape(cache_length=LONGER_THAN_ALL, num_draft_tokens=4, prefill_lengths=(16, 128), ring=ring)
             trace_target(nano.target, shape)
             trace_drafter(nano.drafter, nano.target, shape, position_offset=1, row_scales=True)
         for role in ("embedder", "per_layer_embedder"):
             trace_embedder(nano.target, role)
-    assert {size % LONGER_THAN_ALL == 0 for size in sizes.sizes} == {True, False}
-    return {size for size in sizes.sizes if size % LONGER_THAN_ALL}
+    assert {size % LONGER_THAN_ALL == 0 for size in seen.sizes} == {True, False}
+    return {size for size in seen.sizes if size % LONGER_THAN_ALL}
 
 
 def test_only_sizes_made_of_the_caches_length_are_multiples_of_the_prime() -> None:
