@@ -28,7 +28,7 @@ RING = 32
 
 
 def exported(*, ring_length: int = RING) -> Manifest:
-    return fake_manifest(cache_length=311, longest_context_length=300, ring_length=ring_length)
+    return fake_manifest(cache_length=521, longest_context_length=300, ring_length=ring_length)
 
 
 def test_a_chosen_context_stands_everywhere() -> None:
@@ -38,7 +38,7 @@ def test_a_chosen_context_stands_everywhere() -> None:
     tensors = {t.name: t.shape for t in opened.signature("target", "decode").inputs}
     assert tensors["mask"] == (1, 1, 1, 256)
     assert (tensors["kv_cache_k_0"], tensors["kv_cache_k_1"]) == ((1, 1, 256, 1), (1, 1, RING, 1))
-    assert (opened_at(exported()).cache_length, opened_at(exported()).context_length) == (300, 300)
+    assert (opened_at(exported()).cache_length, opened_at(exported()).context_length) == (512, 300)
     long = fake_manifest(cache_length=1031, longest_context_length=1024, prefill=(8, 300))
     assert [opened_at(long, n).cache_length for n in (256, 257, 1024)] == [256, 512, 1024]
     assert [spec.name for spec in opened_at(long, 256).signatures["target"]] == ["prefill_8", "decode", "verify"]
@@ -56,7 +56,7 @@ def test_no_cache_is_longer_than_exported(context: int) -> None:
     ("manifest", "length", "message"),
     [
         (exported(), 5, "the context is 5, this bundle takes 6 to 300: give one of these"),
-        (exported(), 301, "this bundle takes 6 to 300: export with a larger --cache-length"),
+        (exported(), 301, "this bundle takes 6 to 300: give one of these, or export with a larger"),
         (fake_manifest(), 61, "the context is 61, this bundle has one of 60 alone"),
     ],
 )
@@ -91,10 +91,10 @@ def with_values(manifest: Manifest, shape: tuple[int, ...], keys: tuple[int, ...
 
 
 def test_where_values_have_their_slots_is_seen_in_the_exported_shapes() -> None:
-    swapped = with_values(exported(), (1, 1, 12, 311), (1, 1, 311, 12))
+    swapped = with_values(exported(), (1, 1, 12, 521), (1, 1, 521, 12))
     check_consistency(swapped)
     assert cache_places(swapped)["kv_cache_v_0"].slot_axis == 3
-    straight = with_values(exported(), (1, 1, 311, 12), (1, 1, 311, 12))
+    straight = with_values(exported(), (1, 1, 521, 12), (1, 1, 521, 12))
     check_consistency(straight)
     assert cache_places(straight)["kv_cache_v_0"].slot_axis == 2
     assert [name for name, place in cache_places(straight).items() if place.is_ring] == ["kv_cache_k_1", "kv_cache_k_2"]
@@ -103,9 +103,9 @@ def test_where_values_have_their_slots_is_seen_in_the_exported_shapes() -> None:
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (with_values(exported(), (1, 1, 13, 311), (1, 1, 311, 12)), "kv_cache_v_0 is (1, 1, 13, 311), expected"),
+        (with_values(exported(), (1, 1, 13, 521), (1, 1, 521, 12)), "kv_cache_v_0 is (1, 1, 13, 521), expected"),
         (with_values(fake_manifest(), (1, 1, 12, 64), (1, 1, 64, 12)), "kv_cache_v_0 is (1, 1, 12, 64), expected"),
-        (msgspec.structs.replace(exported(), ring_length=31), "kv_cache_k_1 is (1, 1, 32, 1), expected (1, G, 311, D)"),
+        (msgspec.structs.replace(exported(), ring_length=31), "kv_cache_k_1 is (1, 1, 32, 1), expected (1, G, 521, D)"),
         (msgspec.structs.replace(exported(ring_length=0), ring_length=8), "kv_cache_k_0 is not the positions"),
         (msgspec.structs.replace(fake_manifest(), format_version=2), "is a variant, expected"),
     ],
@@ -212,7 +212,7 @@ def test_a_pass_over_the_end_of_a_ring_is_made_in_two(filled: int) -> None:
 
 def test_a_conversation_begins_anew_where_its_beginning_is_lost(tmp_path: Path) -> None:
     open_session = talking.fake_opener(
-        tmp_path, lambda position: True, cache_length=211, longest_context_length=200, ring_length=RING
+        tmp_path, lambda position: True, cache_length=257, longest_context_length=200, ring_length=RING
     )
     session, fresh = open_session(), open_session()
     conversation = Conversation(session)
@@ -230,7 +230,7 @@ def test_a_conversation_begins_anew_where_its_beginning_is_lost(tmp_path: Path) 
 
 
 def test_a_session_that_is_too_long_for_the_context_says_so(tmp_path: Path) -> None:
-    open_session = talking.fake_opener(tmp_path, lambda position: True, cache_length=211, longest_context_length=200)
+    open_session = talking.fake_opener(tmp_path, lambda position: True, cache_length=257, longest_context_length=200)
     session = open_session()
     session.generate([2] * 150, max_new_tokens=2, stop_token_ids=()).finish()
     session.save(tmp_path / "saved")
