@@ -51,7 +51,7 @@ def test_mistakes_end_the_command_before_a_bundle_is_opened(tmp_path: Path) -> N
 def test_passes_at_the_end_of_a_ring_are_refused(export_nano: Export) -> None:
     """A verify is two passes there, and nothing is drafted."""
     bundle = str(export_nano("f32", export_format="tflite-rings"))
-    command = ("bench", bundle, "--threads", "1", "--repeats", "1", "--new-tokens", "8", "--filled")
+    command = ("bench", bundle, "--threads", "1", "--repeats", "3", "--new-tokens", "8", "--filled")
     done = run_cli(*command, "509", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     message = "with 509 tokens filled, the context, or a ring of 512, ends within 5 tokens, where nothing is drafted"

@@ -8,8 +8,8 @@ from mtp_export.formats.tflite.gpu_table import open_graph
 from tests.conftest import Export
 
 
-@pytest.mark.parametrize("role", ["target", "drafter"])
-def test_a_mean_takes_the_squares_themselves(role: str, export_nano: Export) -> None:
+@pytest.mark.parametrize(("role", "fewest"), [("target", 60), ("drafter", 20)])
+def test_a_mean_takes_the_squares_themselves(role: str, fewest: int, export_nano: Export) -> None:
     """XNNPACK makes one operator of the two where they are neighbours: so of all of them, or a row alone has other
     bits."""
     graph = open_graph(export_nano("int8") / f"{role}.tflite")
@@ -22,4 +22,4 @@ def test_a_mean_takes_the_squares_themselves(role: str, export_nano: Export) -> 
                 assert graph.name_of(square) == "MUL"
                 assert square.inputs[0] == square.inputs[1]
                 seen += 1
-    assert seen > 60
+    assert seen > fewest
