@@ -10,7 +10,14 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from mtp_export.cli.options import bundle_argument, debug_option, json_option, max_new_tokens_option, threads_option
+from mtp_export.cli.options import (
+    bundle_argument,
+    context_length_option,
+    debug_option,
+    json_option,
+    max_new_tokens_option,
+    threads_option,
+)
 from mtp_runtime.errors import UserError
 
 
@@ -72,11 +79,7 @@ def _num_drafts(context: click.Context, parameter: click.Parameter, value: str |
     default="cpu",
     help="ONNX: where the graphs run. webgpu is a GPU and needs mtp-export[webgpu].  [cpu]",
 )
-@click.option(
-    "--context-length",
-    type=int,
-    help="Tokens of prompt and output together, at most the bundle's longest context.  [the bundle's default]",
-)
+@context_length_option
 @json_option("tokens, origins and statistics")
 @debug_option
 @click.pass_context
